@@ -1,0 +1,60 @@
+"""The papers' step-cost formulas: amortised calibration, and the arithmetic critical-path ratio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Paper 001, appendix D.1: beta = 2, and alpha observed for fused dual numbers.
+PAPER_BETA = 2.0
+PAPER_ALPHA = (0.8, 1.3)
+
+
+def arithmetic_ratio(alpha: float, beta: float = PAPER_BETA) -> float:
+    """BP's critical path over GrAPE's, (1 + beta) / (1 + alpha) (paper 001, appendix D.1).
+
+    ``alpha`` is the tangent's FLOPs over the forward's, ``beta`` the backward's over the forward's.
+    The formula leaves GrAPE's weight-gradient products out and keeps BP's in.
+    """
+    return (1 + beta) / (1 + alpha)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The cost of one full-backward step every ``every`` epochs of ``steps_per_epoch`` steps.
+
+    ``per_step`` is the amortised cost of a step, calibration included, in the unit of the costs
+    given; ``overhead`` the fraction that calibration adds; ``backward_share`` the share of full
+    backward steps that remain, 1 / (T N_b).
+    """
+
+    every: float
+    steps_per_epoch: int
+    per_epoch: float
+    per_step: float
+    overhead: float
+    backward_share: float
+
+
+def amortised_calibration(
+    step: float, backward_step: float, *, every: float, steps_per_epoch: int
+) -> Calibration:
+    """Paper 001 eq. 21: per epoch N_b steps of the method, plus 1/T of one BP step.
+
+    Raises:
+        ValueError: ``every`` or ``steps_per_epoch`` is not positive.
+    """
+    if every <= 0 or steps_per_epoch <= 0:
+        raise ValueError(
+            "calibration needs every > 0 epochs and steps_per_epoch > 0, not "
+            f"{every} and {steps_per_epoch}"
+        )
+    per_epoch = steps_per_epoch * step + backward_step / every
+    added = backward_step / (every * steps_per_epoch)
+    return Calibration(
+        every,
+        steps_per_epoch,
+        per_epoch,
+        step + added,
+        added / step if step else 0.0,
+        1 / (every * steps_per_epoch),
+    )

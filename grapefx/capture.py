@@ -1,0 +1,322 @@
+"""Capture: a module and an example call become one functional ATen graph.
+
+``torch.export`` (non-strict) traces the call; what it loses is put back first: regions under
+``no_grad`` keep their meaning (their outputs are detached explicitly). The graph stays at the level
+of composite ops (``linear``, ``layer_norm``, ``lstm``), which is where feedback points are placed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+
+from grapefx.errors import CaptureError, GrapefxWarning
+from grapefx.ir import Captured, Slot
+from grapefx.torch_compat import batch_symbol, pytree, quiet_export, unwrap_for_export
+
+aten = torch.ops.aten
+
+
+class _Seen:
+    """What a trace finds out on the side (export restores lists and dicts, not this)."""
+
+    out_spec: Any = None
+
+
+class _Flat(nn.Module):
+    """The user's module as a function of a flat list of tensors to a flat tuple of tensors."""
+
+    def __init__(self, model: nn.Module, spec: Any, template: Sequence[Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._call_spec = spec
+        self._template = tuple(template)
+        self._seen = _Seen()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        it = iter(tensors)
+        leaves = [next(it) if leaf is TENSOR else leaf for leaf in self._template]
+        args, kwargs = pytree.tree_unflatten(leaves, self._call_spec)
+        out, spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        template = [TENSOR if isinstance(o, torch.Tensor) else o for o in out]
+        self._seen.out_spec = (spec, template)
+        return tuple(o for o in out if isinstance(o, torch.Tensor))
+
+
+class _Tensor:
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+TENSOR = _Tensor()
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Leaves and structure of a call. Dataclasses are taken apart too."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if any(_unknown_dataclass(leaf) for leaf in leaves):
+        for leaf in leaves:
+            if _unknown_dataclass(leaf):
+                _register(type(leaf))
+        return flatten_call(args, kwargs)
+    return leaves, spec
+
+
+def _unknown_dataclass(leaf: Any) -> bool:
+    return hasattr(type(leaf), "__dataclass_fields__")
+
+
+def _register(cls: type) -> None:
+    torch.export.register_dataclass(cls)
+
+
+def pick_hint(sizes: set[int], near: int) -> int:
+    """A batch size to trace with that no other size equals, divides or is a multiple of."""
+    hint = max(near, 3)
+    while any(s > 1 and (s % hint == 0 or hint % s == 0) for s in sizes):
+        hint += 1
+    return hint
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    batch_dim: int = 0,
+) -> Captured:
+    """Trace ``model(*args, **kwargs)`` in its present mode; the batch dim becomes symbolic.
+
+    A batch of one sample is captured as it is: sizes 1 broadcast, so the graph holds for 1 only.
+    Raises ``CaptureError`` naming the user's line where the model cannot be traced.
+    """
+    leaves, spec = flatten_call(args, kwargs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    template = [TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    if not tensors:
+        raise CaptureError("the call has no tensor argument; grapefx needs a batch to trace")
+    flat = _Flat(model, spec, template)
+
+    ranked = [i for i, t in enumerate(tensors) if t.ndim > batch_dim]
+    batch = tensors[ranked[0]].shape[batch_dim] if ranked else 1
+    carriers = [i for i in ranked if tensors[i].shape[batch_dim] == batch]
+    notes: list[str] = []
+    attempts: list[list[int]] = []
+    if batch > 1:
+        attempts.append(carriers)
+        # a square mask (T, T) with T == N looks like a batch; try the first input alone next
+        if len(carriers) > 1:
+            attempts.append(carriers[:1])
+    attempts.append([])
+
+    failure: Exception | None = None
+    for dynamic in attempts:
+        try:
+            exported = _export(flat, tensors, dynamic, batch_dim, model)
+        except CaptureError:
+            raise
+        except Exception as e:
+            if _data_dependent(e):
+                raise _explain(e) from e
+            failure = failure or e
+            continue
+        captured = _read(exported, flat, model, dynamic, batch_dim, notes)
+        if dynamic and captured.batch is None:
+            notes.append(
+                "the model fixes the batch size; a graph is made for each batch size that comes"
+            )
+            continue
+        if not dynamic and batch > 1 and failure is not None:
+            warnings.warn(
+                "the batch dimension could not be made symbolic "
+                f"({_first_line(failure)}); each new batch size is captured again",
+                GrapefxWarning,
+                stacklevel=2,
+            )
+        return captured
+    assert failure is not None
+    raise _explain(failure) from failure
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _data_dependent(error: BaseException) -> bool:
+    return "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__
+
+
+def _explain(error: Exception) -> CaptureError:
+    where = unwrap_for_export(error)
+    data_dependent = _data_dependent(error)
+    remedy = (
+        "the model branches on the value of a tensor; use torch.where or torch.cond, "
+        "or compute the condition outside the model"
+        if data_dependent
+        else "see the error above; the model must be traceable by torch.export"
+    )
+    at = f"\n  at {where}" if where else ""
+    return CaptureError(f"the model cannot be captured: {_first_line(error)}{at}\n  {remedy}")
+
+
+def resized_example(tensor: torch.Tensor, size: int, batch_dim: int) -> torch.Tensor:
+    """A tensor like ``tensor`` with ``size`` samples; only its metadata is read by the trace."""
+    shape = list(tensor.shape)
+    shape[batch_dim] = size
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        fmt = torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
+        out = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device).to(memory_format=fmt)
+    else:
+        out = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    return out.requires_grad_(tensor.requires_grad)
+
+
+def _export(
+    flat: _Flat, tensors: list[torch.Tensor], dynamic: list[int], batch_dim: int, model: nn.Module
+) -> torch.export.ExportedProgram:
+    if dynamic:
+        sizes = {d for p in model.parameters() for d in p.shape}
+        sizes |= {d for i, t in enumerate(tensors) for d in t.shape if i not in dynamic}
+        sizes |= {d for i in dynamic for k, d in enumerate(tensors[i].shape) if k != batch_dim}
+        hint = pick_hint(sizes, tensors[dynamic[0]].shape[batch_dim])
+        examples = [
+            resized_example(t, hint, batch_dim) if i in dynamic else t for i, t in enumerate(tensors)
+        ]
+    else:
+        examples = list(tensors)
+    shapes = tuple(
+        {batch_dim: Dim.AUTO} if i in dynamic else {} for i in range(len(examples))
+    )
+    with _watch_functions(), quiet_export(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(
+            flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
+        )
+    _keep_no_grad(exported.graph_module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return exported.run_decompositions({})
+
+
+@contextlib.contextmanager
+def _watch_functions() -> Iterator[None]:
+    """Refuse a user's autograd.Function by name: export would silently drop its backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch."):
+            return original.__func__(cls, *args, **kwargs)
+        raise CaptureError(
+            f"the model calls the custom autograd function {cls.__qualname__!r}, whose backward "
+            "a capture would lose\n  remedy: write it with torch ops and .detach() "
+            "(straight-through: x + (f(x) - x).detach()), or as a torch.library operator"
+        )
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
+    """Decomposition inlines ``no_grad`` regions and forgets what they were: detach their outputs."""
+    for module in list(gm.modules()):
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in list(module.graph.nodes):
+            if node.op != "call_function" or "set_grad_enabled" not in str(node.target):
+                continue
+            if not node.args or node.args[0] is not False:
+                continue
+            for item in list(node.users):
+                value = item.meta.get("val")
+                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                    continue
+                with module.graph.inserting_after(item):
+                    stop = module.graph.call_function(aten.detach.default, (item,))
+                stop.meta = dict(item.meta)
+                item.replace_all_uses_with(stop, delete_user_cb=lambda u, stop=stop: u is not stop)
+        module.recompile()
+
+
+def _read(
+    exported: torch.export.ExportedProgram,
+    flat: _Flat,
+    model: nn.Module,
+    dynamic: list[int],
+    batch_dim: int,
+    notes: list[str],
+) -> Captured:
+    gm = exported.graph_module
+    signature = exported.graph_signature
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    # tied parameters go by the name that named_parameters() gives them
+    first = {id(p): n for n, p in model.named_parameters()}
+    tied = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    constants: dict[str, torch.Tensor] = {}
+    slots: list[Slot] = []
+    count = 0
+    for spec in signature.input_specs:
+        target = (spec.target or "").removeprefix("model.")
+        if spec.kind is InputKind.PARAMETER:
+            slots.append(Slot("parameter", tied.get(target, target)))
+        elif spec.kind is InputKind.BUFFER and target in buffers:
+            slots.append(Slot("buffer", target))
+        elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            constants[target] = exported.constants[spec.target]  # type: ignore[index]
+            slots.append(Slot("constant", target))
+        elif spec.kind is InputKind.USER_INPUT:
+            slots.append(Slot("input", str(count)))
+            count += 1
+        else:
+            raise CaptureError(f"the model uses an input of kind {spec.kind.name}: {spec.target}")
+    mutated: list[str] = []
+    outputs: list[str] = []
+    for out in signature.output_specs:
+        if out.kind is OutputKind.BUFFER_MUTATION:
+            mutated.append((out.target or "").removeprefix("model."))
+        elif out.kind is OutputKind.USER_OUTPUT:
+            outputs.append(getattr(out.arg, "name", ""))
+        else:
+            raise CaptureError(
+                f"the model changes {out.target!r} in place during the forward ({out.kind.name}); "
+                "copy it first (x = x.clone())"
+            )
+    for name in constants:
+        notes.append(f"constant {name!r} was fixed when the model was captured")
+    symbol = None
+    if dynamic:
+        carrier = [n for n in gm.graph.nodes if n.op == "placeholder"][
+            [k for k, s in enumerate(slots) if s.role == "input"][dynamic[0]]
+        ]
+        symbol = batch_symbol(carrier.meta["val"].shape[batch_dim])
+    return Captured(
+        gm=gm,
+        inputs=tuple(slots),
+        mutated=tuple(mutated),
+        outputs=tuple(outputs),
+        out_spec=flat._seen.out_spec,
+        constants=constants,
+        batch=symbol,
+        dynamic=tuple(dynamic),
+        notes=tuple(notes),
+    )
+
+
+def unflatten_outputs(out_spec: Any, tensors: Sequence[Any]) -> Any:
+    """Put flat outputs back into the structure that the user's module returned."""
+    spec, template = out_spec
+    it = iter(tensors)
+    return pytree.tree_unflatten([next(it) if o is TENSOR else o for o in template], spec)
+
+
+__all__ = ["TENSOR", "capture", "flatten_call", "pick_hint", "resized_example", "unflatten_outputs"]

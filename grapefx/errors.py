@@ -1,0 +1,66 @@
+"""Every error that grapefx raises on purpose, and the warnings it gives.
+
+All errors derive from :class:`GrapefxError`; a message names the node or module, the user's source
+line where there is one, and a way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GrapefxError(RuntimeError):
+    """Base class of the errors below."""
+
+
+class OptionError(GrapefxError, ValueError):
+    """An unknown method, an unknown option, or a value out of range."""
+
+
+class CaptureError(GrapefxError):
+    """The model cannot be turned into one graph."""
+
+
+class PlacementError(GrapefxError):
+    """No feedback point, or no error tap, can be placed on the graph."""
+
+
+class TangentError(GrapefxError):
+    """An operator between a feedback point and the error tap has no forward derivative."""
+
+
+class MethodError(GrapefxError):
+    """A method is not defined on this model."""
+
+
+class BudgetError(GrapefxError):
+    """The feedback maps would be larger than ``feedback_budget``."""
+
+
+class VerifyError(GrapefxError):
+    """A pass broke its contract, or an update subgraph depends on another layer's."""
+
+
+class BackwardError(GrapefxError):
+    """``backward`` was used in a way that has no meaning for this module."""
+
+
+class InputError(GrapefxError):
+    """The inputs of a call do not fit the model (device, structure)."""
+
+
+class StateError(GrapefxError):
+    """A feedback state dict belongs to another architecture or method."""
+
+
+class GrapefxWarning(UserWarning):
+    """Something works, but not as the user may expect."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the closest valid name, then the list of valid ones."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Valid: {', '.join(options)}."

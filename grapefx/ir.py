@@ -1,0 +1,118 @@
+"""The records that passes hand to each other. All are frozen; a graph is changed by copying it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+# What a placeholder or an output of a step graph is.
+INPUT_ROLES = (
+    "parameter",
+    "buffer",
+    "constant",
+    "input",
+    "cotangent",
+    "noise",
+    "feedback",
+    "target",
+)
+OUTPUT_ROLES = ("output", "buffer", "gradient", "input_gradient", "feedback", "metric")
+
+# What a node of a step graph is for; ``Node.meta["grapefx_phase"]``.
+PHASES = (
+    "forward",
+    "buffer",
+    "tangent",
+    "error",
+    "alignment",
+    "projection",
+    "refit",
+    "weight_grad",
+    "input_grad",
+    "metric",
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input or output of a graph: its role and what it is called there."""
+
+    role: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One feedback point and the segment behind it.
+
+    ``sample_shape`` is one sample's part of h_l; ``fold`` says where the batch is in h_l: the dim
+    whose size is outer * N * inner, as (dim, outer, inner).
+    """
+
+    index: int
+    name: str
+    node: str
+    sample_shape: tuple[int, ...]
+    fold: tuple[int, int, int]
+    parameters: tuple[str, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A whole training step (or a part of one) as one flat functional ATen graph."""
+
+    gm: GraphModule
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+
+    def placeholders(self) -> list[Node]:
+        """The graph's placeholders, in the order of ``inputs``."""
+        return [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+
+    def results(self) -> list[Any]:
+        """The graph's outputs, in the order of ``outputs`` (None where there is no gradient)."""
+        return list(self.output_node().args[0])  # type: ignore[arg-type]
+
+    def output_node(self) -> Node:
+        """The graph's output node."""
+        return next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+
+    def copy(self) -> StepGraph:
+        """A deep copy of the graph; fake values and source locations are shared."""
+        graph = Graph()
+        mapping: dict[Node, Node] = {}
+        graph.output(graph.graph_copy(self.gm.graph, mapping))
+        for old, new in mapping.items():
+            new.meta = dict(old.meta)
+        return replace(self, gm=GraphModule(self.gm, graph))
+
+    def select(self, role: str) -> list[tuple[Slot, Node]]:
+        """The placeholders of one role."""
+        return [(s, n) for s, n in zip(self.inputs, self.placeholders(), strict=True) if s.role == role]
+
+    def produced(self, role: str) -> list[tuple[Slot, Any]]:
+        """The outputs of one role."""
+        return [(s, n) for s, n in zip(self.outputs, self.results(), strict=True) if s.role == role]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What capture returns: the forward graph, and how to call it.
+
+    ``batch`` is the batch size's symbol (a sympy expression), or None when the graph holds one
+    batch size only. ``dynamic`` lists the indices of the inputs that carry the batch dim.
+    """
+
+    gm: GraphModule
+    inputs: tuple[Slot, ...]
+    mutated: tuple[str, ...]
+    outputs: tuple[str, ...]
+    out_spec: Any
+    constants: dict[str, torch.Tensor]
+    batch: Any
+    dynamic: tuple[int, ...]
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,67 @@
+"""The options of ``grapefx.compile``: one frozen record, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from grapefx.errors import OptionError, nearest
+from grapefx.lowering import BACKENDS
+from grapefx.passes.partition import GRANULARITIES
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "calib_unit": ("epoch", "step"),
+    "calib_refit": ("weights", "feedback", "both"),
+    "calib_update": ("grad", "sgd"),
+    "noise": ("gaussian", "rademacher"),
+    "granularity": GRANULARITIES,
+    "backend": BACKENDS,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that are not a method's own; see ``grapefx.compile`` for each."""
+
+    calib_every: int | None = 1
+    calib_unit: str = "epoch"
+    calib_init: bool | None = None
+    calib_refit: str = "both"
+    calib_update: str = "grad"
+    steps_per_epoch: int | None = None
+    ridge: float = 1e-2
+    tangent_fraction: float = 1.0
+    align_every: int = 1
+    noise: str = "gaussian"
+    granularity: str = "layer"
+    feedback_budget: int | None = None
+    batch_dim: int = 0
+    seed: int = 0
+    backend: str = "inductor"
+    backend_options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in valid:
+                raise OptionError(f"{name}={value!r}.{nearest(str(value), valid)}")
+        for name in ("calib_every", "steps_per_epoch", "feedback_budget"):
+            value = getattr(self, name)
+            if value is not None and (not _whole(value) or value < 1):
+                raise OptionError(f"{name}={value!r} must be a positive integer or None")
+        for name, least in (("align_every", 1), ("batch_dim", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not _whole(value) or value < least:
+                raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+        if not 0 < self.tangent_fraction <= 1:
+            raise OptionError(f"tangent_fraction={self.tangent_fraction!r} must be in (0, 1]")
+        if not self.ridge > 0:
+            raise OptionError(f"ridge={self.ridge!r} must be positive")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+OPTION_NAMES = frozenset(f.name for f in dataclasses.fields(Options))

@@ -1,0 +1,276 @@
+"""The pipeline as one readable list: a model and a call become step graphs.
+
+    capture -> place -> joint -> [tangent] -> feedback -> prune -> annotate -> verify
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from grapefx.capture import capture, flatten_call, pick_hint
+from grapefx.errors import BudgetError, CaptureError, PlacementError
+from grapefx.ir import Captured, Layer, StepGraph
+from grapefx.maps import ErrorRows, FeedbackMap, plan_maps
+from grapefx.methods import Method, get_method
+from grapefx.options import OPTION_NAMES, Options
+from grapefx.passes import markers
+from grapefx.passes.annotate import annotate, mark_forward
+from grapefx.passes.batch import batch_folds
+from grapefx.passes.feedback import Feedback, build_calibration, build_update
+from grapefx.passes.joint import trace_joint
+from grapefx.passes.order import dead_code
+from grapefx.passes.partition import Placement, place, sample_shape
+from grapefx.passes.prune import prune_masks
+from grapefx.passes.tangent import add_tangents
+from grapefx.passes.verify import check, independence
+from grapefx.torch_compat import batch_symbol, new_fake_mode
+
+KINDS = ("update", "align", "calibration")
+
+
+@dataclass
+class Plan:
+    """Everything known about one captured call: graphs are built when first asked for."""
+
+    captured: Captured
+    placement: Placement
+    joint: StepGraph
+    layers: tuple[Layer, ...]
+    maps: tuple[FeedbackMap, ...]
+    error_rows: dict[str, ErrorRows]
+    method: Method
+    options: Options
+    batch: Any
+    batch_size: int
+    differentiable: tuple[bool, ...]  # for each output of the model
+    notes: list[str] = field(default_factory=list)
+    derived: tuple[str, ...] = ()
+    independent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _graphs: dict[str, StepGraph] = field(default_factory=dict)
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of step that this method uses."""
+        if self.method.sequential and not self.method.feedback:
+            return ("calibration",)
+        if self.method.needs_tangents():
+            return ("align", "calibration")
+        return KINDS if self.method.aligns() else ("update", "calibration")
+
+    def graph(self, kind: str) -> StepGraph:
+        """The whole training step of a kind as one flat graph."""
+        if kind not in self._graphs:
+            self._graphs[kind] = self._build(kind)
+        return self._graphs[kind]
+
+    @property
+    def graphs(self) -> dict[str, torch.fx.GraphModule]:
+        """Every kind's graph, for analysis."""
+        return {k: self.graph(k).gm for k in self.kinds()}
+
+    def states(self) -> tuple[dict[str, torch.Tensor], ...]:
+        """Fake tensors of each layer's feedback state (shape, dtype, device; no memory)."""
+        like = next(iter(self.joint.placeholders())).meta["val"]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        generator = torch.Generator(like.device)
+        with new_fake_mode():
+            return tuple(self.method.init(m.shape, generator, dtype) for m in self.maps)
+
+    def _build(self, kind: str) -> StepGraph:
+        layers = self.layers
+        feedback = Feedback(
+            self.method,
+            self.maps,
+            self.error_rows,
+            self.states(),
+            ridge=self.options.ridge,
+            refit=self.options.calib_refit != "weights",
+            true_gradients=self.options.calib_refit != "feedback",
+        )
+        if kind == "calibration":
+            step = build_calibration(self.joint, feedback)
+        elif kind == "align":
+            tangents = add_tangents(
+                self.joint,
+                layers,
+                batch=self.batch,
+                batch_size=self.batch_size,
+                streams=self.streams(),
+                rows_hint=self.rows(self.batch_size) if self.options.tangent_fraction < 1 else None,
+            )
+            self.derived = tangents.derived
+            step = build_update(check(tangents.step, "tangent"), feedback, tangents.streams)
+        elif kind == "update":
+            step = build_update(self.joint, feedback)
+        else:
+            raise ValueError(kind)
+        prune_masks(step.gm.graph)
+        dead_code(step.gm.graph)
+        annotate(step, layers)
+        step.gm.recompile()
+        check(step, kind)
+        if kind != "calibration" and not self.method.sequential:
+            self.independent = independence(step, layers)
+        return step
+
+    def streams(self) -> tuple[tuple[int, ...], ...]:
+        """Which layers' noise runs together."""
+        everything = tuple(layer.index for layer in self.layers)
+        return (everything,)
+
+    def rows(self, batch: int) -> int:
+        """How many samples carry tangents in a batch of ``batch``."""
+        return max(1, min(batch, round(batch * self.options.tangent_fraction)))
+
+
+def build_plan(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    method: str | Method = "grape",
+    options: Options | None = None,
+    **choices: Any,
+) -> Plan:
+    """Capture one call of ``model`` and lay out its feedback; nothing is compiled.
+
+    ``choices`` are options of ``grapefx.compile`` or of the method.
+    """
+    if options is None:
+        own = {k: v for k, v in choices.items() if k in OPTION_NAMES}
+        choices = {k: v for k, v in choices.items() if k not in OPTION_NAMES}
+        options = Options(**own)
+    chosen = get_method(method, choices)
+    kwargs = kwargs or {}
+    leaves, _ = flatten_call(args, kwargs)
+    examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    captured = capture(model, args, kwargs, batch_dim=options.batch_dim)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values = {
+        **parameters,
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **captured.constants,
+    }
+    trainable = {n for n, p in parameters.items() if p.requires_grad}
+    batch_size = next(
+        (t.shape[options.batch_dim] for t in examples if t.ndim > options.batch_dim), 1
+    )
+    placement = place(
+        captured, trainable=trainable, granularity=options.granularity, batch_size=batch_size
+    )
+    joint = trace_joint(
+        captured,
+        placement,
+        values,
+        examples,
+        trainable,
+        batch_hint=_hint(captured, values, examples, options.batch_dim),
+        batch_dim=options.batch_dim,
+    )
+    layers = tuple(c.layer for c in placement.cuts)
+    mark_forward(joint, layers)
+    check(joint, "joint")
+    batch = _batch_of(joint, captured, options.batch_dim)
+    if captured.batch is not None and batch is None:
+        raise CaptureError("the batch size became fixed while the backward graph was traced")
+    folds = batch_folds(joint.gm.graph, batch, batch_size)
+    taps = markers.find(joint.gm.graph, markers.TAP)
+    shapes, tap_folds = [], []
+    for i in sorted(taps):
+        fold = folds.get(taps[i])
+        if fold is None:
+            raise PlacementError(f"the error tap {taps[i].name!r} does not keep the batch")
+        shapes.append(sample_shape(taps[i], fold))
+        tap_folds.append((fold.dim, fold.outer, fold.inner))
+    maps, rows = plan_maps(layers, shapes, tap_folds)
+    plan = Plan(
+        captured=captured,
+        placement=placement,
+        joint=joint,
+        layers=layers,
+        maps=maps,
+        error_rows=rows,
+        method=chosen,
+        options=options,
+        batch=batch,
+        batch_size=batch_size,
+        differentiable=_differentiable(joint, captured),
+        notes=list(captured.notes),
+    )
+    _check_feedback(plan, parameters)
+    return plan
+
+
+def build_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> tuple[Captured, StepGraph]:
+    """Capture one call for inference: the forward graph alone."""
+    leaves, _ = flatten_call(args, kwargs)
+    examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    with torch.no_grad():
+        captured = capture(model, args, kwargs, batch_dim=options.batch_dim)
+    values = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **captured.constants,
+    }
+    step = trace_joint(
+        captured,
+        Placement((), (), ()),
+        values,
+        examples,
+        set(),
+        batch_hint=_hint(captured, values, examples, options.batch_dim),
+        batch_dim=options.batch_dim,
+        backward=False,
+    )
+    return captured, check(step, "forward")
+
+
+def _hint(
+    captured: Captured, values: dict[str, torch.Tensor], examples: list[torch.Tensor], dim: int
+) -> int:
+    """The batch size to trace with, 0 for the one that came."""
+    if captured.batch is None:
+        return 0
+    sizes = {d for p in values.values() for d in p.shape}
+    sizes |= {d for t in examples for k, d in enumerate(t.shape) if k != dim}
+    return pick_hint(sizes, examples[captured.dynamic[0]].shape[dim])
+
+
+def _differentiable(joint: StepGraph, captured: Captured) -> tuple[bool, ...]:
+    names = {s.name for s, _ in joint.select("cotangent")}
+    return tuple((name or str(i)) in names for i, name in enumerate(captured.outputs))
+
+
+def _batch_of(joint: StepGraph, captured: Captured, batch_dim: int) -> Any:
+    """The batch symbol in the joint graph (a fresh one: the joint trace has its own symbols)."""
+    if captured.batch is None:
+        return None
+    _, node = joint.select("input")[captured.dynamic[0]]
+    return batch_symbol(node.meta["val"].shape[batch_dim])
+
+
+def _check_feedback(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> None:
+    if not plan.method.feedback:
+        return
+    if not plan.maps:
+        raise PlacementError(
+            f"method {plan.method.name!r} found no feedback point: the model has one layer with "
+            "weights, or none that keeps the batch; use method='bp'"
+        )
+    have = sum(m.bytes for m in plan.maps)
+    budget = plan.options.feedback_budget
+    if budget is None:
+        budget = max(256 * 2**20, sum(p.numel() * p.element_size() for p in parameters.values()) // 4)
+    if have > budget:
+        worst = max(plan.maps, key=lambda m: m.bytes)
+        raise BudgetError(
+            f"the feedback maps need {have / 2**20:.0f} MiB, the budget is {budget / 2**20:.0f} MiB "
+            f"(largest: layer {worst.layer.name!r}, {worst.error_dim} x {worst.value_dim})\n"
+            "  remedy: feedback_budget=, or fewer points with granularity='block'"
+        )

@@ -1,0 +1,266 @@
+"""The report's records: plain frozen data, so that every renderer says the same.
+
+Units: FLOPs (a multiply-add is 2), bytes, seconds of one step. Ratios named ``*_ratio`` are BP's
+value over the method's: above 1 the method is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """All nodes of one phase of a step."""
+
+    phase: str
+    nodes: int
+    flops: int
+    matmul_flops: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a step: FLOPs by phase, and the time of its forward and of its update."""
+
+    layer: str
+    flops: dict[str, int]
+    bytes: int
+    forward_seconds: float
+    update_seconds: float
+    parameters: int
+    critical: bool
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """A run of consecutive nodes of the critical path that share layer and phase."""
+
+    layer: str
+    phase: str
+    nodes: tuple[str, ...]
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of the Gantt chart: what a worker does from ``start`` to ``end``."""
+
+    worker: int
+    start: float
+    end: float
+    layer: str
+    phase: str
+    nodes: int
+    critical: bool
+
+
+@dataclass(frozen=True)
+class ScheduleRow:
+    """A step on P workers (None: unlimited): list schedule, and the bounds around it."""
+
+    workers: int | None
+    used: int
+    seconds: float
+    lower_bound: float
+    brent_bound: float
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class LayerNode:
+    """A box of the layer graph: one layer's forward, its update, or the output error."""
+
+    name: str
+    layer: str
+    stage: str
+    flops: int
+    seconds: float
+    critical: bool
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """Boxes in topological order, and who waits for whom, as pairs (from, to) of their indices.
+
+    ``edges`` leaves out what follows from other edges; ``critical_edges`` are the steps that the
+    critical path takes from box to box.
+    """
+
+    nodes: tuple[LayerNode, ...]
+    edges: tuple[tuple[int, int], ...]
+    critical_edges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One kind of step ("update", "align", or BP's "calibration") as its graph says.
+
+    ``span_flops`` is the longest path through single ops; ``layer_span_flops`` the longest path
+    when a layer's forward, or its whole update, is one indivisible task. ``update_waits`` lists
+    the pairs (a, b) where layer b's update reads something that layer a's update computes, and
+    ``update_depth`` is the longest chain of updates: 1 when all can run at the same time.
+    """
+
+    kind: str
+    share: float
+    nodes: int
+    work_flops: int
+    work_bytes: int
+    work_seconds: float
+    span_flops: int
+    layer_span_flops: int
+    span_seconds: float
+    parallelism: float
+    phases: tuple[PhaseRow, ...]
+    layers: tuple[LayerRow, ...]
+    critical_path: tuple[PathStep, ...]
+    schedules: tuple[ScheduleRow, ...]
+    graph: LayerGraph
+    update_waits: tuple[tuple[str, str], ...]
+    update_depth: int
+    unknown_ops: dict[str, int]
+    unmarked_nodes: int
+
+
+@dataclass(frozen=True)
+class FeedbackRow:
+    """One layer's feedback map."""
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """What full backward steps add (001 eq. 21); None where the epoch's length is not known."""
+
+    every: float
+    steps_per_epoch: int | None
+    backward_flops: int
+    overhead: float | None
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """One method. Averages are over its kinds of step, by how often each runs.
+
+    ``alpha`` and ``beta`` are the tangent's and BP's backward FLOPs over the forward's;
+    ``arithmetic_ratio`` is (1 + beta) / (1 + alpha) of 001 appendix D, which leaves the method's
+    weight gradients out; the other ratios count everything.
+    """
+
+    method: str
+    steps: tuple[StepReport, ...]
+    work_flops: float
+    work_bytes: float
+    span_flops: float
+    layer_span_flops: float
+    work_seconds: float
+    span_seconds: float
+    alpha: float
+    beta: float
+    arithmetic_ratio: float | None
+    work_ratio: float
+    span_ratio: float
+    layer_span_ratio: float
+    seconds: dict[str, float]
+    time_ratio: dict[str, float]
+    calibration: CalibrationRow | None
+    feedback: tuple[FeedbackRow, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def shown(self) -> StepReport:
+        """The step that the pictures show: the most frequent one, an aligning one on ties."""
+        return max(self.steps, key=lambda s: (s.share, s.kind == "align"))
+
+    @property
+    def independent(self) -> bool:
+        """True when no layer's update waits for another layer's."""
+        return not any(s.update_waits for s in self.steps)
+
+    @property
+    def feedback_bytes(self) -> int:
+        """Memory of all feedback maps."""
+        return sum(f.bytes for f in self.feedback)
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """The device model that the times assume."""
+
+    name: str
+    description: str
+    worker: str
+    workers: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``grapefx-inspect`` shows: BP first, then the methods asked for.
+
+    Render it with :meth:`text`, :meth:`json`, :meth:`html`; a notebook shows the HTML.
+    """
+
+    model: str
+    batch: int | None
+    parameters: int
+    device: DeviceRow
+    workers: tuple[int | None, ...]
+    methods: tuple[MethodReport, ...]
+    warnings: tuple[str, ...]
+
+    def method(self, name: str) -> MethodReport:
+        """The report of one method; KeyError when there is none."""
+        for m in self.methods:
+            if m.method == name:
+                return m
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; ``schema`` is the format's version.
+
+        Unlimited workers are ``null``, in dict keys ``"inf"``.
+        """
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def json(self) -> str:
+        """The report as JSON text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=1)
+
+    def text(self) -> str:
+        """The report for a terminal, at most 100 columns wide."""
+        from grapefx.report.text import render_text
+
+        return render_text(self)
+
+    def html(self) -> str:
+        """The report as one self-contained HTML page."""
+        from grapefx.report.html import render_html
+
+        return render_html(self)
+
+    def _repr_html_(self) -> str:
+        from grapefx.report.html import render_notebook
+
+        return render_notebook(self)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def worker_key(workers: int | None) -> str:
+    """A number of workers as a dict key: "4", or "inf"."""
+    return "inf" if workers is None else str(workers)

@@ -1,0 +1,78 @@
+"""The one autograd.Function: forward runs the forward graph, backward the update graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grapefx.errors import BackwardError
+from grapefx.runtime.program import CompiledStep
+from grapefx.torch_compat import clear_saved_tensors
+
+
+class Step(torch.autograd.Function):
+    """``apply(owner, step, arguments, *differentiable inputs)``.
+
+    ``owner`` provides ``feedback_inputs`` and ``commit``; see ``runtime.module``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, owner: Any, step: CompiledStep, arguments: list[Any], *leaves: Tensor) -> Any:
+        results = step.forward(arguments)
+        outs = tuple(results[: step.outputs])
+        saved = results[step.outputs :]
+        ctx.save_for_backward(*[saved[i] for i in step.saved_tensors])
+        ctx.sizes = [saved[i] for i in step.saved_sizes]
+        ctx.owner = owner
+        ctx.step = step
+        ctx.used = False
+        ctx.layouts = [None if o.is_contiguous() else o.stride() for o in outs]
+        fixed = [o for o, keep in zip(outs, owner.differentiable, strict=True) if not keep]
+        if fixed:
+            ctx.mark_non_differentiable(*fixed)
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        step: CompiledStep = ctx.step
+        if torch.is_grad_enabled():
+            raise BackwardError(
+                "double backward (create_graph=True) has no meaning for a grapefx module: its "
+                "gradients are not the derivative of a graph. Use the plain model for it."
+            )
+        if ctx.used:
+            raise BackwardError(
+                "backward was called twice on one forward: the feedback maps have already learned "
+                "from it. Sum the losses and call backward once, or run the forward again."
+            )
+        tensors = ctx.saved_tensors
+        inputs: list[Any] = [None] * (len(step.saved_tensors) + len(step.saved_sizes))
+        for i, t in zip(step.saved_tensors, tensors, strict=True):
+            inputs[i] = t
+        for i, s in zip(step.saved_sizes, ctx.sizes, strict=True):
+            inputs[i] = s
+        owner = ctx.owner
+        wanted = [
+            _laid_out(g, layout)
+            for g, layout, keep in zip(grads, ctx.layouts, owner.differentiable, strict=True)
+            if keep
+        ]
+        for role, ref in step.late:
+            inputs.append(wanted[ref] if role == "cotangent" else owner.feedback_input(ref))
+        del tensors, wanted
+        clear_saved_tensors(ctx)
+        results = owner.run_update(step, inputs)
+        found = owner.commit(step, results)
+        ctx.used = True
+        return (None, None, None, *found)
+
+
+def _laid_out(grad: Tensor, layout: tuple[int, ...] | None) -> Tensor:
+    """The cotangent in the strides that the graph was compiled for (a loss may hand stride 0)."""
+    if layout is None:
+        return grad.contiguous()
+    if grad.stride() == layout:
+        return grad
+    return torch.empty_strided(grad.shape, layout, dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -1,0 +1,454 @@
+"""The drop-in: an ``nn.Module`` that shares everything with the user's and trains by feedback."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grapefx.capture import flatten_call, unflatten_outputs
+from grapefx.errors import GrapefxWarning, InputError, StateError
+from grapefx.methods import Method
+from grapefx.options import Options
+from grapefx.plan import Plan, build_forward, build_plan
+from grapefx.runtime.function import Step
+from grapefx.runtime.guard import Fingerprint, describe_leaf
+from grapefx.runtime.noise import draw, seed_of
+from grapefx.runtime.program import CompiledStep, Program, module_slots
+from grapefx.runtime.schedule import CalibrationSchedule
+from grapefx.runtime.state import VERSION, FeedbackState
+
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class Owner:
+    """What one training call leaves for its backward: the runtime and the program's wiring."""
+
+    __slots__ = ("calibration", "differentiable", "layers", "module", "serial")
+
+    def __init__(self, module: FeedbackModule, program: Program, calibration: bool) -> None:
+        assert program.plan is not None
+        self.module = module
+        self.differentiable = program.plan.differentiable
+        self.layers = program.plan.layers
+        self.calibration = calibration
+
+    def feedback_input(self, name: str) -> Tensor:
+        """A feedback tensor as it is now."""
+        return self.module._feedback.tensors[name]
+
+    def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
+        """The update graph, with autocast off: the graph holds its own casts."""
+        with _autocast_off(self.module._device_type):
+            return step.update(inputs)
+
+    def commit(self, step: CompiledStep, results: Any) -> list[Any]:
+        """Take the learned feedback over in one assignment; return the gradients in order."""
+        module = self.module
+        gradients: dict[tuple[str, str], Any] = {}
+        learned: dict[str, Tensor] = {}
+        for (role, name), value in zip(step.results, results, strict=True):
+            if role == "feedback":
+                learned[name] = value
+            elif role == "metric":
+                module._metrics[name] = (value, self.layers)
+            else:
+                gradients[role, name] = value
+        found = [gradients.get(slot) for slot in step.gradients]
+        if learned:
+            module._feedback.tensors = {**module._feedback.tensors, **learned}
+        module._after_step(self.calibration)
+        if self.calibration and module._options.calib_update == "sgd":
+            found = module._own_sgd(step, found)
+        return found
+
+
+class FeedbackModule(nn.Module):
+    """The result of ``grapefx.compile``.
+
+    It shares parameters, buffers and children with the wrapped module, so ``state_dict()`` has the
+    plain model's keys, inside a parent module too. Attributes and methods of the wrapped module are
+    reachable through it.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, options: Options) -> None:
+        self.__dict__["_original"] = model
+        super().__init__()
+        for name in _SHARED:
+            self.__dict__[name] = model.__dict__[name]
+        self.__dict__.update(
+            _method=method,
+            _options=options,
+            _feedback=FeedbackState(method, options.seed),
+            _schedule=CalibrationSchedule(
+                options.calib_every,
+                options.calib_unit,
+                options.calib_init if options.calib_init is not None else options.calib_every is not None,
+                options.steps_per_epoch,
+            ),
+            _momentum={},
+            _metrics={},
+            _skipped=0,
+            _warned_skip=False,
+            _generators={},
+            _device_type="cpu",
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget everything compiled."""
+        self.__dict__.update(_programs={}, _plan=None, _fingerprint=None, _slots=None, _listed=None)
+
+    # the module that users see
+
+    @property
+    def training(self) -> bool:
+        """The wrapped module's mode."""
+        return self._original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._original.training = mode
+
+    def train(self, mode: bool = True) -> FeedbackModule:
+        """As the wrapped module's."""
+        self._original.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain model's, key for key. The learning state is in ``feedback_state_dict``."""
+        return self._original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain model's."""
+        return self._original.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original._load_from_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+    def extra_repr(self) -> str:
+        """The method and what wraps what."""
+        return f"{type(self._original).__name__} trained by {self._method.name}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeedbackModule:
+        new = FeedbackModule(copy.deepcopy(self._original, memo), self._method, self._options)
+        new._restore(copy.deepcopy(self._saved(), memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._original, self._method, self._options, self._saved())
+
+    def _saved(self) -> dict[str, Any]:
+        return {
+            "tensors": self._feedback.tensors or self._feedback.pending or {},
+            "schedule": self._schedule.state(),
+            "momentum": self._momentum,
+            "skipped": self._skipped,
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self._feedback.tensors = dict(saved["tensors"])
+        self._schedule.load(saved["schedule"])
+        self.__dict__.update(_momentum=saved["momentum"], _skipped=saved["skipped"])
+
+    # training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One call. With gradients enabled it is a training step: backward fills ``p.grad``."""
+        leaves, spec = flatten_call(args, kwargs)
+        training = torch.is_grad_enabled()
+        program = self._program(args, kwargs, leaves, spec, training)
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if program.plan is None:
+            return unflatten_outputs(program.out_spec, self._infer(program, inputs))
+        return unflatten_outputs(program.out_spec, self._train(program, inputs))
+
+    def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
+        compiled = program.infer()
+        arguments = [self._value(role, ref, inputs, program) for role, ref in compiled.sources]
+        with _autocast_off(self._device_type), torch.no_grad():
+            return compiled.forward(arguments)
+
+    def _train(self, program: Program, inputs: list[Tensor]) -> Any:
+        plan = program.plan
+        assert plan is not None
+        self._schedule.tell_once()
+        kind = self._kind(plan)
+        step = program.step(kind)
+        noise = self._noise(step, inputs) if step.noise else {}
+        arguments = [
+            noise[ref] if role == "noise" else self._value(role, ref, inputs, program)
+            for role, ref in step.sources
+        ]
+        slots = self._slots
+        leaves = [
+            slots[name][0][slots[name][1]] if role == "gradient" else inputs[int(name)]
+            for role, name in step.gradients
+        ]
+        owner = Owner(self, program, kind == "calibration")
+        with _autocast_off(self._device_type):
+            return Step.apply(owner, step, arguments, *leaves)
+
+    def _kind(self, plan: Plan) -> str:
+        kinds = plan.kinds()
+        if kinds == ("calibration",):
+            return "calibration"
+        if self._schedule.due():
+            return "calibration"
+        if "align" in kinds and (
+            "update" not in kinds or self._schedule.step % self._options.align_every == 0
+        ):
+            return "align"
+        return "update"
+
+    def _value(self, role: str, ref: Any, inputs: list[Tensor], program: Program) -> Tensor:
+        if role == "input":
+            x = inputs[ref]
+            if x.is_contiguous() or (
+                x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            ):
+                return x
+            return x.contiguous()
+        if role == "constant":
+            return program.constants[ref]
+        store, key = self._slots[ref]
+        return store[key]
+
+    def _noise(self, step: CompiledStep, inputs: list[Tensor]) -> dict[int, Tensor]:
+        batch = self._batch_size(inputs)
+        options = self._options
+        rows = max(1, min(batch, round(batch * options.tangent_fraction)))
+        device = inputs[0].device
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device)
+        generator.manual_seed(seed_of(options.seed, _rank(), self._schedule.step))
+        shapes = [n.sized(rows) for n in step.noise]
+        tensors = draw(shapes, step.noise[0].dtype, device, generator, options.noise)
+        return {n.index: t for n, t in zip(step.noise, tensors, strict=True)}
+
+    def _batch_size(self, inputs: list[Tensor]) -> int:
+        dim = self._options.batch_dim
+        return next((t.shape[dim] for t in inputs if t.ndim > dim), 1)
+
+    # captures
+
+    def _program(
+        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, training: bool
+    ) -> Program:
+        fingerprint = self._fingerprint
+        if fingerprint is None:
+            fingerprint = self.__dict__["_fingerprint"] = Fingerprint(self._original)
+        reading = fingerprint.read()
+        dim = self._options.batch_dim
+        batch = next((t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None)
+        call = tuple([describe_leaf(leaf, batch, dim) for leaf in leaves])
+        device = self._device_type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (reading, call, spec, training, cast)
+        found = self._programs.get(key) or self._programs.get((key, batch))
+        if found is None:
+            found = self._capture(args, kwargs, leaves, key, reading, batch, training)
+        if self._listed is not fingerprint.modules:
+            self.__dict__.update(_slots=module_slots(self._original), _listed=fingerprint.modules)
+        return found
+
+    def _capture(
+        self, args: Any, kwargs: Any, leaves: list[Any], key: Any, reading: Any, batch: Any, training: bool
+    ) -> Program:  # fmt: skip
+        self._check_devices(leaves)
+        options = self._options
+        backend = (options.backend, options.backend_options)
+        device = self._device_type
+        if torch.is_autocast_enabled(device) != bool(key[4]):  # the device was unknown till now
+            key = (*key[:4], torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
+        if training:
+            plan = build_plan(
+                self._original, args, kwargs, method=self._method, options=options
+            )
+            parameter = next(p for p in self._original.parameters() if p.requires_grad)
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self._feedback.ensure(plan.maps if self._method.feedback else (), dtype, parameter.device)
+            captured = plan.captured
+            program = Program(plan, None, captured.out_spec, captured.constants, *backend)
+            self.__dict__["_plan"] = plan
+            for note in plan.notes:
+                warnings.warn(note, GrapefxWarning, stacklevel=4)
+        else:
+            captured, step = build_forward(self._original, args, kwargs, options)
+            program = Program(None, step, captured.out_spec, captured.constants, *backend)
+        fixed = captured.batch is None
+        self._programs[(key, batch) if fixed else key] = program
+        return program
+
+    def _check_devices(self, leaves: list[Any]) -> None:
+        parameter = next(self._original.parameters(), None)
+        if parameter is None:
+            return
+        self.__dict__["_device_type"] = parameter.device.type
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.device != parameter.device and leaf.ndim > 0:
+                raise InputError(
+                    f"an input is on {leaf.device}, the parameters are on {parameter.device}: move "
+                    "one of them (x.to(device) or net.to(device))"
+                )
+
+    # after a step
+
+    def _after_step(self, calibrated: bool) -> None:
+        self._schedule.done(calibrated)
+        finite = self._metrics.pop("finite", None)
+        if finite is not None:
+            # reading a flag on an accelerator would wait for it: it is read with the metrics
+            if finite[0].device.type == "cpu":
+                self._note_finite(bool(finite[0]))
+            else:
+                self._metrics.setdefault("unread", []).append(finite[0])
+                if len(self._metrics["unread"]) >= 256:
+                    self._read_flags()
+
+    def _read_flags(self) -> None:
+        flags = self._metrics.pop("unread", [])
+        for ok in torch.stack(flags).tolist() if flags else []:
+            self._note_finite(ok)
+
+    def _note_finite(self, ok: bool) -> None:
+        if ok:
+            return
+        self.__dict__["_skipped"] += 1
+        if not self._warned_skip:
+            self.__dict__["_warned_skip"] = True
+            warnings.warn(
+                "the output error or a tangent is not finite: the feedback maps keep their values "
+                "for this step (net.skipped_updates counts such steps)",
+                GrapefxWarning,
+                stacklevel=2,
+            )
+
+    def _own_sgd(self, step: CompiledStep, found: list[Any]) -> list[Any]:
+        """001 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None."""
+        out = []
+        with torch.no_grad():
+            for (role, name), grad in zip(step.gradients, found, strict=True):
+                if role != "gradient" or grad is None:
+                    out.append(grad)
+                    continue
+                old = self._momentum.get(name)
+                m = self._momentum[name] = grad.clone() if old is None else old.mul_(0.9).add_(grad)
+                store, key = self._slots[name]
+                store[key].sub_(m, alpha=0.01)
+                out.append(None)
+        return out
+
+    # what users ask
+
+    @property
+    def skipped_updates(self) -> int:
+        """Steps whose feedback update was skipped because a value was not finite."""
+        self._read_flags()
+        return self._skipped
+
+    def set_epoch(self, epoch: int) -> None:
+        """Announce the epoch that begins (as ``DistributedSampler.set_epoch``)."""
+        self._read_flags()
+        self._schedule.set_epoch(epoch)
+
+    @contextlib.contextmanager
+    def calibration(self) -> Iterator[None]:
+        """Every training step inside is a calibration step."""
+        self._schedule.forced += 1
+        try:
+            yield
+        finally:
+            self._schedule.forced -= 1
+
+    def alignment(self) -> dict[str, dict[str, float]]:
+        """Last measured cosines by layer name.
+
+        ``cos_jacobian``: cos_F(B, J^) of the last aligned step (001 eq. 5). ``cos_gradient``: the
+        cosine between the feedback gradient and the true gradient of the layer's parameters at the
+        last calibration step. A key is absent while unknown.
+        """
+        self._read_flags()
+        out: dict[str, dict[str, float]] = {}
+        for name in ("cos_jacobian", "cos_gradient"):
+            if name not in self._metrics:
+                continue
+            values, layers = self._metrics[name]
+            for layer, v in zip(layers, values.tolist(), strict=True):
+                if v == v:
+                    out.setdefault(layer.name, {})[name] = v
+        return out
+
+    def feedback_state_dict(self) -> dict[str, Any]:
+        """The learning state: feedback maps, their optimizer, counters. Goes beside ``state_dict``."""
+        saved = self._saved()
+        return {
+            "version": VERSION,
+            "method": self._method.name,
+            "seed": self._options.seed,
+            "tensors": {k: v.detach().clone() for k, v in saved["tensors"].items()},
+            "schedule": saved["schedule"],
+            "momentum": {k: v.clone() for k, v in self._momentum.items()},
+            "skipped": self.skipped_updates,
+        }
+
+    def load_feedback_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the learning state over. Raises ``StateError`` and changes nothing if it does not fit."""
+        wanted = {"version", "method", "seed", "tensors", "schedule", "momentum", "skipped"}
+        if not isinstance(state, dict) or not wanted <= set(state):
+            raise StateError("this is not a feedback state dict (made by net.feedback_state_dict())")
+        if state["version"] != VERSION:
+            raise StateError(f"feedback state version {state['version']}, this grapefx reads {VERSION}")
+        if state["method"] != self._method.name:
+            raise StateError(
+                f"the feedback state was learned by {state['method']!r}, this module uses "
+                f"{self._method.name!r}"
+            )
+        maps = self._plan.maps if self._plan is not None and self._method.feedback else None
+        self._feedback.load(state["tensors"], maps)
+        self._schedule.load(state["schedule"])
+        self.__dict__.update(
+            _momentum={k: v.clone() for k, v in state["momentum"].items()},
+            _skipped=state["skipped"],
+        )
+
+    @property
+    def feedback(self) -> dict[str, Tensor]:
+        """The feedback tensors by "layer/name" (read-only view of the present values)."""
+        return dict(self._feedback.tensors)
+
+
+def _rebuild(model: nn.Module, method: Method, options: Options, saved: dict[str, Any]) -> FeedbackModule:
+    new = FeedbackModule(model, method, options)
+    new._restore(saved)
+    return new
+
+
+def _rank() -> int:
+    """Noise differs between the ranks of a process group, feedback maps do not."""
+    dist = torch.distributed
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+_NOTHING: Callable[[], Any] = contextlib.nullcontext
+
+
+def _autocast_off(device: str) -> Any:
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING()

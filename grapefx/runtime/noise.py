@@ -1,0 +1,56 @@
+"""The noise v_l of the tangents, drawn outside the graph from a generator of its own.
+
+The draw of step k depends on (seed, k) alone: it leaves the user's random stream untouched, a
+forward without a backward repeats it, and a resumed run continues it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_of(seed: int, *counters: int) -> int:
+    """A well-mixed 63-bit seed from small integers (splitmix64)."""
+    x = seed & 0xFFFFFFFFFFFFFFFF
+    for c in counters:
+        x = (x + 0x9E3779B97F4A7C15 * (c + 1)) & 0xFFFFFFFFFFFFFFFF
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        x ^= x >> 31
+    return x >> 1
+
+
+def draw(
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    kind: str,
+) -> list[Tensor]:
+    """One tensor a shape, E[v v^T] = I: normal, or random signs (as packed bits, see ``unpack``)."""
+    if kind == "rademacher":
+        words = [words_shape(s) for s in shapes]
+        flat = torch.empty(sum(map(math.prod, words)), dtype=torch.int64, device=device)
+        flat.random_(-(2**63), None, generator=generator)
+        return _cut(flat, words)
+    flat = torch.empty(sum(map(math.prod, shapes)), dtype=dtype, device=device)
+    flat.normal_(generator=generator)
+    return _cut(flat, shapes)
+
+
+def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    out, start = [], 0
+    for s in shapes:
+        size = math.prod(s)
+        out.append(flat[start : start + size].view(s))
+        start += size
+    return out
+
+
+def words_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the packed bits of a noise tensor: rows, then 64-bit words."""
+    return (shape[0], (math.prod(shape[1:]) + 63) // 64)

@@ -1,0 +1,174 @@
+"""A captured call with its compiled graphs. Graphs are compiled when a step first needs them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grapefx.ir import StepGraph
+from grapefx.lowering import Compiled, lower
+from grapefx.passes.split import forward_only, split
+from grapefx.plan import Plan
+from grapefx.torch_compat import size_hint
+
+
+@dataclass(frozen=True)
+class NoiseInput:
+    """One noise placeholder: its index in the step's inputs, its shape with rows left open."""
+
+    index: int
+    dim: int
+    factor: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def sized(self, rows: int) -> tuple[int, ...]:
+        """The shape for a number of samples."""
+        s = list(self.shape)
+        s[self.dim] = rows * self.factor
+        return tuple(s)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """One kind of training step: two callables and the wiring between them.
+
+    ``sources``: for each input of the forward callable, (role, name or index).
+    ``saved_tensors`` and ``saved_sizes``: positions among the saved values.
+    ``late``: for each late input of the update callable, ("cotangent", k) or ("feedback", name).
+    ``results``: for each output of the update callable, its slot.
+    """
+
+    kind: str
+    forward: Compiled
+    update: Compiled
+    sources: tuple[tuple[str, Any], ...]
+    noise: tuple[NoiseInput, ...]
+    outputs: int
+    saved_tensors: tuple[int, ...]
+    saved_sizes: tuple[int, ...]
+    late: tuple[tuple[str, Any], ...]
+    results: tuple[tuple[str, Any], ...]
+    gradients: tuple[tuple[str, str], ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CompiledForward:
+    """Inference: one callable."""
+
+    forward: Compiled
+    sources: tuple[tuple[str, Any], ...]
+    seconds: float
+
+
+class Program:
+    """The compiled graphs of one plan (training) or one forward graph (inference)."""
+
+    def __init__(self, plan: Plan | None, inference: StepGraph | None, out_spec: Any,
+                 constants: dict[str, Tensor], backend: str, options: dict[str, Any] | None) -> None:  # fmt: skip
+        self.plan = plan
+        self.inference = inference
+        self.out_spec = out_spec
+        self.constants = constants
+        self.backend = backend
+        self.options = options
+        self.steps: dict[str, CompiledStep] = {}
+        self.forward: CompiledForward | None = None
+
+    def step(self, kind: str) -> CompiledStep:
+        """The compiled step of a kind."""
+        found = self.steps.get(kind)
+        if found is None:
+            assert self.plan is not None
+            found = self.steps[kind] = compile_step(
+                self.plan.graph(kind), kind, self.backend, self.options
+            )
+        return found
+
+    def infer(self) -> CompiledForward:
+        """The compiled inference forward."""
+        if self.forward is None:
+            assert self.inference is not None
+            start = time.perf_counter()
+            gm, used = forward_only(self.inference)
+            sources = tuple(_source(self.inference, i) for i in used)
+            fn = lower(gm, self.backend, self.options)
+            self.forward = CompiledForward(fn, sources, time.perf_counter() - start)
+        return self.forward
+
+
+def _source(step: StepGraph, index: int) -> tuple[str, Any]:
+    slot = step.inputs[index]
+    if slot.role == "input":
+        return ("input", int(slot.name))
+    if slot.role == "noise":
+        return ("noise", index)
+    return (slot.role, slot.name)
+
+
+def compile_step(
+    step: StepGraph, kind: str, backend: str, options: dict[str, Any] | None
+) -> CompiledStep:
+    """Split and lower one step graph."""
+    start = time.perf_counter()
+    parts = split(step)
+    sources = tuple(_source(step, i) for i in parts.forward_inputs)
+    placeholders = step.placeholders()
+    # every noise input is drawn, used or not: the stream of draws does not depend on dead code
+    noise = tuple(
+        _noise_input(step, i, placeholders[i].meta["val"])
+        for i, s in enumerate(step.inputs)
+        if s.role == "noise"
+    )
+    saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][: parts.saved]
+    cotangents = [i for i, s in enumerate(step.inputs) if s.role == "cotangent"]
+    late = tuple(
+        ("cotangent", cotangents.index(i))
+        if step.inputs[i].role == "cotangent"
+        else ("feedback", step.inputs[i].name)
+        for i in parts.late_inputs
+    )
+    forward = lower(parts.forward, backend, options)
+    update = lower(parts.update, backend, options)
+    return CompiledStep(
+        kind=kind,
+        forward=forward,
+        update=update,
+        sources=sources,
+        noise=noise,
+        outputs=len(parts.forward_outputs),
+        saved_tensors=tuple(i for i, v in enumerate(saved) if isinstance(v, Tensor)),
+        saved_sizes=tuple(i for i, v in enumerate(saved) if not isinstance(v, Tensor)),
+        late=late,
+        results=tuple((s.role, s.name) for s in parts.update_outputs),
+        gradients=tuple(
+            (s.role, s.name) for s in step.outputs if s.role in ("gradient", "input_gradient")
+        ),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
+    layer = step.placeholders()[index].meta["grapefx_fold"]
+    dim, outer, inner = layer
+    shape = tuple(0 if d == dim else size_hint(s) for d, s in enumerate(val.shape))
+    return NoiseInput(index, dim, outer * inner, shape, val.dtype)
+
+
+def module_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each parameter and buffer lives: (dict, key) by full name."""
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for store in (module._parameters, module._buffers):
+            for key in store:
+                slots[dot + key] = (store, key)  # type: ignore[assignment]
+    return slots
+
+
+__all__ = ["CompiledForward", "CompiledStep", "NoiseInput", "Program", "module_slots"]

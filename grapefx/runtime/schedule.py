@@ -1,0 +1,83 @@
+"""When a training step is a calibration step."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grapefx.errors import GrapefxWarning
+
+
+@dataclass
+class CalibrationSchedule:
+    """Counts steps and epochs; ``due`` asks, ``done`` tells that a step has been completed.
+
+    A step counts when its backward has finished, so a forward alone changes nothing. In units of
+    epochs the first step of every ``every``-th epoch calibrates; a shuffled loader makes it a
+    uniform draw (001 section 3.4). ``at_start`` adds step 0.
+    """
+
+    every: int | None
+    unit: str
+    at_start: bool
+    steps_per_epoch: int | None
+    step: int = 0
+    epoch: int | None = None
+    calibrated_at: int = -1  # the last epoch (or step) that was calibrated
+    forced: int = 0
+    told: bool = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Announce the epoch that begins."""
+        self.epoch = int(epoch)
+
+    def now(self) -> int:
+        """The current epoch, or the step when the unit is steps."""
+        if self.unit == "step":
+            return self.step
+        if self.epoch is not None:
+            return self.epoch
+        return self.step // self.steps_per_epoch if self.steps_per_epoch else 0
+
+    def due(self) -> bool:
+        """Whether the step that begins now is a calibration step."""
+        if self.forced:
+            return True
+        now = self.now()
+        if self.step == 0:
+            return self.at_start and self.calibrated_at < 0
+        if self.every is None:
+            return False
+        return now > 0 and now % self.every == 0 and self.calibrated_at != now
+
+    def done(self, calibrated: bool) -> None:
+        """A step's backward has finished."""
+        if calibrated:
+            self.calibrated_at = self.now()
+        self.step += 1
+
+    def tell_once(self) -> None:
+        """Say that epochs are not announced, if calibration depends on them."""
+        if self.told or self.every is None or self.unit == "step":
+            return
+        if self.epoch is None and self.steps_per_epoch is None:
+            start = "only at step 0" if self.at_start else "never"
+            warnings.warn(
+                f"calib_every={self.every} counts epochs, but none was announced: the network is "
+                f"calibrated {start}. Call net.set_epoch(epoch) before each epoch, or pass "
+                "steps_per_epoch= or calib_unit='step'.",
+                GrapefxWarning,
+                stacklevel=4,
+            )
+        self.told = True
+
+    def state(self) -> dict[str, Any]:
+        """Counters, for a checkpoint."""
+        keep = ("step", "epoch", "calibrated_at")
+        return {k: v for k, v in asdict(self).items() if k in keep}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Counters from a checkpoint."""
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.calibrated_at = state["calibrated_at"]

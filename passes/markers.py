@@ -1,0 +1,67 @@
+"""The marker operators that passes rewrite: identities with a name.
+
+``cut`` stands at a feedback point, ``tap`` at the error tap, ``stop`` where the user stopped the
+gradient. Autograd turns the first two into ``cut_backward`` and ``tap_backward`` in the joint
+graph. No marker is left in a lowered graph (``erase``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+_LIB = torch.library.Library("grapefx", "DEF")
+for _name in ("cut", "cut_backward", "tap", "tap_backward"):
+    _LIB.define(f"{_name}(Tensor x, int index) -> Tensor")
+    _LIB.impl(_name, lambda x, index: x.clone(), "CompositeExplicitAutograd")
+_LIB.define("stop(Tensor x) -> Tensor")
+_LIB.impl("stop", lambda x: x.clone(), "CompositeExplicitAutograd")
+
+CUT = torch.ops.grapefx.cut.default
+CUT_BACKWARD = torch.ops.grapefx.cut_backward.default
+TAP = torch.ops.grapefx.tap.default
+TAP_BACKWARD = torch.ops.grapefx.tap_backward.default
+STOP = torch.ops.grapefx.stop.default
+
+ALL = (CUT, CUT_BACKWARD, TAP, TAP_BACKWARD, STOP)
+
+
+class Cut(torch.autograd.Function):
+    """``cut`` with ``cut_backward`` as its derivative; used while the joint graph is traced."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: int) -> torch.Tensor:
+        ctx.index = index
+        return CUT(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return CUT_BACKWARD(grads[0], ctx.index), None
+
+
+class Tap(torch.autograd.Function):
+    """``tap`` with ``tap_backward`` as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: int) -> torch.Tensor:
+        ctx.index = index
+        return TAP(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return TAP_BACKWARD(grads[0], ctx.index), None
+
+
+def find(graph: Graph, target: Any) -> dict[int, Node]:
+    """The nodes of one marker, by index."""
+    return {n.args[1]: n for n in graph.nodes if n.op == "call_function" and n.target is target}  # type: ignore[misc]
+
+
+def erase(graph: Graph) -> None:
+    """Replace every marker by the value that it marks."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in ALL:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)

@@ -1,0 +1,56 @@
+"""Small graph utilities: topological order and dead code."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+
+def topological(graph: Graph) -> None:
+    """Reorder nodes so that each comes after its inputs; otherwise the order stays.
+
+    Placeholders stay in front, the output stays last.
+    """
+    nodes = list(graph.nodes)
+    placed: set[Node] = set()
+    cursor = graph._root
+    stack: list[tuple[Node, bool]] = []
+
+    def put(node: Node) -> None:
+        nonlocal cursor
+        if cursor.next is not node:
+            cursor.append(node)
+        cursor = node
+        placed.add(node)
+
+    for node in nodes:
+        if node.op == "placeholder":
+            put(node)
+    for node in nodes:
+        if node in placed or node.op == "output":
+            continue
+        stack.append((node, False))
+        while stack:
+            n, ready = stack.pop()
+            if n in placed:
+                continue
+            if ready:
+                put(n)
+                continue
+            stack.append((n, True))
+            stack.extend((a, False) for a in reversed(n.all_input_nodes) if a not in placed)
+    graph.lint()
+
+
+def dead_code(graph: Graph) -> int:
+    """Erase nodes that nothing uses (all operators here are pure); returns how many."""
+    count = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not _writes(node):
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -1,0 +1,535 @@
+"""Where the cuts go: feedback points by a topological sweep, and the error tap.
+
+In: the captured forward graph. Out: a ``Placement`` (nothing is rewritten here).
+
+A *segment* is opened by an operator with weights and closed by a cut behind it, so that no path
+joins two segments' weights without crossing a cut:
+
+1. An operator with a weight matrix (linear, convolution, embedding, recurrent) is *heavy*; other
+   operators with parameters (norms, scales) are *light*. A heavy operator closes the heavy
+   segments among its inputs and absorbs light ones (pre-norm).
+2. add, sub, where and attention-like products merge the segments that they join; anything else
+   that joins two of them (cat, gating) closes all. A skip over a closed segment is no path.
+3. A value that fans out closes, unless its branches meet again before the next weight
+   (``x * sigmoid(x)``, q-k-v from one projection, rotary embeddings).
+4. To close is to cut at the narrowest value after the segment's last parameter and last merge,
+   the latest of equals.
+5. The segment that reaches the error tap unclosed is the head: it gets the true error.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from grapefx.errors import OptionError, PlacementError, nearest
+from grapefx.ir import Captured, Layer
+from grapefx.passes.batch import Fold, batch_folds, op_name
+
+aten = torch.ops.aten
+
+GRANULARITIES = ("layer", "block")
+
+_HEAVY = {
+    "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum", "bilinear", "addmv", "mv",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "convolution", "embedding", "embedding_bag", "_embedding_bag",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell",
+}  # fmt: skip
+_MERGE = {
+    "add", "sub", "rsub", "where", "bmm", "matmul", "baddbmm", "einsum", "maximum", "minimum",
+    "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "mm",
+}  # fmt: skip
+_REGION_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A feedback point: the node to cut, and the segment that it closes."""
+
+    node: Node
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The feedback points in forward order, and the nodes whose true gradient is the error."""
+
+    cuts: tuple[CutPoint, ...]
+    taps: tuple[Node, ...]
+    head: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class _Segment:
+    heavy: bool
+    params: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)
+    candidates: list[Node] = field(default_factory=list)
+    first: Node | None = None
+    closed: Node | None = None
+    merged: _Segment | None = None
+
+    def root(self) -> _Segment:
+        seg = self
+        while seg.merged is not None:
+            seg = seg.merged
+        return seg
+
+
+def value(node: Any) -> Any:
+    """A node's fake value; of a tuple, nothing."""
+    return node.meta.get("val") if isinstance(node, Node) else None
+
+
+def is_float(node: Any) -> bool:
+    """Whether a node is a floating-point tensor (what a gradient can flow through)."""
+    val = value(node)
+    return isinstance(val, torch.Tensor) and (val.is_floating_point() or val.is_complex())
+
+
+class _Sweep:
+    def __init__(self, cap: Captured, trainable: set[str], batch_size: int) -> None:
+        self.cap = cap
+        self.folds = batch_folds(cap.gm.graph, cap.batch, batch_size)
+        self.nodes = list(cap.gm.graph.nodes)
+        self.order = {n: i for i, n in enumerate(self.nodes)}
+        self.output = self.nodes[-1]
+        self.param_of: dict[Node, set[str]] = {}
+        self.frozen: set[Node] = set()
+        self.data: set[Node] = set()
+        self.seg: dict[Node, _Segment] = {}
+        self.interior: set[Node] = set()
+        self.closed: list[_Segment] = []
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        for node, slot in zip(placeholders, cap.inputs, strict=True):
+            if slot.role == "parameter":
+                if slot.name in trainable and is_float(node):
+                    self.param_of[node] = {slot.name}
+                else:
+                    self.frozen.add(node)
+            elif slot.role == "input":
+                self.data.add(node)
+        returned = [n for n in self.output.args[0] if isinstance(n, Node)]  # type: ignore[union-attr]
+        self.user_outputs = returned[len(cap.mutated) :]
+        self.live = self._live()
+
+    def _live(self) -> set[Node]:
+        """Nodes on a differentiable path to a user output."""
+        live: set[Node] = set()
+        stack = [n for n in self.user_outputs if is_float(n)]
+        while stack:
+            n = stack.pop()
+            if n in live:
+                continue
+            live.add(n)
+            if n.op == "call_function" and n.target is aten.detach.default:
+                continue
+            stack.extend(
+                a for a in n.all_input_nodes if is_float(a) or isinstance(value(a), (tuple, list))
+            )
+        return live
+
+    def all_params(self) -> set[str]:
+        return {p for names in self.param_of.values() for p in names}
+
+    def consumers(self, node: Node) -> list[Node]:
+        return [u for u in node.users if u in self.live and u is not self.output]
+
+    def run(self) -> None:
+        for node in self.nodes:
+            if node.op == "call_function":
+                self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        if node.target is aten.detach.default:
+            if any(a in self.data for a in node.all_input_nodes):
+                self.data.add(node)
+            return
+        inputs = node.all_input_nodes
+        params: set[str] = set()
+        for a in inputs:
+            if a not in self.data:
+                params |= self.param_of.get(a, set())
+        data_in = [a for a in inputs if a in self.data and not isinstance(value(a), torch.SymInt)]
+        if not data_in and not isinstance(value(node), torch.SymInt):
+            # a function of parameters only is a parameter
+            if params:
+                self.param_of[node] = params
+            elif any(a in self.frozen for a in inputs):
+                self.frozen.add(node)
+            return
+        if not is_float(node) and not isinstance(value(node), (tuple, list)):
+            self.data.add(node)
+            return
+        self.data.add(node)
+        if node not in self.live:
+            return
+        opens = self._open_inputs(data_in)
+        name = op_name(node)
+        heavy = name in _HEAVY and (
+            bool(params) or any(a in self.frozen for a in inputs if a not in self.data)
+        )
+        if heavy:
+            seg = self._heavy(node, params, opens)
+        elif params:
+            seg = self._light(node, params, opens, name)
+        else:
+            seg = self._plain(node, opens, name, data_in)
+        if seg is None:
+            return
+        self.seg[node] = seg
+        if node in self.interior:
+            return
+        if isinstance(value(node), torch.Tensor):
+            seg.candidates.append(node)
+        users = self.consumers(node)
+        if node in self.user_outputs and users:
+            self._close(seg)
+        elif len(users) > 1:
+            self._fan_out(node, seg, users)
+
+    def _open_inputs(self, data_in: Iterable[Node]) -> list[_Segment]:
+        found: list[_Segment] = []
+        for a in data_in:
+            seg = self.seg.get(a)
+            if seg is None:
+                continue
+            seg = seg.root()
+            if seg.closed is None and seg not in found:
+                found.append(seg)
+        return found
+
+    def _heavy(self, node: Node, params: set[str], opens: list[_Segment]) -> _Segment | None:
+        absorbed: set[str] = set()
+        for seg in opens:
+            if seg.heavy:
+                self._close(seg)
+            else:
+                absorbed |= seg.params
+        if not params:
+            return None  # frozen weights end a chain and start none
+        return _Segment(True, params | absorbed, set(params), first=node)
+
+    def _light(
+        self, node: Node, params: set[str], opens: list[_Segment], name: str
+    ) -> _Segment | None:
+        if not opens:
+            return _Segment(False, set(params), set(params), first=node)
+        if len(opens) > 1 and name not in _MERGE:
+            for seg in opens:
+                self._close(seg)
+            return _Segment(False, set(params), set(params), first=node)
+        seg = self._merge(opens)
+        seg.params |= params
+        seg.candidates.clear()
+        return seg
+
+    def _plain(
+        self, node: Node, opens: list[_Segment], name: str, data_in: list[Node]
+    ) -> _Segment | None:
+        if not opens:
+            return None
+        if node in self.interior:
+            return opens[0] if len(opens) == 1 else self._merge(opens)
+        if len(opens) == 1:
+            values = [a for a in data_in if is_float(a)]
+            gate = name in ("mul", "div") and len(values) > 1
+            if gate and any(self._foreign(a, opens[0]) for a in values):
+                self._close(opens[0])
+                return None
+            return opens[0]
+        if name in _MERGE:
+            seg = self._merge(opens)
+            seg.candidates.clear()
+            return seg
+        for seg in opens:
+            self._close(seg)
+        return None
+
+    def _foreign(self, node: Node, seg: _Segment) -> bool:
+        """A value of another, closed segment (not an input, a mask or a constant)."""
+        other = self.seg.get(node)
+        return other is not None and other.root() is not seg
+
+    def _merge(self, opens: list[_Segment]) -> _Segment:
+        first, *rest = opens
+        for seg in rest:
+            seg.merged = first
+            first.params |= seg.params
+            first.heavy = first.heavy or seg.heavy
+            if seg.first is not None and (
+                first.first is None or self.order[seg.first] < self.order[first.first]
+            ):
+                first.first = seg.first
+        return first
+
+    def _fan_out(self, node: Node, seg: _Segment, users: list[Node]) -> None:
+        if not seg.heavy and all(self._is_heavy(u) for u in users):
+            return  # a norm that feeds q, k and v belongs to each of them
+        region = self._reconverge(node, seg)
+        if region is None:
+            self._close(seg)
+        else:
+            self.interior |= region
+
+    def _is_heavy(self, node: Node) -> bool:
+        return op_name(node) in _HEAVY and any(
+            a in self.param_of or a in self.frozen for a in node.all_input_nodes
+        )
+
+    def _reconverge(self, start: Node, seg: _Segment) -> set[Node] | None:
+        """The nodes between a fan-out and the value where all its branches have met again."""
+        region = {start}
+        heap: list[tuple[int, Node]] = []
+        queued: set[Node] = set()
+
+        def push(n: Node) -> None:
+            for u in self.consumers(n):
+                if u not in queued:
+                    queued.add(u)
+                    heapq.heappush(heap, (self.order[u], u))
+
+        push(start)
+        while heap and len(region) < _REGION_LIMIT:
+            _, n = heapq.heappop(heap)
+            if self._is_heavy(n):
+                return None
+            for a in n.all_input_nodes:
+                if a in region:
+                    continue
+                other = self.seg.get(a)
+                if other is not None and other.root().closed is None and other.root() is not seg:
+                    return None
+            region.add(n)
+            if n in self.user_outputs:
+                return None
+            push(n)
+            if self._all_inside(region, n) and isinstance(value(n), torch.Tensor):
+                return region - {start, n}
+        return None
+
+    def _all_inside(self, region: set[Node], last: Node) -> bool:
+        return all(u in region for m in region if m is not last for u in self.consumers(m))
+
+    def _close(self, seg: _Segment) -> None:
+        seg = seg.root()
+        if seg.closed is not None:
+            return
+        found = [c for c in seg.candidates if c in self.folds]
+        usable = [c for c in found if self.folds[c].plain] or found
+        if not usable:
+            names = ", ".join(sorted(seg.params)) or "no parameter"
+            at = seg.first.meta.get("stack_trace", "").strip() if seg.first is not None else ""
+            raise PlacementError(
+                f"no feedback point can be placed behind {names}: none of its values keeps the "
+                f"batch as one dimension\n  {at}\n  remedy: pass batch_dim= or reshape the value "
+                "so that the batch is a dimension of its own"
+            )
+        sizes = [math.prod(sample_shape(c, self.folds[c])) for c in usable]
+        narrowest = min(sizes)
+        seg.closed = max(
+            (c for c, s in zip(usable, sizes, strict=True) if s == narrowest),
+            key=lambda c: self.order[c],
+        )
+        self.closed.append(seg)
+
+
+def sample_shape(node: Node, fold: Fold) -> tuple[int, ...]:
+    """The shape of one sample's part of a value."""
+    shape = [int(s) for d, s in enumerate(value(node).shape) if d != fold.dim]
+    extra = fold.outer * fold.inner
+    return tuple(shape) if extra == 1 else (extra, *shape)
+
+
+def place(
+    cap: Captured, *, trainable: set[str], granularity: str = "layer", batch_size: int
+) -> Placement:
+    """Choose feedback points and the error tap on a captured graph.
+
+    Raises ``PlacementError`` when there is no trainable parameter, no differentiable output with
+    a batch dim, or no feedback point at all (a single layer: use ``method="bp"``).
+    """
+    if granularity not in GRANULARITIES:
+        raise OptionError(f"unknown granularity {granularity!r}.{nearest(granularity, GRANULARITIES)}")
+    sweep = _Sweep(cap, trainable, batch_size)
+    if not sweep.param_of:
+        raise PlacementError(
+            "the model has no trainable parameter on the path to its output; "
+            "set requires_grad=True on what should learn"
+        )
+    sweep.run()
+    taps = _taps(sweep)
+    cut_segments = sorted(sweep.closed, key=lambda s: sweep.order[s.closed])  # type: ignore[index]
+    before_tap = _ancestors(taps)
+    cut_segments = [s for s in cut_segments if s.closed in before_tap and s.params]
+    if granularity == "block":
+        cut_segments = _blocks(cut_segments, sweep, taps)
+    # the segment in front of the tap may have been closed at the tap itself: that is the head
+    cut_segments = [s for s in cut_segments if s.closed not in taps]
+    cuts = _name_layers(cut_segments, sweep)
+    covered = {p for c in cuts for p in c.layer.parameters}
+    return Placement(cuts, tuple(taps), tuple(sorted(sweep.all_params() - covered)))
+
+
+def _ancestors(nodes: Iterable[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [a for n in nodes for a in n.all_input_nodes]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return seen
+
+
+def _taps(sweep: _Sweep) -> list[Node]:
+    """The last differentiable outputs; for a loss inside the model, the value before it."""
+    outputs = list(dict.fromkeys(n for n in sweep.user_outputs if is_float(n) and n in sweep.live))
+    outputs = [n for n in outputs if n in sweep.data]
+    if not outputs:
+        raise PlacementError("the model returns no floating-point tensor that depends on its input")
+    inner = _ancestors(outputs)
+    last = [n for n in outputs if n not in inner]
+    taps: list[Node] = []
+    for n in last:
+        if n in sweep.folds:
+            taps.append(n)
+            continue
+        found = _before_reduction(n, sweep)
+        if found not in taps:
+            taps.append(found)
+    return taps
+
+
+def _before_reduction(out: Node, sweep: _Sweep) -> Node:
+    """The latest value with a batch dim that every path to a reduced output crosses."""
+    chain = [n for n in sweep.nodes if n in _ancestors([out]) and n in sweep.data and n in sweep.live]
+    chain = [n for n in chain if n.op == "call_function"]
+    heavies = [n for n in chain if sweep._is_heavy(n)]
+    start = sweep.order[heavies[-1]] if heavies else 0
+    for n in chain:
+        if sweep.order[n] >= start and n in sweep.folds:
+            return n
+    raise PlacementError(
+        f"the output {out.name!r} has no batch dimension and no error tap was found before it; "
+        "return the logits and compute the loss outside the model"
+    )
+
+
+def module_path(node: Node) -> list[tuple[str, str]]:
+    """The modules around a node, outermost first: (path, class name)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    out = []
+    for path, cls in stack.values():
+        name = cls if isinstance(cls, str) else cls.__qualname__
+        path = path.removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
+        if path:
+            out.append((path, name.rsplit(".", 1)[-1]))
+    return out
+
+
+def _blocks(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_Segment]:
+    """One feedback point a block: the last dominator of each repeated module, else dominators."""
+    dominators = _dominators(sweep, taps)
+    chosen = [s for s in segments if s.closed in dominators]
+    repeated = _repeated_modules(sweep)
+    if not repeated:
+        return chosen
+    rank = {id(s): i for i, s in enumerate(segments)}
+    blocks: dict[str, _Segment] = {}
+    for path in repeated:
+        inside = [s for s in segments if any(p.startswith(path + ".") for p in s.params)]
+        ends = [s for s in chosen if any(p.startswith(path + ".") for p in s.params)]
+        covered = {p for s in inside for p in s.params}
+        own = {p for p in sweep.all_params() if p.startswith(path + ".")}
+        if ends and ends[-1] is inside[-1] and own <= covered:
+            blocks[path] = ends[-1]
+    return sorted(set(blocks.values()), key=lambda s: rank[id(s)]) or chosen
+
+
+def _repeated_modules(sweep: _Sweep) -> set[str]:
+    """Paths of the outermost modules that occur several times, each with at least two weights."""
+    heavy_in: dict[str, int] = {}
+    kind: dict[str, tuple[str, str]] = {}
+    for node in sweep.nodes:
+        if node.op != "call_function" or not sweep._is_heavy(node):
+            continue
+        for path, cls in module_path(node):
+            heavy_in[path] = heavy_in.get(path, 0) + 1
+            kind[path] = (path.rpartition(".")[0], cls)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, key in kind.items():
+        if heavy_in[path] >= 2 and key[1] not in ("Sequential", "ModuleList"):
+            groups.setdefault(key, []).append(path)
+    repeated = {p for paths in groups.values() if len(paths) > 1 for p in paths}
+    return {p for p in repeated if not any(p.startswith(q + ".") for q in repeated)}
+
+
+def _dominators(sweep: _Sweep, taps: list[Node]) -> set[Node]:
+    """Values that every differentiable path from an input to a tap crosses."""
+    upstream = _ancestors(taps) | set(taps)
+    path = [n for n in sweep.nodes if n in upstream and n in sweep.data and n in sweep.live]
+    found: set[Node] = set()
+    ends: dict[Node, int] = {}
+    inside = set(path)
+    for n in path:
+        users = [sweep.order[u] for u in n.users if u in inside]
+        ends[n] = max(users, default=sweep.order[n])
+    reach = -1
+    for n in path:
+        if reach <= sweep.order[n]:
+            found.add(n)
+        reach = max(reach, ends[n])
+    return found
+
+
+def _name_layers(segments: list[_Segment], sweep: _Sweep) -> tuple[CutPoint, ...]:
+    cuts = []
+    names: set[str] = set()
+    taken: set[Node] = set()
+    for seg in segments:
+        node = seg.closed
+        assert node is not None
+        if node in taken:
+            continue
+        taken.add(node)
+        base = _owner(sorted(seg.own or seg.params)[0])
+        name, k = base, 1
+        while name in names:
+            k += 1
+            name = f"{base}#{k}"
+        names.add(name)
+        fold = sweep.folds[node]
+        layer = Layer(
+            index=len(cuts),
+            name=name,
+            node=node.name,
+            sample_shape=sample_shape(node, fold),
+            fold=(fold.dim, fold.outer, fold.inner),
+            parameters=tuple(sorted(seg.params)),
+            source=_source(node),
+        )
+        cuts.append(CutPoint(node, layer))
+    return tuple(cuts)
+
+
+def _owner(parameter: str) -> str:
+    """The module that a parameter belongs to; the parameter itself at the top level."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def _source(node: Node) -> str:
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    return lines[-2] if len(lines) > 1 else ""
+
+

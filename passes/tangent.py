@@ -1,0 +1,358 @@
+"""Tangent pass: forward-mode derivatives spliced beside the forward nodes.
+
+In: a joint graph with ``cut`` and ``tap`` markers. Out: the same graph with noise placeholders, a
+tangent node beside each forward node that lies behind a cut, and the tangents ``d`` at the taps.
+Tangents of parameters and inputs are symbolic zeros: nothing is emitted for them, so a product
+costs one product more (2F for forward and tangent together, not 3F).
+
+Tangents can be taken on the first n of the N samples (``rows``): primal operands are then sliced
+where the batch sits, which ``passes.batch`` tells.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from grapefx.errors import TangentError
+from grapefx.ir import Layer, Slot, StepGraph
+from grapefx.passes import markers
+from grapefx.passes.batch import Fold, batch_folds
+from grapefx.passes.emit import Emitter
+from grapefx.passes.rules import derive, lookup
+from grapefx.torch_compat import batch_symbol, fake_tensor, size_hint
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One tangent pass: the noise added at each of its layers, and the tangents at the taps."""
+
+    noise: dict[int, Node]
+    taps: dict[int, Node]
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """A graph with tangents. ``derived`` names the ops whose rule was made by torch's forward AD."""
+
+    step: StepGraph
+    streams: tuple[Stream, ...]
+    derived: tuple[str, ...]
+
+
+class TangentEmitter(Emitter):
+    """What a rule sees: tangents ``t``, primal operands ``p``, and ways to emit nodes."""
+
+    def __init__(
+        self,
+        step: StepGraph,
+        batch: Any,
+        size: int,
+        rows: Node | None,
+        batch_stats: str = "frozen",
+    ) -> None:
+        super().__init__(step.gm.graph, grapefx_phase="tangent")
+        self.batch = batch
+        self.batch_size = size
+        self.batch_stats = batch_stats
+        self.rows = rows
+        self.folds = batch_folds(self.graph, batch, size) if rows is not None else {}
+        if batch is None:  # a size alone tells a batch only where the value comes from an input
+            data = _behind([n for _, n in step.select("input")])
+            self.folds = {n: f for n, f in self.folds.items() if n in data}
+        self.counts: dict[int, Node] = {}
+        self.tangents: dict[Node, Any] = {}
+        self.sliced: dict[Node, Node] = {}
+
+    def t(self, arg: Any) -> Any:
+        """The tangent of an argument; None is a symbolic zero."""
+        return self.tangents.get(arg) if isinstance(arg, Node) else None
+
+    def p(self, tree: Any) -> Any:
+        """Primal operands: nodes cut down to the samples that carry tangents, the rest as it is."""
+        if self.rows is None:
+            return tree
+        return torch.fx.node.map_arg(tree, self._primal)
+
+    def _primal(self, node: Node) -> Any:
+        if node in self.sliced:
+            return self.sliced[node]
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            out = self._slice(node, val)
+        elif isinstance(val, torch.SymInt):
+            out = self._size(node, val)
+        else:
+            out = node
+        self.sliced[node] = out
+        return out
+
+    def _depends(self, val: torch.Tensor) -> bool:
+        if self.batch is None:
+            return False
+        exprs = [batch_symbol(s) for s in val.shape]
+        return any(e is not None and self.batch in e.free_symbols for e in exprs)
+
+    def _slice(self, node: Node, val: torch.Tensor) -> Node:
+        fold = self.folds.get(node)
+        if fold is None:
+            if self._depends(val):
+                raise TangentError(
+                    f"tangent_fraction < 1 cannot follow the batch through {node.name!r} "
+                    f"({node.target}), whose shape is {tuple(val.shape)}\n"
+                    f"{_where(node)}  remedy: tangent_fraction=1"
+                )
+            return node
+        # a slice is cheap; placing it beside its source keeps it in front of every use
+        with self.after(node):
+            return take_rows(self, node, fold, self.rows)
+
+    def _size(self, node: Node, val: torch.SymInt) -> Any:
+        expr = batch_symbol(val)
+        if self.batch is None or expr is None or self.batch not in expr.free_symbols:
+            return node
+        multiple = expr / self.batch
+        if multiple.is_Integer:
+            return self.count(int(multiple))
+        if not isinstance(node.target, torch._ops.OpOverload) and node.op == "call_function":
+            args = tuple(self._primal(a) if isinstance(a, Node) else a for a in node.args)
+            with self.after(node):
+                return self.call(node.target, *args, **node.kwargs)
+        raise TangentError(
+            f"tangent_fraction < 1 cannot follow the size {node.name!r} ({expr})\n"
+            f"{_where(node)}  remedy: tangent_fraction=1"
+        )
+
+    def count(self, multiple: int) -> Node:
+        """``multiple`` times the size of the sub-batch."""
+        assert self.rows is not None
+        if multiple == 1:
+            return self.rows
+        if multiple not in self.counts:
+            with self.after(self.rows):
+                self.counts[multiple] = self.call(operator.mul, self.rows, multiple)
+        return self.counts[multiple]
+
+    def operand(self, tree: Any) -> Any:
+        """Primal operands, for ``trace``."""
+        return self.p(tree)
+
+
+def scaled(em: Emitter, rows: Any, factor: int) -> Any:
+    """``rows * factor`` as a node (or the node itself)."""
+    return rows if factor == 1 else em.call(operator.mul, rows, factor)
+
+
+def take_rows(em: Emitter, node: Node, fold: Fold, rows: Any) -> Node:
+    """The first ``rows`` samples of a value."""
+    end = scaled(em, rows, fold.inner)
+    if fold.outer == 1:
+        return em.call(aten.slice.Tensor, node, fold.dim, 0, end)
+    shape = [int(s) if not isinstance(s, torch.SymInt) else -1 for s in node.meta["val"].shape]
+    apart = shape[: fold.dim] + [fold.outer, -1] + shape[fold.dim + 1 :]
+    wide = em.call(aten.view.default, node, apart)
+    part = em.call(aten.slice.Tensor, wide, fold.dim + 1, 0, end)
+    solid = em.call(aten.clone.default, part, memory_format=torch.contiguous_format)
+    return em.call(aten.view.default, solid, shape)
+
+
+def add_tangents(
+    step: StepGraph,
+    layers: tuple[Layer, ...],
+    *,
+    batch: Any,
+    batch_size: int,
+    streams: tuple[tuple[int, ...], ...],
+    rows_hint: int | None = None,
+    batch_stats: str = "frozen",
+) -> Tangents:
+    """Splice tangents into (a copy of) ``step``.
+
+    ``streams`` lists the layers whose noise runs together; the paper's default is one stream for
+    all. ``rows_hint`` gives tangents to a sub-batch of that (symbolic) size, None to all samples.
+    ``batch_stats`` says whether the statistics of a training batch norm are constants
+    (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``).
+    """
+    step = step.copy()
+    graph = step.gm.graph
+    cuts = markers.find(graph, markers.CUT)
+    taps = markers.find(graph, markers.TAP)
+    if not taps:
+        raise TangentError("the graph has no error tap")
+    forward = _between(cuts, taps)
+    noise_slots: list[Slot] = []
+    noises: list[dict[int, Node]] = []
+    derived: dict[str, None] = {}
+    out: list[Stream] = []
+    anchor = step.placeholders()[-1]
+    rows: Node | None = None
+    mode = Emitter(graph).mode
+    rows_size: Any = None
+    if rows_hint is not None:
+        rows_size = fake_tensor(mode, torch.empty(rows_hint), [0]).shape[0]
+    for s, members in enumerate(streams):
+        noise: dict[int, Node] = {}
+        for index in members:
+            if index not in cuts:
+                continue
+            val = cuts[index].meta["val"]
+            fold = Fold(*layers[index].fold)
+            node = _placeholder(graph, anchor, f"noise_{s}_{index}", mode, val, fold, rows_size)
+            anchor = node
+            noise[index] = node
+            noise_slots.append(Slot("noise", f"{s}/{layers[index].name}"))
+        noises.append(noise)
+    if rows_hint is not None:
+        first = next(iter(noises[0].values()))
+        index = next(iter(noises[0]))
+        em0 = Emitter(graph, grapefx_phase="tangent")
+        fold = Fold(*layers[index].fold)
+        with em0.after(anchor):
+            size = em0.call(aten.sym_size.int, first, fold.dim)
+            k = fold.outer * fold.inner
+            rows = size if k == 1 else em0.call(operator.floordiv, size, k)
+    for noise in noises:
+        em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
+        if out:
+            em.sliced = shared_slices
+        for node in forward:
+            with em.after(_hoist_items(node)):
+                made = _tangent(em, node, noise, derived)
+            if made is not None:
+                _check_batch(em, node)
+            em.tangents[node] = made
+        shared_slices = em.sliced
+        found = {i: em.tangents.get(n) for i, n in taps.items()}
+        out.append(Stream(noise, {i: n for i, n in found.items() if n is not None}))
+        if not out[-1].taps:
+            raise TangentError("no feedback point reaches the error tap through differentiable ops")
+    result = StepGraph(GraphModule(step.gm, graph), step.inputs + tuple(noise_slots), step.outputs)
+    return Tangents(result, tuple(out), tuple(derived))
+
+
+def _placeholder(
+    graph: Any, anchor: Node, name: str, mode: Any, val: torch.Tensor, fold: Fold, rows: Any
+) -> Node:
+    shape = list(val.shape)
+    if rows is not None:
+        shape[fold.dim] = rows * (fold.outer * fold.inner)
+    with graph.inserting_after(anchor):
+        node = graph.placeholder(name)
+    with mode:
+        node.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
+    node.meta["grapefx_role"] = "noise"
+    node.meta["grapefx_fold"] = (fold.dim, fold.outer, fold.inner)
+    node.meta["grapefx_phase"] = "tangent"
+    return node
+
+
+def _between(cuts: dict[int, Node], taps: dict[int, Node]) -> list[Node]:
+    """Forward nodes that depend on a cut and lead to a tap, in order."""
+    upstream: set[Node] = set()
+    stack = list(taps.values())
+    while stack:
+        n = stack.pop()
+        if n not in upstream:
+            upstream.add(n)
+            stack.extend(n.all_input_nodes)
+    behind: set[Node] = set()
+    ordered = []
+    graph = next(iter(taps.values())).graph
+    starts = set(cuts.values())
+    for n in graph.nodes:
+        if n in upstream and (n in starts or any(a in behind for a in n.all_input_nodes)):
+            behind.add(n)
+            ordered.append(n)
+    return ordered
+
+
+def _tangent(
+    em: TangentEmitter, node: Node, noise: dict[int, Node], derived: dict[str, None]
+) -> Any:
+    if node.op != "call_function":
+        return None
+    if node.target is markers.CUT:
+        incoming = em.t(node.args[0])
+        own = noise.get(node.args[1])  # type: ignore[arg-type]
+        if own is None or incoming is None:
+            return own if own is not None else incoming
+        return em.call(aten.add.Tensor, incoming, own)
+    if node.target is markers.TAP:
+        return em.t(node.args[0])
+    if node.target is markers.STOP:
+        return None
+    if node.target is operator.getitem:
+        source = em.t(node.args[0])
+        if isinstance(source, dict):
+            return source.get(node.args[1])
+        return source[node.args[1]] if isinstance(source, (tuple, list)) else None  # type: ignore[index]
+    if all(em.t(a) is None for a in node.all_input_nodes):
+        return None
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex()):
+        return None
+    if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return None
+    rule = lookup(node)
+    try:
+        if rule is not None:
+            return rule(em, node)
+        derived[str(node.target)] = None
+        return derive(em, node)
+    except TangentError:
+        raise
+    except Exception as e:
+        raise TangentError(
+            f"{node.target} (node {node.name!r}) has no forward derivative: {type(e).__name__}: "
+            f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}\n{_where(node)}"
+            "  remedy: choose a method without tangents (dfa), or add a rule in passes/rules"
+        ) from e
+
+
+def _hoist_items(node: Node) -> Node:
+    """Move the items of a tuple right behind it, where rules may use them; returns the last."""
+    last = node
+    if isinstance(node.meta.get("val"), (tuple, list)):
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                last.append(user)
+                last = user
+    return last
+
+
+def _check_batch(em: TangentEmitter, node: Node) -> None:
+    """On a sub-batch, a value that has lost the batch mixes samples that have no tangent."""
+    if em.rows is None or not isinstance(node.meta.get("val"), torch.Tensor):
+        return
+    if node in em.folds or not any(a in em.folds and em.t(a) for a in node.all_input_nodes):
+        return
+    raise TangentError(
+        f"tangent_fraction < 1 needs samples that do not mix, but {node.target} (node "
+        f"{node.name!r}) joins them\n{_where(node)}  remedy: tangent_fraction=1"
+    )
+
+
+def _behind(nodes: list[Node]) -> set[Node]:
+    """All nodes that depend on one of ``nodes``."""
+    found: set[Node] = set(nodes)
+    stack = list(nodes)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _where(node: Node) -> str:
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    return "".join(f"  {line.strip()}\n" for line in trace[-2:])
+
+
+__all__ = ["Stream", "TangentEmitter", "Tangents", "add_tangents", "size_hint", "take_rows"]

@@ -1,0 +1,450 @@
+"""Train the demo networks with every method in lock-step and compare them in one table.
+
+    python tools/demo.py            the whole demo, a few minutes on 2 cores
+    python tools/demo.py --quick    a minute's look: one epoch, 1,000 images, small networks
+
+All variants of a network see the same batches in the same order, one step each in turn, so that
+their times are paired and their accuracies differ by the method alone. Results are appended to
+``runs/NAME/metrics.jsonl`` after every epoch: a run that is stopped keeps what it had.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT))
+
+import grapefx  # noqa: E402
+from load_data import DATASETS, DataError, ImageData, load_images  # noqa: E402
+from train_classifier import accuracy, build  # noqa: E402
+
+REFERENCE = "torch.compile"
+PLAIN: dict[str, Any] = {"calib_every": None, "calib_init": False}
+CALIBRATED: dict[str, Any] = {"calib_every": 1}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bp": ("bp", PLAIN),
+    "dfa": ("dfa", PLAIN),
+    "fdfa": ("fdfa", PLAIN),
+    "grape": ("grape", PLAIN),
+    "dfa + calibration": ("dfa", CALIBRATED),
+    "fdfa + calibration": ("fdfa", CALIBRATED),
+    "grape + calibration": ("grape", CALIBRATED),
+}
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+PROBES = 3  # times an epoch that gradients are compared with the true ones
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network and how it is trained; learning rates fall linearly to 0."""
+
+    title: str
+    epochs: int
+    lr: float
+    width: int
+
+
+TASKS = {
+    "mlp": Task("MLP, 8 layers x 512", epochs=6, lr=3e-4, width=512),
+    "cnn": Task("CNN, 3 conv blocks", epochs=3, lr=1e-3, width=8),
+}
+QUICK_TASKS = {
+    "mlp": Task("MLP, 8 layers x 64", epochs=1, lr=1e-3, width=64),
+    "cnn": Task("CNN, 3 conv blocks", epochs=1, lr=1e-3, width=4),
+}
+
+
+class Variant:
+    """One network under training with one method, and what has been measured of it."""
+
+    def __init__(self, label: str, model: nn.Module, task: Task, steps: int, backend: str) -> None:
+        self.label = label
+        self.net: Any
+        if label == REFERENCE:
+            self.plain = model
+            self.net = torch.compile(model, backend=backend)
+        else:
+            method, options = VARIANTS[label]
+            self.net = grapefx.compile(model, method=method, seed=0, backend=backend, **options)
+            self.plain = self.net
+        self.opt = torch.optim.Adam(self.plain.parameters(), lr=task.lr, fused=True)
+        self.decay = torch.optim.lr_scheduler.LinearLR(self.opt, 1.0, 0.0, total_iters=steps)
+        self.seconds: list[float] = []  # forward, loss and gradients of each step
+        self.loss = torch.zeros(())
+        self.probes: list[dict[str, dict[str, float]]] = []
+
+    def gradients(self, x: Tensor, y: Tensor) -> None:
+        """The timed part of a step: fills ``grad``."""
+        start = time.perf_counter()
+        loss = F.cross_entropy(self.net(x), y)
+        loss.backward()
+        self.seconds.append(time.perf_counter() - start)
+        self.loss = loss.detach()
+
+    def update(self) -> None:
+        """The rest of the step."""
+        self.opt.step()
+        self.opt.zero_grad()
+        self.decay.step()
+
+    def probe(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Compare the gradients at hand with those of ``model``, a plain copy of the network."""
+        model.load_state_dict(self.plain.state_dict())
+        model.train()
+        # The last layer's gradient is exact in every method, and biases say little.
+        weights = [(n, p) for n, p in model.named_parameters() if p.ndim > 1][:-1]
+        loss = F.cross_entropy(model(x), y)
+        true = torch.autograd.grad(loss, [p for _, p in weights])
+        mine = dict(self.plain.named_parameters())
+        gradient = {
+            name.removesuffix(".weight"): cosine(mine[name].grad, g)
+            for (name, _), g in zip(weights, true, strict=True)
+        }
+        layers = {} if self.label == REFERENCE else self.net.alignment()
+        jacobian = {n: c["cos_jacobian"] for n, c in layers.items() if "cos_jacobian" in c}
+        self.probes.append({"cos_gradient": gradient, "cos_jacobian": jacobian})
+
+    def alignment(self) -> dict[str, dict[str, float]]:
+        """Each cosine's median over the probes since the last call, by layer."""
+        seen: dict[str, dict[str, list[float]]] = {"cos_gradient": {}, "cos_jacobian": {}}
+        for probe in self.probes:
+            for kind, layers in probe.items():
+                for layer, value in layers.items():
+                    seen[kind].setdefault(layer, []).append(value)
+        self.probes.clear()
+        return {
+            kind: {layer: round(statistics.median(v), 4) for layer, v in layers.items()}
+            for kind, layers in seen.items()
+        }
+
+    def timing(self, reference: Sequence[float]) -> dict[str, float]:
+        """Median step, median of the paired ratios to ``reference``, time spent compiling."""
+        median = statistics.median(self.seconds)
+        ratio = statistics.median(a / b for a, b in zip(self.seconds, reference, strict=True))
+        # Graphs are compiled when first needed, which may be late: such steps stand out.
+        compiling = sum(s - median for s in self.seconds if s > max(10 * median, 0.2))
+        return {
+            "step_ms": round(1000 * median, 2),
+            "ratio": round(ratio, 3),
+            "compile_s": round(compiling, 1),
+        }
+
+
+def cosine(a: Tensor | None, b: Tensor) -> float:
+    """Cosine of two gradients as vectors; 0 where one is absent."""
+    return 0.0 if a is None else float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+class Progress:
+    """One live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty()
+        self.last = 0.0
+
+    def show(self, text: str, force: bool = False) -> None:
+        """Replace the live line (at most ten times a second)."""
+        now = time.monotonic()
+        if self.live and (force or now - self.last > 0.1):
+            self.last = now
+            columns = shutil.get_terminal_size().columns
+            print("\r" + text[: columns - 1] + "\x1b[K", end="", flush=True)
+
+    def line(self, text: str = "") -> None:
+        """A line that stays."""
+        print(("\r\x1b[K" if self.live else "") + text, flush=True)
+
+
+def bar(done: int, total: int, width: int = 24) -> str:
+    filled = width * done // total
+    return "[" + "#" * filled + "." * (width - filled) + "]"
+
+
+def train(
+    name: str,
+    task: Task,
+    labels: Sequence[str],
+    data: ImageData,
+    args: argparse.Namespace,
+    record: Callable[[dict[str, Any]], None],
+    progress: Progress,
+) -> None:
+    """Train every variant of one network, a step each in turn; ``record`` gets the results."""
+    torch.manual_seed(args.seed)
+    start_model = build(name, data, task.width)
+    scratch = build(name, data, task.width)
+    per_epoch = len(data.train_y) // args.batch_size
+    total = task.epochs * per_epoch
+    variants = []
+    for label in labels:
+        model = build(name, data, task.width)
+        model.load_state_dict(start_model.state_dict())
+        variants.append(Variant(label, model, task, total, args.backend))
+    probe_at = {round((i + 1) * per_epoch / (PROBES + 1)) for i in range(PROBES)}
+    progress.line(f"{task.title}: {len(labels)} variants, {task.epochs} epochs on {data.name}")
+    shuffle = torch.Generator().manual_seed(args.seed)
+    rounds: list[float] = []
+    for epoch in range(task.epochs):
+        for v in variants:
+            if v.label != REFERENCE:
+                v.net.set_epoch(epoch)
+        order = torch.randperm(len(data.train_y), generator=shuffle)
+        batches = order[: per_epoch * args.batch_size].split(args.batch_size)
+        for step, index in enumerate(batches):
+            x, y = data.pixels(data.train_x[index]), data.train_y[index]
+            began, done = time.monotonic(), epoch * per_epoch + step
+            # Everyone takes a turn at being first, so none always follows the same neighbour.
+            turn = done % len(variants)
+            for v in variants[turn:] + variants[:turn]:
+                if done == 0:
+                    progress.show(f"{name} compiling {v.label} ...", force=True)
+                v.gradients(x, y)
+                if step in probe_at:
+                    v.probe(scratch, x, y)
+                v.update()
+            rounds = [*rounds[-19:], time.monotonic() - began]
+            left = statistics.median(rounds) * (total - done - 1)
+            losses = "  ".join(f"{v.label} {v.loss:.2f}" for v in variants)
+            progress.show(
+                f"{name} {bar(done + 1, total)} epoch {epoch + 1}/{task.epochs}, "
+                f"{left:.0f} s left  loss: {losses}"
+            )
+        progress.show(f"{name} testing ...", force=True)
+        shown = []
+        for v in variants:
+            scratch.load_state_dict(v.plain.state_dict())
+            percent = round(accuracy(scratch, data), 2)
+            shown.append(f"{v.label} {percent:.1f}")
+            record(
+                {"model": name, "method": v.label, "epoch": epoch + 1, "accuracy": percent}
+                | {"loss": round(float(v.loss), 4)}
+                | v.timing(variants[0].seconds)
+                | v.alignment()
+            )
+        progress.line(f"  epoch {epoch + 1}/{task.epochs}  accuracy: " + "  ".join(shown))
+
+
+HEADER = (
+    "model",
+    "method",
+    "accuracy %",
+    "cos gradient",
+    "cos Jacobian",
+    "ms/step",
+    "x BP",
+    "compile s",
+)
+
+
+def last_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The latest record of each variant."""
+    return list({(r["model"], r["method"]): r for r in records}.values())
+
+
+def table_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One row a variant: the figures of its last epoch, cosines averaged over the layers."""
+
+    def mean(values: dict[str, float]) -> str:
+        return f"{statistics.fmean(values.values()):.2f}" if values else "-"
+
+    return [
+        (
+            r["model"],
+            "bp (torch.compile)" if r["method"] == REFERENCE else r["method"],
+            f"{r['accuracy']:.1f}",
+            mean(r["cos_gradient"]),
+            mean(r["cos_jacobian"]),
+            f"{r['step_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['compile_s']:.0f}",
+        )
+        for r in last_records(records)
+    ]
+
+
+def text_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """``rows`` under :data:`HEADER`, aligned."""
+    widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [
+            c.ljust(w) if i < 2 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(HEADER), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """``rows`` under :data:`HEADER`, for README."""
+    lines = [HEADER, ("---", "---", *["---:"] * (len(HEADER) - 2)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def update_readme(path: Path, rows: Sequence[tuple[str, ...]], caption: str) -> None:
+    """Put the table between the two markers in ``path``."""
+    text = path.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise SystemExit(f"{path} has no {START} ... {END}")
+    body = f"\n{markdown_table(rows)}\n\n{caption}\n"
+    path.write_text(before + start + body + end + after, encoding="utf-8")
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy by epoch, and both cosines by layer after the last epoch, a row a network."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(r["model"] for r in records))
+    figure, axes = plt.subplots(
+        len(models), 3, figsize=(15, 4.2 * len(models)), squeeze=False, layout="constrained"
+    )
+    panels = {"cos_gradient": "cos(gradient, true gradient)", "cos_jacobian": "cos(B, J^)"}
+    for row, model in zip(axes, models, strict=True):
+        curves = defaultdict(list)
+        for r in records:
+            if r["model"] == model:
+                curves[r["method"]].append(r)
+        for i, (method, points) in enumerate(curves.items()):
+            style = {"color": f"C{i}", "marker": "o", "markersize": 3, "label": method}
+            style["linestyle"] = "--" if "calibration" in method else "-"
+            row[0].plot([p["epoch"] for p in points], [p["accuracy"] for p in points], **style)
+            for axis, kind in zip(row[1:], panels, strict=True):
+                layers = points[-1][kind]
+                if layers:
+                    axis.plot(range(1, len(layers) + 1), list(layers.values()), **style)
+        row[0].set(title=f"{model}: accuracy", xlabel="epoch", ylabel="%")
+        row[0].legend(fontsize=8)
+        for axis in row:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        for axis, title in zip(row[1:], panels.values(), strict=True):
+            axis.set(title=f"{model}: {title}, last epoch", xlabel="layer")
+            axis.axhline(0, color="grey", linewidth=0.5)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def machine() -> str:
+    """Processor, cores and torch version in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    threads = torch.get_num_threads()
+    return f"{name}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one epoch, 1,000 images, tiny nets")
+    parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(VARIANTS),
+        choices=list(VARIANTS),
+        metavar="METHOD",
+        help="any of: " + ", ".join(VARIANTS),
+    )
+    parser.add_argument("--dataset", default="mnist", choices=DATASETS)
+    parser.add_argument("--data-dir", help="folder of a full data set (default: bundled MNIST)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="inductor", help="compiler, as for torch.compile")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where runs are kept")
+    parser.add_argument("--name", default=f"demo-{datetime.now():%Y%m%d-%H%M%S}")
+    parser.add_argument(
+        "--update-readme",
+        type=Path,
+        nargs="?",
+        const=ROOT / "README.md",
+        help="put the table between the results markers of this file (default README.md)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 130 when it was interrupted, after showing what there was."""
+    args = parse_args(argv)
+    try:
+        data = load_images(args.dataset, args.data_dir)
+    except DataError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    folder = args.out / args.name
+    if folder.exists():
+        print(f"demo: {folder} exists; choose another --name", file=sys.stderr)
+        return 2
+    folder.mkdir(parents=True)
+    tasks = QUICK_TASKS if args.quick else TASKS
+    if args.quick:
+        data = data.head(1000, 500)
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    config |= {"machine": machine(), "data": data.name, "python": platform.python_version()}
+    config["tasks"] = {name: vars(tasks[name]) for name in args.models}
+    config["variants"] = {label: dict(VARIANTS[label][1]) for label in args.methods}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    records: list[dict[str, Any]] = []
+    progress = Progress()
+    progress.line(machine())
+    start, status = time.monotonic(), 0
+    with (folder / "metrics.jsonl").open("a", buffering=1) as log:
+
+        def record(result: dict[str, Any]) -> None:
+            records.append(result)
+            log.write(json.dumps(result) + "\n")
+
+        try:
+            for name in args.models:
+                labels = [REFERENCE, *args.methods]
+                train(name, tasks[name], labels, data, args, record, progress)
+        except KeyboardInterrupt:
+            progress.line("interrupted; what follows is what there is")
+            status = 130
+    if records:
+        rows = table_rows(records)
+        progress.line()
+        print(text_table(rows))
+        print(
+            "\ncos gradient: a layer's weight gradient against the true one, mean over the hidden "
+            "layers\ncos Jacobian: feedback map against its estimate from tangents (-: none made)"
+            "\nms/step: forward, loss and gradients, median; x BP: median of the paired ratios to "
+            "bp (torch.compile)"
+        )
+        plot(records, folder / "curves.png")
+        if args.update_readme and status == 0:
+            caption = (
+                f"`make demo` on {data.name}, seed {args.seed}, batch {args.batch_size}; "
+                f"{machine()}. One seed, a subset: a look, not a benchmark."
+            )
+            update_readme(args.update_readme, rows, caption)
+    print(f"\n{time.monotonic() - start:.0f} s; results in {folder}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
