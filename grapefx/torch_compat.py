@@ -25,18 +25,19 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "batch_symbol",
-    "boxed_standalone_compile",
     "clear_saved_tensors",
     "decompositions",
     "fake_mode_of",
     "fake_tensor",
     "forget_guards",
+    "inductor_compile",
     "make_fx",
     "min_cut_partition",
     "new_fake_mode",
     "python_dispatcher",
     "pytree",
     "quiet_export",
+    "restrided",
     "size_hint",
     "unwrap_for_export",
 ]
@@ -81,17 +82,105 @@ def forget_guards(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def boxed_standalone_compile(
-    gm: torch.fx.GraphModule, example: Sequence[Any], options: dict[str, Any]
-) -> Callable[..., Any]:
-    """Compile a flat functional ATen graph with Inductor: no Dynamo, no guards."""
-    from torch._inductor import standalone_compile
+def inductor_compile(
+    gm: torch.fx.GraphModule,
+    example: Sequence[Any],
+    *,
+    user_outputs: int,
+    is_backward: bool = False,
+    options: dict[str, Any] | None = None,
+) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+    """Compile a flat functional ATen graph with Inductor's inner compiler: no Dynamo, no guards.
 
-    artifact = standalone_compile(
-        gm, list(example), dynamic_shapes="from_graph", options=options or {}
-    )
-    # the artefact's own __call__ adds a frame and keeps its serialised bytes alive
-    return getattr(artifact, "_compiled_fn", artifact)
+    Only the first ``user_outputs`` outputs must keep their strides; Inductor chooses those of the
+    others (saved values) and they are returned, None where nothing was reported.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
+    writes = [
+        (n.args[0].name, n.args[1])
+        for n in gm.graph.nodes
+        if n.op == "call_function" and n.target is torch.ops.aten.copy_.default
+    ]
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    pure, extra = _without_writes(gm, [v for _, v in writes])
+    decomposed = _retrace(pure, list(example), mode, select_decomp_table())
+    _restore_writes(decomposed, [names.index(w) for w, _ in writes], extra)
+    output = next(n for n in reversed(decomposed.graph.nodes) if n.op == "output")
+    output.meta["user_visible_output_idxs"] = list(range(user_outputs))
+    context = TracingContext(mode)
+    with (
+        config.patch(options or {}),
+        tracing(context),
+        mode,
+        python_dispatcher(),
+        TracingContext.report_output_strides() as strides,
+    ):
+        compiled = compile_fx_inner(
+            decomposed, list(example), is_backward=is_backward, is_inference=False
+        )
+    current: Callable[[list[Any]], Any] = getattr(compiled, "current_callable", None) or compiled
+    return current, list(strides or [])
+
+
+def _without_writes(
+    gm: torch.fx.GraphModule, written: list[torch.fx.Node]
+) -> tuple[torch.fx.GraphModule, int]:
+    """The graph with its in-place writes turned into outputs (appended at the end)."""
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    result: Any = None
+    for n in gm.graph.nodes:
+        if n.op == "output":
+            result = n.args[0]
+        elif not (n.op == "call_function" and n.target is torch.ops.aten.copy_.default):
+            mapping[n] = graph.node_copy(n, lambda m: mapping[m])
+    outs = torch.fx.node.map_arg(result, lambda m: mapping[m])
+    graph.output((*outs, *[mapping[w] for w in written]))
+    return torch.fx.GraphModule(gm, graph), len(written)
+
+
+def _retrace(
+    gm: torch.fx.GraphModule, example: list[Any], mode: FakeTensorMode, table: Any
+) -> torch.fx.GraphModule:
+    def run(*inputs: Any) -> Any:
+        return list(torch.fx.Interpreter(gm).run(*inputs))
+
+    with mode, python_dispatcher(), torch.no_grad():
+        out = make_fx(run, decomposition_table=table, tracing_mode="real")(*example)
+    out.graph.set_codegen(torch.fx.graph.CodeGen())
+    out.graph.eliminate_dead_code()
+    out.recompile()
+    return out
+
+
+def _restore_writes(gm: torch.fx.GraphModule, targets: list[int], extra: int) -> None:
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    flat = list(output.args[0])  # type: ignore[arg-type]
+    kept, values = (flat[:-extra], flat[-extra:]) if extra else (flat, [])
+    for index, value in zip(targets, values, strict=True):
+        with gm.graph.inserting_before(output):
+            node = gm.graph.call_function(
+                torch.ops.aten.copy_.default, (placeholders[index], value)
+            )
+        node.meta["val"] = placeholders[index].meta["val"]
+    output.args = (tuple(kept),)
+    gm.recompile()
+
+
+def restrided(value: Any, stride: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor in the strides that Inductor gave the real one."""
+    if stride is None or not isinstance(value, FakeTensor):
+        return value
+    if len(stride) != value.ndim or tuple(value.stride()) == tuple(stride):
+        return value
+    with mode:
+        return value.as_strided(value.size(), tuple(stride))
 
 
 def min_cut_partition(

@@ -33,7 +33,8 @@ class OpCost:
     ``matmul_flops`` run on matrix units, ``vector_flops`` do not; ``read_bytes`` and
     ``written_bytes`` count each argument and result once. Plain ints at the graph's batch size, or
     sympy expressions of it (``GraphCost.symbolic``). ``known`` is False for an op without a rule:
-    its ``vector_flops`` are then one an element, a guess.
+    its ``vector_flops`` are then one an element, a guess. ``weight_flops`` is the part of an op
+    that computes both gradients at once (``convolution_backward``) which makes the parameters'.
     """
 
     op: str
@@ -44,6 +45,7 @@ class OpCost:
     written_bytes: Size
     dtype: torch.dtype
     known: bool = True
+    weight_flops: Size = 0
 
     @property
     def flops(self) -> Size:
@@ -58,10 +60,14 @@ class OpCost:
 
 @dataclass(frozen=True)
 class GraphCost:
-    """The costs of a graph's nodes, by node; sizes and outputs have none."""
+    """The costs of a graph's nodes, by node; size computations and the output have none.
+
+    ``sizes`` are the bytes of every node's value, graph inputs included.
+    """
 
     graph: Graph
     nodes: Mapping[Node, OpCost]
+    sizes: Mapping[Node, int]
     values: Mapping[str, int]
 
     def total(self, what: str = "flops") -> int:
@@ -85,7 +91,7 @@ class GraphCost:
 
         With ``key``, a dict of expressions grouped by ``key(node)``.
         """
-        costs = _price_nodes(self.graph, SizeReader(symbolic=True))
+        costs, _ = _price_nodes(self.graph, SizeReader(symbolic=True))
         counts: dict[str, Counter[Any]] = {}
         for node, cost in costs.items():
             group = key(node) if key else ""
@@ -114,10 +120,11 @@ def graph_cost(
     if isinstance(graph, GraphModule):
         graph = graph.graph
     chosen = dict(values or {}) or batch_values(graph, batch)
-    return GraphCost(graph, _price_nodes(graph, SizeReader(chosen)), chosen)
+    costs, sizes = _price_nodes(graph, SizeReader(chosen))
+    return GraphCost(graph, costs, sizes, chosen)
 
 
-def _price_nodes(graph: Graph, reader: SizeReader) -> dict[Node, OpCost]:
+def _price_nodes(graph: Graph, reader: SizeReader) -> tuple[dict[Node, OpCost], dict[Node, Size]]:
     metas: dict[Node, Any] = {}
     memo: dict[Any, OpCost] = {}
     out: dict[Node, OpCost] = {}
@@ -126,7 +133,11 @@ def _price_nodes(graph: Graph, reader: SizeReader) -> dict[Node, OpCost]:
         if node.op != "call_function" or is_size(node):
             continue
         out[node] = _node_cost(node, metas, memo)
-    return out
+    return out, {n: _bytes(m) for n, m in metas.items()}
+
+
+def _bytes(value: Any) -> Size:
+    return value.bytes if isinstance(value, Meta) else sum(m.bytes for m in tensors(value))
 
 
 def _node_cost(node: Node, metas: dict[Node, Any], memo: dict[Any, OpCost]) -> OpCost:
@@ -175,6 +186,7 @@ def _op_cost(call: Call, found: Price, inputs: list[Any]) -> OpCost:
         written,
         _compute_dtype(call),
         found.known,
+        found.weight,
     )
 
 

@@ -41,7 +41,7 @@ STAGES = {
     "input_grad": "update",
     "update": "update",  # a group that is a whole stage already
     "optimizer": "optimizer",
-    "metric": "metric",
+    "metric": "update",
 }
 
 
@@ -50,7 +50,8 @@ class Task:
     """One unit of work: a node, or a group of nodes.
 
     ``flops``, ``matmul_flops`` and ``bytes`` count each op alone; ``seconds`` is the roofline time
-    on one worker after pointwise fusion. ``nodes`` are the graph's node names.
+    on one worker after pointwise fusion. ``nodes`` are the graph's node names. ``weight_flops`` is
+    what an input-gradient op spends on parameter gradients, see ``OpCost``.
     """
 
     name: str
@@ -63,6 +64,14 @@ class Task:
     seconds: float
     known: bool
     nodes: tuple[str, ...]
+    weight_flops: int = 0
+
+    def flops_by_phase(self) -> dict[str, int]:
+        """FLOPs of this task by phase: an op that makes both gradients counts in both."""
+        if self.weight_flops and self.phase == "input_grad":
+            own = self.flops - self.weight_flops
+            return {"input_grad": own, "weight_grad": self.weight_flops}
+        return {self.phase: self.flops}
 
     @property
     def stage(self) -> str:
@@ -211,9 +220,13 @@ def build_dag(
         order.append(node)
         preds.append(waits)
     nodes = [n for n in order if n is not None]
-    seconds = dict(zip(nodes, fused_seconds(nodes, costs.nodes, model, _group_key), strict=True))
+    seconds = dict(zip(nodes, _seconds(nodes, costs, model), strict=True))
     tasks = (_task(n, costs.nodes[n], seconds[n]) if n is not None else LOSS for n in order)
     return Dag(tuple(tasks), tuple(preds))
+
+
+def _seconds(nodes: Sequence[Node], costs: GraphCost, device: DeviceModel) -> list[float]:
+    return fused_seconds(nodes, costs.nodes, costs.sizes, device, _group_key)
 
 
 def _order(graph: Graph, loss: Loss | None) -> list[Node | None]:
@@ -276,6 +289,7 @@ def _task(node: Node, cost: OpCost, seconds: float) -> Task:
         seconds,
         cost.known,
         (node.name,),
+        cost.weight_flops,
     )
 
 
@@ -378,4 +392,5 @@ def _merged(name: str, tasks: Sequence[Task]) -> Task:
         sum(t.seconds for t in tasks),
         all(t.known for t in tasks),
         tuple(n for t in tasks for n in t.nodes),
+        sum(t.weight_flops for t in tasks),
     )

@@ -1,8 +1,9 @@
-"""A safe, simple model of pointwise fusion, so that predicted times are those of a compiled step.
+"""A simple model of pointwise fusion, so that predicted times are those of a compiled step.
 
-A pointwise op is merged into its consumer when that is its only consumer, the consumer is
-pointwise, a reduction, a norm or a softmax, and both belong to the same layer and phase. Merging a
-node whose only edge leads to the merged node makes no cycle, so the order of merges is free.
+As Inductor does, a pointwise op is computed inside its consumers and never written, when every
+consumer is pointwise, a reduction, a norm or a softmax of the same layer and phase, and reading its
+inputs once more for each of them moves fewer bytes than writing and reading its result. Nothing is
+fused across layers or phases, so no task waits for more than the graph says.
 """
 
 from __future__ import annotations
@@ -15,51 +16,91 @@ from grapefx.analysis.cost import OpCost
 from grapefx.analysis.device import DeviceModel
 
 _PRODUCERS = frozenset({"pointwise", "factory", "random"})
-_CONSUMERS = frozenset({"pointwise", "reduction", "norm", "softmax", "copy", "pool"})
-_FREE = frozenset({"view"})
+_CONSUMERS = frozenset({"pointwise", "reduction", "norm", "softmax", "copy", "pool", "scatter"})
+# an op that would read more arrays than this is written out (Inductor's thresholds are alike)
+_MAX_READS = 8
 
 
 def fused_seconds(
     nodes: Sequence[Node],
     costs: Mapping[Node, OpCost],
+    sizes: Mapping[Node, int],
     device: DeviceModel,
     key: Callable[[Node], Hashable],
 ) -> list[float]:
-    """Seconds of each node on one worker; a node fused into another has no launch of its own.
+    """Seconds of each node on one worker; views are free, a fused node launches nothing.
 
-    Views are free. The bytes of a fused intermediate are neither written nor read again.
+    Args:
+        nodes: in topological order.
+        costs: of each of them.
+        sizes: bytes of each node's value, graph inputs included.
+        device: the worker.
+        key: nodes with different keys are not fused.
     """
-    saved_read: dict[Node, int] = {}
-    fused: set[Node] = set()
+    bases: dict[Node, dict[Node, int]] = {}
+    out: list[float] = []
     for node in nodes:
         cost = costs[node]
-        if cost.kind not in _PRODUCERS:
+        if cost.kind == "view":
+            # a part of something is read as a part
+            own = sizes[node]
+            bases[node] = {b: min(n, own) for b, n in _reads(node, bases, sizes).items()}
+            out.append(0.0)
             continue
-        into = _only_consumer(node, costs)
-        if into is None or costs[into].kind not in _CONSUMERS or key(into) != key(node):
+        reads = _reads(node, bases, sizes) if cost.kind in _CONSUMERS else None
+        times = _inlined(node, cost, reads or {}, costs, key)
+        if times:
+            bases[node] = reads or {}
+            vector = cost.vector_flops * times
+            out.append(device.seconds(cost.matmul_flops, vector, 0, cost.dtype, launches=0))
             continue
-        fused.add(node)
-        saved_read[into] = saved_read.get(into, 0) + cost.written_bytes
-    return [_seconds(n, costs[n], device, n in fused, saved_read.get(n, 0)) for n in nodes]
+        read = cost.read_bytes if reads is None else sum(reads.values())
+        moved = read + cost.written_bytes
+        out.append(device.seconds(cost.matmul_flops, cost.vector_flops, moved, cost.dtype))
+    return out
 
 
-def _only_consumer(node: Node, costs: Mapping[Node, OpCost]) -> Node | None:
-    """The one consumer of a node, seen through views; None when there are none or several."""
-    while True:
-        if len(node.users) != 1:
-            return None
-        (user,) = node.users
-        cost = costs.get(user)
-        if cost is None or cost.kind not in _FREE:
-            return user if cost is not None else None
-        node = user
+def _reads(
+    node: Node, bases: Mapping[Node, dict[Node, int]], sizes: Mapping[Node, int]
+) -> dict[Node, int]:
+    """The arrays in memory that a fused kernel for ``node`` reads, and the bytes of each."""
+    found: dict[Node, int] = {}
+    for p in node.all_input_nodes:
+        for base, n in bases.get(p, {p: sizes.get(p, 0)}).items():
+            found[base] = max(n, found.get(base, 0))
+    return found
 
 
-def _seconds(node: Node, cost: OpCost, device: DeviceModel, fused: bool, saved: int) -> float:
-    if cost.kind in _FREE or (cost.kind == "factory" and fused):
-        return 0.0
-    read = max(0, cost.read_bytes - saved)
-    moved = read if fused else read + cost.written_bytes
-    return device.seconds(
-        cost.matmul_flops, cost.vector_flops, moved, cost.dtype, launches=0 if fused else 1
-    )
+def _inlined(
+    node: Node,
+    cost: OpCost,
+    reads: Mapping[Node, int],
+    costs: Mapping[Node, OpCost],
+    key: Callable[[Node], Hashable],
+) -> int:
+    """Into how many consumers a node is fused; 0 when it is a kernel of its own."""
+    if cost.kind not in _PRODUCERS or len(reads) > _MAX_READS:
+        return 0
+    users = _consumers(node, costs)
+    own = key(node)
+    for user in users:
+        if user not in costs or costs[user].kind not in _CONSUMERS or key(user) != own:
+            return 0
+    times = len(users)
+    if cost.kind == "random" and times > 1:
+        return 0
+    read, written = sum(reads.values()), cost.written_bytes
+    return times if times * read <= read + (1 + times) * written else 0
+
+
+def _consumers(node: Node, costs: Mapping[Node, OpCost]) -> list[Node]:
+    """The nodes that compute with a value, seen through views."""
+    found: dict[Node, None] = {}
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user in costs and costs[user].kind == "view":
+            stack.extend(user.users)
+        else:
+            found.setdefault(user)
+    return list(found)

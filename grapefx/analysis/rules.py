@@ -44,6 +44,7 @@ class Price:
 
     ``matmul`` FLOPs run on matrix units, ``vector`` FLOPs elsewhere. ``read`` and ``written``
     (bytes) replace the default (every argument once, every result once) where it is wrong.
+    ``weight`` is the part of the FLOPs that makes parameter gradients in an op that makes both.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Price:
     read: Size | None = None
     written: Size | None = None
     known: bool = True
+    weight: Size = 0
 
 
 Rule = Callable[[Call], Price]
@@ -254,14 +256,16 @@ def _conv_products(x: Meta, w: Meta, out: Any, transposed: bool) -> Size:
 def _convolution_backward(call: Call) -> Price:
     grad, x, w = call.args[:3]
     transposed, mask = call.args[7], call.args[10]
-    one = _conv_products(x, w, grad, transposed)
     # both gradients meet the same pairs as the forward product, groups included
+    one = _conv_products(x, w, grad, transposed)
+    bias = grad.numel if mask[2] else 0
     read = grad.bytes + (w.bytes if mask[0] else 0) + (x.bytes if mask[1] else 0)
     return Price(
         "matmul",
         matmul=one * (int(bool(mask[0])) + int(bool(mask[1]))),
-        vector=grad.numel if mask[2] else 0,
+        vector=bias,
         read=read,
+        weight=bias + one if mask[0] and mask[1] else 0,
     )
 
 

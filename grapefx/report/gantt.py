@@ -60,7 +60,7 @@ def _bar(b: Bar, unit: float, pitch: int) -> str:
             f'width="{width - gap:.1f}" height="2.5"/>'
         )
     room = int((width - 8) / 6.6)
-    if room >= 3 and pitch >= 20:
+    if room >= min(6, len(b.layer)) and pitch >= 20:
         name = escape(elide(b.layer, room))
         out += f'<text x="{x + 5:.1f}" y="{y + height / 2 + 3.5}">{name}</text>'
     return out + "</g>"

@@ -14,12 +14,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """All nodes of one phase of a step."""
+    """All nodes of one phase of a step.
+
+    An op that makes both gradients at once is an input-gradient node; its FLOPs count in both.
+    """
 
     phase: str
     nodes: int
     flops: int
-    matmul_flops: int
     bytes: int
     seconds: float
 

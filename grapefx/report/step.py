@@ -69,9 +69,7 @@ def build_step(
         schedules=tuple(_schedule(dag, list_schedule(dag, p), critical) for p in workers),
         graph=_layer_graph(stages, [dag.tasks[i].name for i in path.tasks]),
         update_waits=update_waits(stages),
-        update_depth=int(
-            longest_path([t.stage == "update" for t in stages.tasks], stages.preds).length
-        ),
+        update_depth=int(longest_path(_is_update(stages), stages.preds).length),
         unknown_ops=costs.unknown_ops(),
         unmarked_nodes=sum(t.phase == OTHER for t in dag.tasks),
     )
@@ -83,30 +81,34 @@ def update_waits(stages: Dag) -> tuple[tuple[str, str], ...]:
     for i, t in enumerate(stages.tasks):
         for p in stages.preds[i]:
             a = stages.tasks[p]
-            if a.stage == t.stage == "update" and a.layer != t.layer and a.layer != NO_LAYER:
+            # what belongs to no layer (collecting all layers' metrics) is nobody's update
+            if a.stage == t.stage == "update" and len({a.layer, t.layer, NO_LAYER}) == 3:
                 found.setdefault((a.layer, t.layer))
     return tuple(found)
 
 
+def _is_update(stages: Dag) -> list[float]:
+    return [float(t.stage == "update" and t.layer != NO_LAYER) for t in stages.tasks]
+
+
 def _phases(dag: Dag) -> tuple[PhaseRow, ...]:
     rows: dict[str, list[Task]] = {}
+    flops: dict[str, int] = {}
     for t in dag.tasks:
         rows.setdefault(t.phase, []).append(t)
+        for phase, n in t.flops_by_phase().items():
+            rows.setdefault(phase, [])
+            flops[phase] = flops.get(phase, 0) + n
     return tuple(
-        PhaseRow(
-            phase,
-            len(ts),
-            sum(t.flops for t in ts),
-            sum(t.matmul_flops for t in ts),
-            sum(t.bytes for t in ts),
-            sum(t.seconds for t in ts),
-        )
+        PhaseRow(phase, len(ts), flops[phase], sum(t.bytes for t in ts), sum(t.seconds for t in ts))
         for phase, ts in rows.items()
     )
 
 
 def _layers(dag: Dag, critical: set[int], infos: Sequence[HasParameters]) -> tuple[LayerRow, ...]:
     parameters = {i.name: i.parameters for i in infos}
+    # in the order of the plan, which is the network's; layers it does not know come last
+    place = {name: n for n, name in enumerate(parameters)}
     rows: dict[str, dict[str, Any]] = {}
     for i, t in enumerate(dag.tasks):
         if t.layer == NO_LAYER:
@@ -114,7 +116,8 @@ def _layers(dag: Dag, critical: set[int], infos: Sequence[HasParameters]) -> tup
         row = rows.setdefault(
             t.layer, {"flops": {}, "bytes": 0, "forward": 0.0, "update": 0.0, "critical": False}
         )
-        row["flops"][t.phase] = row["flops"].get(t.phase, 0) + t.flops
+        for phase, n in t.flops_by_phase().items():
+            row["flops"][phase] = row["flops"].get(phase, 0) + n
         row["bytes"] += t.bytes
         row["forward" if t.stage == "forward" else "update"] += t.seconds
         # the forward chain is always on the path: what tells layers apart is the rest
@@ -129,7 +132,7 @@ def _layers(dag: Dag, critical: set[int], infos: Sequence[HasParameters]) -> tup
             parameters.get(name, 0),
             r["critical"],
         )
-        for name, r in rows.items()
+        for name, r in sorted(rows.items(), key=lambda r: place.get(r[0], len(place)))
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from grapefx.analysis.dag import NO_LAYER
 from grapefx.report import units
 from grapefx.report.model import LayerGraph, LayerNode
 
@@ -55,7 +56,11 @@ class _Box:
 
 
 def layer_graph_svg(graph: LayerGraph, title: str) -> str:
-    """An SVG of the graph; rows are layers in topological order, arrows what waits for what."""
+    """An SVG of the graph; rows are layers in topological order, arrows what waits for what.
+
+    What only collects the layers' results (a layer-less update) is left out.
+    """
+    graph = _without_collectors(graph)
     rows = _rows(graph)
     count = max(rows.values(), default=0) + 1
     pitch, height = (36, 26) if count <= 18 else (27, 21) if count <= 48 else (20, 17)
@@ -71,6 +76,17 @@ def layer_graph_svg(graph: LayerGraph, title: str) -> str:
         f'<text class="col" x="{LEFT}" y="16">forward ↓</text>'
         f'<text class="col" x="{RIGHT}" y="16">update</text>' + "".join(body) + "</svg>"
     )
+
+
+def _without_collectors(graph: LayerGraph) -> LayerGraph:
+    kept = [i for i, n in enumerate(graph.nodes) if (n.layer, n.stage) != (NO_LAYER, "update")]
+    place = {old: new for new, old in enumerate(kept)}
+
+    def edges(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple((place[a], place[b]) for a, b in pairs if a in place and b in place)
+
+    nodes = tuple(graph.nodes[i] for i in kept)
+    return LayerGraph(nodes, edges(graph.edges), edges(graph.critical_edges))
 
 
 def elide(name: str, most: int) -> str:

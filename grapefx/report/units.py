@@ -42,9 +42,10 @@ def workers(value: int | None) -> str:
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     i = 0
-    while i < len(units) - 1 and round(value, 3 - len(str(int(value)))) >= base:
+    # 999.6 would print as 1000
+    while i < len(units) - 1 and value >= base - 0.5:
         value /= base
         i += 1
-    if isinstance(value, int) or value == int(value):
+    if value == int(value):
         return f"{int(value)} {units[i]}"
-    return f"{value:.3g} {units[i]}" if value < 1000 else f"{value:.0f} {units[i]}"
+    return f"{value:.3g} {units[i]}" if value < 999.5 else f"{value:.0f} {units[i]}"

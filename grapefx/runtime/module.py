@@ -428,6 +428,11 @@ class FeedbackModule(nn.Module):
         )
 
     @property
+    def plan(self) -> Plan | None:
+        """The plan of the last training capture; None before the first training call."""
+        return self._plan
+
+    @property
     def feedback(self) -> dict[str, Tensor]:
         """The feedback tensors by "layer/name" (read-only view of the present values)."""
         return dict(self._feedback.tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grapefx.ir import StepGraph
-from grapefx.lowering import Compiled, lower
+from grapefx.lowering import Compiled, lower_forward, lower_pair
 from grapefx.passes.split import forward_only, split
 from grapefx.plan import Plan
 from grapefx.torch_compat import size_hint
@@ -97,7 +97,7 @@ class Program:
             start = time.perf_counter()
             gm, used = forward_only(self.inference)
             sources = tuple(_source(self.inference, i) for i in used)
-            fn = lower(gm, self.backend, self.options)
+            fn = lower_forward(gm, self.backend, self.options)
             self.forward = CompiledForward(fn, sources, time.perf_counter() - start)
         return self.forward
 
@@ -133,8 +133,9 @@ def compile_step(
         else ("feedback", step.inputs[i].name)
         for i in parts.late_inputs
     )
-    forward = lower(parts.forward, backend, options)
-    update = lower(parts.update, backend, options)
+    forward, update = lower_pair(
+        parts.forward, parts.update, len(parts.forward_outputs), parts.saved, backend, options
+    )
     return CompiledStep(
         kind=kind,
         forward=forward,
