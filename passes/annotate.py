@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from grapefx.ir import Layer, StepGraph
 from grapefx.passes import markers
+from grapefx.passes.partition import module_path
 
 HEAD = "head"
 
@@ -18,6 +19,7 @@ def mark_forward(step: StepGraph, layers: tuple[Layer, ...]) -> None:
     """Before cuts are erased: the layer of each forward node."""
     names = [layer.name for layer in layers]
     first: dict[Node, int] = {}
+    useful = _before([n for _, n in step.produced("output") if isinstance(n, Node)])
     for node in reversed(list(step.gm.graph.nodes)):
         if node.op == "output":
             continue
@@ -26,7 +28,10 @@ def mark_forward(step: StepGraph, layers: tuple[Layer, ...]) -> None:
             index = min(index, node.args[1])  # type: ignore[type-var,assignment]
         first[node] = index
         if node.op == "call_function":
-            node.meta.setdefault("grapefx_layer", names[index] if index < len(names) else HEAD)
+            layer = names[index] if index < len(names) else HEAD
+            if layer == HEAD and node not in useful:
+                layer = _by_module(node, layers) or HEAD
+            node.meta.setdefault("grapefx_layer", layer)
 
 
 def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
@@ -59,6 +64,27 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
                 node.meta["grapefx_layer"] = names[deepest[node]]
         else:
             node.meta["grapefx_phase"] = node.meta.get("grapefx_phase") or "forward"
+
+
+def _by_module(node: Node, layers: tuple[Layer, ...]) -> str | None:
+    """The layer that holds the node's module: for counters, which lead to no feedback point."""
+    stack = [path for path, _ in module_path(node)]
+    for path in reversed(stack):
+        for layer in layers:
+            if any(p.startswith(path + ".") for p in layer.parameters):
+                return layer.name
+    return None
+
+
+def _before(ends: list[Node]) -> set[Node]:
+    seen: set[Node] = set(ends)
+    stack = list(ends)
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    return seen
 
 
 def _behind(starts: list[Node]) -> set[Node]:
