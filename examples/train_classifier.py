@@ -5,6 +5,7 @@ python examples/train_classifier.py --dataset cifar10 --data-dir ~/data --model 
 """
 
 import argparse
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,15 @@ from load_data import DATASETS, ImageData, load_images
 
 
 def mlp(in_features: int, classes: int, depth: int = 8, width: int = 512) -> nn.Sequential:
-    """``depth`` linear layers with ReLU between them."""
+    """``depth`` linear layers with ReLU between them, He initialisation."""
+    sizes = [in_features, *[width] * (depth - 1), classes]
     layers: list[nn.Module] = [nn.Flatten()]
-    for _ in range(depth - 1):
-        layers += [nn.Linear(in_features, width), nn.ReLU()]
-        in_features = width
-    return nn.Sequential(*layers, nn.Linear(in_features, classes))
+    for fan_in, fan_out in pairwise(sizes):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def cnn(channels: int, size: int, classes: int, width: int = 16) -> nn.Sequential:
@@ -54,9 +58,7 @@ def accuracy(net: nn.Module, data: ImageData, batch_size: int = 500) -> float:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--method", default="grape", help="bp, dfa, fdfa, grape")
-    parser.add_argument(
-        "--calib-every", default="1", help="epochs between calibrations, or 'never'"
-    )
+    parser.add_argument("--calib-every", default="1", help="epochs between calibrations, or never")
     parser.add_argument("--dataset", default="mnist", choices=DATASETS)
     parser.add_argument("--data-dir", help="folder of a full data set (default: bundled MNIST)")
     parser.add_argument("--model", default="mlp", choices=["mlp", "cnn"])

@@ -40,6 +40,8 @@ def compile(  # noqa: A001 - named like torch.compile
         granularity: "layer" (a feedback point behind each weight layer) or "block".
         feedback_budget: most bytes of feedback maps (default: 25 % of the parameters' or 256 MiB).
         batch_dim: the dim of the inputs that holds the batch.
+        dynamic: None compiles the first batch size on its own and one graph for all others, True one
+            graph for all from the start, False one for each size.
         seed: of feedback maps and noise; the global random stream is not touched.
         backend: "inductor", or "eager" to run the graphs uncompiled.
         backend_options: Inductor options.

@@ -248,6 +248,15 @@ def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
         module.recompile()
 
 
+def _off_meta(gm: torch.fx.GraphModule) -> None:
+    """A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``."""
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    for node in gm.graph.nodes:
+        if meta in node.args or meta in node.kwargs.values():
+            node.args = tuple(cpu if a == meta else a for a in node.args)
+            node.kwargs = {k: cpu if a == meta else a for k, a in node.kwargs.items()}
+
+
 def _read(
     exported: torch.export.ExportedProgram,
     flat: _Flat,
@@ -257,6 +266,7 @@ def _read(
     notes: list[str],
 ) -> Captured:
     gm = exported.graph_module
+    _off_meta(gm)
     signature = exported.graph_signature
     buffers = dict(model.named_buffers(remove_duplicate=False))
     # tied parameters go by the name that named_parameters() gives them

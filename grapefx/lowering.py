@@ -8,17 +8,62 @@ strides Inductor finds best, and the update graph is compiled for those strides.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from grapefx.errors import OptionError, nearest
-from grapefx.torch_compat import FakeTensor, fake_mode_of, inductor_compile, restrided
+from grapefx.ir import StepGraph
+from grapefx.passes.order import dead_code
+from grapefx.torch_compat import (
+    FakeTensor,
+    concrete,
+    fake_mode_of,
+    inductor_compile,
+    inductor_decompose,
+    pytree,
+    restrided,
+)
 
 BACKENDS = ("inductor", "eager")
 
 Compiled = Callable[[list[Any]], Any]
+
+
+# A batch size for each symbol; None makes one graph for every batch size.
+Sizes = dict[Any, int] | None
+
+_KEEP = ("grapefx_phase", "grapefx_layer", "grapefx_role", "grapefx_name", "grapefx_fold")
+
+
+def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
+    """What a backend wants done to a step graph before it is split.
+
+    Inductor decomposes first: what is worth saving shows in its own small operators (one-byte
+    pooling offsets instead of indices, batch norm's statistics instead of its output).
+    """
+    if backend not in BACKENDS:
+        raise OptionError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
+    if backend == "eager":
+        return step
+    work = step.copy()
+    before = work.placeholders()
+    example = _examples(work.gm)
+    if sizes is not None:
+        example = concrete(example, sizes)
+    device = _device(example)
+    with torch.autocast(device, enabled=False):
+        gm = inductor_decompose(work.gm, example, _KEEP)
+    after = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for old, new in zip(before, after, strict=True):
+        new.meta.update({k: old.meta[k] for k in _KEEP if k in old.meta})
+    out = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    results = iter(pytree.tree_leaves(out.args[0], is_leaf=lambda x: x is None))
+    out.args = (tuple(results),)
+    dead_code(gm.graph)
+    return replace(work, gm=gm)
 
 
 def lower_forward(gm: GraphModule, backend: str, options: dict[str, Any] | None = None) -> Compiled:
@@ -49,6 +94,10 @@ def _examples(gm: GraphModule) -> list[Any]:
     return [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
 
 
+def _device(examples: list[Any]) -> str:
+    return next((v.device.type for v in examples if isinstance(v, torch.Tensor)), "cpu")
+
+
 def _outputs(gm: GraphModule) -> int:
     return len(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])  # type: ignore[arg-type]
 
@@ -61,14 +110,11 @@ def _lower(
     user_outputs: int,
     is_backward: bool,
 ) -> tuple[Compiled, list[Any]]:
-    if backend not in BACKENDS:
-        raise OptionError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
     if backend == "eager" or not any(n.op == "call_function" for n in gm.graph.nodes):
         gm.recompile()
         run = gm.forward
         return (lambda inputs: run(*inputs)), []
-    device = next((v.device.type for v in examples if isinstance(v, torch.Tensor)), "cpu")
-    with torch.autocast(device, enabled=False), torch.no_grad():
+    with torch.autocast(_device(examples), enabled=False), torch.no_grad():
         return inductor_compile(
             gm, examples, user_outputs=user_outputs, is_backward=is_backward, options=options
         )

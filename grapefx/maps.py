@@ -31,6 +31,11 @@ class FeedbackMap:
         return (self.error_dim, self.value_dim)
 
     @property
+    def trace_key(self) -> tuple[object, ...]:
+        """All that a traced computation depends on (see ``passes.trace_key``)."""
+        return (self.kind, self.error_dim, self.value_dim, self.layer.fold)
+
+    @property
     def bytes(self) -> int:
         """Bytes of one float32 matrix of this shape."""
         return 4 * self.error_dim * self.value_dim

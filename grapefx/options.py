@@ -38,6 +38,7 @@ class Options:
     feedback_budget: int | None = None
     batch_dim: int = 0
     seed: int = 0
+    dynamic: bool | None = None
     backend: str = "inductor"
     backend_options: dict[str, Any] | None = None
 
@@ -54,6 +55,8 @@ class Options:
             value = getattr(self, name)
             if not _whole(value) or value < least:
                 raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+        if self.dynamic not in (None, True, False):
+            raise OptionError(f"dynamic={self.dynamic!r} must be None, True or False")
         if not 0 < self.tangent_fraction <= 1:
             raise OptionError(f"tangent_fraction={self.tangent_fraction!r} must be in (0, 1]")
         if not self.ridge > 0:

@@ -26,11 +26,14 @@ __all__ = [
     "TorchDispatchMode",
     "batch_symbol",
     "clear_saved_tensors",
+    "concrete",
     "decompositions",
     "fake_mode_of",
     "fake_tensor",
     "forget_guards",
+    "functionalized",
     "inductor_compile",
+    "inductor_decompose",
     "make_fx",
     "min_cut_partition",
     "new_fake_mode",
@@ -49,10 +52,17 @@ def new_fake_mode() -> FakeTensorMode:
 
 
 def fake_tensor(mode: FakeTensorMode, like: torch.Tensor, dynamic: Sequence[int] = ()) -> Any:
-    """A fake of ``like`` under ``mode``; the dims in ``dynamic`` get symbols (equal sizes share)."""
+    """A fake of ``like`` under ``mode``; the dims in ``dynamic`` get symbols (equal sizes share).
+
+    A meta tensor becomes one of the CPU, whose kernels the graph then describes.
+    """
     sizes = [DimDynamic.DUCK if d in dynamic else DimDynamic.STATIC for d in range(like.ndim)]
     context = StatelessSymbolicContext(dynamic_sizes=sizes)
-    return mode.from_tensor(like, symbolic_context=context)
+    fake = mode.from_tensor(like, symbolic_context=context)
+    if not like.is_meta:
+        return fake
+    with mode:
+        return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="cpu")
 
 
 def fake_mode_of(value: Any) -> FakeTensorMode:
@@ -90,7 +100,7 @@ def inductor_compile(
     is_backward: bool = False,
     options: dict[str, Any] | None = None,
 ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
-    """Compile a flat functional ATen graph with Inductor's inner compiler: no Dynamo, no guards.
+    """Compile a flat, decomposed ATen graph with Inductor's inner compiler: no Dynamo, no guards.
 
     Only the first ``user_outputs`` outputs must keep their strides; Inductor chooses those of the
     others (saved values) and they are returned, None where nothing was reported.
@@ -98,79 +108,72 @@ def inductor_compile(
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
 
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
-    writes = [
-        (n.args[0].name, n.args[1])
-        for n in gm.graph.nodes
-        if n.op == "call_function" and n.target is torch.ops.aten.copy_.default
-    ]
-    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    pure, extra = _without_writes(gm, [v for _, v in writes])
-    decomposed = _retrace(pure, list(example), mode, select_decomp_table())
-    _restore_writes(decomposed, [names.index(w) for w, _ in writes], extra)
-    output = next(n for n in reversed(decomposed.graph.nodes) if n.op == "output")
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(user_outputs))
-    context = TracingContext(mode)
     with (
         config.patch(options or {}),
-        tracing(context),
+        tracing(TracingContext(mode)),
         mode,
         python_dispatcher(),
         TracingContext.report_output_strides() as strides,
     ):
-        compiled = compile_fx_inner(
-            decomposed, list(example), is_backward=is_backward, is_inference=False
-        )
+        compiled = compile_fx_inner(gm, list(example), is_backward=is_backward, is_inference=False)
     current: Callable[[list[Any]], Any] = getattr(compiled, "current_callable", None) or compiled
     return current, list(strides or [])
 
 
-def _without_writes(
-    gm: torch.fx.GraphModule, written: list[torch.fx.Node]
-) -> tuple[torch.fx.GraphModule, int]:
-    """The graph with its in-place writes turned into outputs (appended at the end)."""
-    graph = torch.fx.Graph()
-    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
-    result: Any = None
-    for n in gm.graph.nodes:
-        if n.op == "output":
-            result = n.args[0]
-        elif not (n.op == "call_function" and n.target is torch.ops.aten.copy_.default):
-            mapping[n] = graph.node_copy(n, lambda m: mapping[m])
-    outs = torch.fx.node.map_arg(result, lambda m: mapping[m])
-    graph.output((*outs, *[mapping[w] for w in written]))
-    return torch.fx.GraphModule(gm, graph), len(written)
-
-
-def _retrace(
-    gm: torch.fx.GraphModule, example: list[Any], mode: FakeTensorMode, table: Any
+def inductor_decompose(
+    gm: torch.fx.GraphModule, example: Sequence[Any], keep: Sequence[str]
 ) -> torch.fx.GraphModule:
+    """Retrace a flat graph with Inductor's decompositions, as AOTAutograd does before it partitions.
+
+    ``example`` are fake inputs (and plain sizes); metadata under the keys ``keep`` goes from each
+    node to those that replace it.
+    """
+    import torch.fx.traceback as fx_traceback
+    from torch._inductor.decomposition import select_decomp_table
+
+    for n in gm.graph.nodes:
+        n.meta["custom"] = {k: n.meta[k] for k in keep if k in n.meta}
+    mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
+
+    class Run(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            with fx_traceback.set_current_meta(n):
+                return super().run_node(n)
+
     def run(*inputs: Any) -> Any:
-        return list(torch.fx.Interpreter(gm).run(*inputs))
+        with fx_traceback.preserve_node_meta():
+            return list(Run(gm).run(*inputs))
 
     with mode, python_dispatcher(), torch.no_grad():
-        out = make_fx(run, decomposition_table=table, tracing_mode="real")(*example)
+        out = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="real")(*example)
     out.graph.set_codegen(torch.fx.graph.CodeGen())
-    out.graph.eliminate_dead_code()
+    for n in out.graph.nodes:
+        n.meta.update(n.meta.get("custom") or {})
     out.recompile()
     return out
 
 
-def _restore_writes(gm: torch.fx.GraphModule, targets: list[int], extra: int) -> None:
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    flat = list(output.args[0])  # type: ignore[arg-type]
-    kept, values = (flat[:-extra], flat[-extra:]) if extra else (flat, [])
-    for index, value in zip(targets, values, strict=True):
-        with gm.graph.inserting_before(output):
-            node = gm.graph.call_function(
-                torch.ops.aten.copy_.default, (placeholders[index], value)
-            )
-        node.meta["val"] = placeholders[index].meta["val"]
-    output.args = (tuple(kept),)
-    gm.recompile()
+def concrete(vals: Sequence[Any], sizes: dict[Any, int]) -> list[Any]:
+    """Fake values with their symbols replaced by numbers, under a fake mode of their own."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def number(size: Any) -> int:
+        expr = batch_symbol(size)
+        return int(size) if expr is None else int(expr.xreplace(sizes))
+
+    out: list[Any] = []
+    for v in vals:
+        if isinstance(v, torch.Tensor):
+            shape, stride = [number(s) for s in v.shape], [number(s) for s in v.stride()]
+            with mode:
+                out.append(torch.empty_strided(shape, stride, dtype=v.dtype, device=v.device))
+        else:
+            out.append(number(v))
+    return out
 
 
 def restrided(value: Any, stride: Any, mode: FakeTensorMode) -> Any:
@@ -201,6 +204,15 @@ def decompositions(op: Any) -> dict[Any, Callable[..., Any]]:
 
     found = decomposition_table.get(op) or core_aten_decompositions().get(op)
     return {} if found is None else {op: found}
+
+
+def functionalized(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` without in-place operators, also those that torch's composite operators use inside
+    (``cosine_similarity``, circular padding, channels-last pooling). To be traced by ``make_fx``.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+
+    return dispatch_functionalize(fn, FunctionalTensorMode())
 
 
 def clear_saved_tensors(ctx: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from grapefx.passes.trace_key import trace_key
 from grapefx.torch_compat import FakeTensorMode, fake_mode_of, make_fx, pytree, python_dispatcher
 
 aten = torch.ops.aten
@@ -30,6 +31,7 @@ class Emitter:
         self.graph = graph
         self.mode = graph_mode(graph)
         self.meta = meta
+        self._traced: dict[Any, tuple[Graph, Any]] = {}
 
     @contextlib.contextmanager
     def before(self, node: Node, **meta: Any) -> Iterator[None]:
@@ -73,23 +75,19 @@ class Emitter:
         """
         flat, spec = pytree.tree_flatten(args)
         nodes = list(dict.fromkeys(a for a in flat if isinstance(a, Node)))
-        slots = {n: i for i, n in enumerate(nodes)}
-        result: list[Any] = []
-
-        def wrapped(tensors: list[Any]) -> list[Any]:
-            leaves = [tensors[slots[a]] if isinstance(a, Node) else a for a in flat]
-            out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(leaves, spec)))
-            result[:] = [out_spec]
-            return out
-
-        with self.mode, python_dispatcher():
-            inner = make_fx(wrapped, tracing_mode="real")(_distinct([n.meta["val"] for n in nodes]))
+        key = trace_key(fn, spec, flat, nodes)
+        if key is None or key not in self._traced:
+            made = self._trace(fn, flat, spec, nodes)
+            if key is not None:
+                self._traced[key] = made
+        else:
+            made = self._traced[key]
+        inner, out_spec = made
         mapping: dict[Node, Any] = {}
-        inner.graph.eliminate_dead_code()
-        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        placeholders = [n for n in inner.nodes if n.op == "placeholder"]
         mapping.update(zip(placeholders, nodes, strict=True))
         outs: list[Any] = []
-        for n in inner.graph.nodes:
+        for n in inner.nodes:
             if n.op == "placeholder":
                 continue
             if n.op == "output":
@@ -108,7 +106,25 @@ class Emitter:
             new = self.graph.node_copy(n, lambda m: mapping[m])
             new.meta = {"val": n.meta.get("val"), **self.meta}
             mapping[n] = new
-        return pytree.tree_unflatten(outs, result[0])
+        return pytree.tree_unflatten(outs, out_spec)
+
+    def _trace(
+        self, fn: Callable[..., Any], flat: list[Any], spec: Any, nodes: list[Node]
+    ) -> tuple[Graph, Any]:
+        """The graph of ``fn`` on the values of ``nodes``, and the structure of what it returns."""
+        slots = {n: i for i, n in enumerate(nodes)}
+        result: list[Any] = []
+
+        def wrapped(tensors: list[Any]) -> list[Any]:
+            leaves = [tensors[slots[a]] if isinstance(a, Node) else a for a in flat]
+            out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(leaves, spec)))
+            result[:] = [out_spec]
+            return out
+
+        with self.mode, python_dispatcher():
+            inner = make_fx(wrapped, tracing_mode="real")(_distinct([n.meta["val"] for n in nodes]))
+        inner.graph.eliminate_dead_code()
+        return inner.graph, result[0]
 
     def _known(self, inner: Node, mapping: dict[Node, Any], reuse: Node | None) -> Any:
         """The node of the graph whose call ``inner`` repeats."""

@@ -25,6 +25,7 @@ from grapefx.methods.base import Method, Rows, State
 from grapefx.passes import markers
 from grapefx.passes.emit import Emitter
 from grapefx.passes.order import dead_code, topological
+from grapefx.passes.restride import differs, restride
 from grapefx.passes.tangent import Stream
 
 aten = torch.ops.aten
@@ -57,6 +58,7 @@ class _Builder:
         self.metrics: dict[str, dict[int, Node]] = {}
         self.new_states: list[dict[str, Node]] = []
         self.finite: Node | None = None
+        self.moved: list[Node] = []  # values that took a place with other strides
 
     def _renamed(self, step: StepGraph, streams: Sequence[Stream]) -> list[Stream]:
         names = {n.name: n for n in self.graph.nodes}
@@ -308,9 +310,10 @@ class _Builder:
             results.append(self.finite)
             outputs.append(Slot("metric", "finite"))
         self.output.args = (tuple(results),)
-        markers.erase(self.graph)
+        self.moved += markers.erase(self.graph)
         topological(self.graph)
         dead_code(self.graph)
+        restride(self.graph, self.moved)
         return replace(
             self.step,
             gm=GraphModule(self.step.gm, self.graph),
@@ -369,6 +372,8 @@ def replace_cuts(b: _Builder, cotangents: dict[int, Node]) -> None:
     for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
         new = cotangents.get(index)
         assert isinstance(new, Node)
+        if differs(node, new):
+            b.moved.append(new)
         node.replace_all_uses_with(new)
         b.graph.erase_node(node)
 
@@ -378,6 +383,8 @@ def _feedback_gradients(b: _Builder, cotangents: dict[int, Node]) -> dict[str, N
     twin: dict[Node, Node] = {}
     for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
         twin[node] = cotangents[index]
+        if differs(node, twin[node]):
+            b.moved.append(twin[node])
     for node in list(b.graph.nodes):
         if node.op != "call_function" or node in twin:
             continue

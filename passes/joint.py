@@ -42,7 +42,10 @@ class _Marked(torch.fx.Interpreter):
                     self.before_cut.get(a, self.env.get(a)) if isinstance(a, Node) else a
                     for a in n.args[0]  # type: ignore[union-attr]
                 )
-            if n.op == "call_function" and n.target in recurrent.DECOMPOSITIONS:
+            if n.op == "call_function" and n.target is aten.copy.default:
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                result = _copied(*args)
+            elif n.op == "call_function" and n.target in recurrent.DECOMPOSITIONS:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 result = recurrent.DECOMPOSITIONS[n.target](*args, **kwargs)
             else:
@@ -54,6 +57,12 @@ class _Marked(torch.fx.Interpreter):
                 self.before_cut[n] = result
                 result = markers.Cut.apply(result, self.cuts[n])
             return result
+
+
+def _copied(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """``aten.copy`` (what writing into a view becomes) by operators that have a derivative."""
+    source = source.to(to.dtype)
+    return source if source.shape == to.shape else source.expand(to.shape).clone()
 
 
 def trace_joint(

@@ -59,9 +59,14 @@ def find(graph: Graph, target: Any) -> dict[int, Node]:
     return {n.args[1]: n for n in graph.nodes if n.op == "call_function" and n.target is target}  # type: ignore[misc]
 
 
-def erase(graph: Graph) -> None:
-    """Replace every marker by the value that it marks."""
+def erase(graph: Graph) -> list[Node]:
+    """Replace every marker by the value that it marks; returns those that have other strides."""
+    moved: list[Node] = []
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in ALL:
-            node.replace_all_uses_with(node.args[0])
+            source: Node = node.args[0]  # type: ignore[assignment]
+            if source.meta["val"].stride() != node.meta["val"].stride():
+                moved.append(source)
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
+    return moved

@@ -221,12 +221,7 @@ def add_tangents(
         em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
         if out:
             em.sliced = shared_slices
-        for node in forward:
-            with em.after(_hoist_items(node)):
-                made = _tangent(em, node, noise, derived)
-            if made is not None:
-                _check_batch(em, node)
-            em.tangents[node] = made
+        propagate(em, forward, noise, derived)
         shared_slices = em.sliced
         found = {i: em.tangents.get(n) for i, n in taps.items()}
         out.append(Stream(noise, {i: n for i, n in found.items() if n is not None}))
@@ -234,6 +229,18 @@ def add_tangents(
             raise TangentError("no feedback point reaches the error tap through differentiable ops")
     result = StepGraph(GraphModule(step.gm, graph), step.inputs + tuple(noise_slots), step.outputs)
     return Tangents(result, tuple(out), tuple(derived))
+
+
+def propagate(
+    em: TangentEmitter, nodes: list[Node], noise: dict[int, Node], derived: dict[str, None]
+) -> None:
+    """Emit the tangent of each node in order; ``em.tangents`` may be seeded, and takes them."""
+    for node in nodes:
+        with em.after(_hoist_items(node)):
+            made = _tangent(em, node, noise, derived)
+        if made is not None:
+            _check_batch(em, node)
+        em.tangents[node] = made
 
 
 def _placeholder(

@@ -109,7 +109,9 @@ def products(net: nn.Module, batch: int) -> dict[str, float]:
     return out
 
 
-def run_model(name: str, variants: list[str], batch: int, rounds: int, warmup: int) -> list[dict[str, Any]]:
+def run_model(
+    name: str, variants: list[str], batch: int, rounds: int, warmup: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     shape = MODELS[name][1]
     torch.manual_seed(1)
     x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
@@ -134,10 +136,10 @@ def run_model(name: str, variants: list[str], batch: int, rounds: int, warmup: i
     for _ in range(rounds):
         random.shuffle(order)
         for v in order:
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[v]):
                 steps[v]()
-            times[v].append((time.perf_counter() - start) / repeats[v])
+            times[v].append((clock() - start) / repeats[v])
     reference = None
     rows = []
     for v in steps:
@@ -211,6 +213,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--rounds", type=int, default=30)
     p.add_argument("--warmup", type=int, default=3)
+    p.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count processor time on one thread: for a machine that does other work meanwhile",
+    )
     p.add_argument("--memory", action="store_true", help="also measure peak memory (one process each)")
     p.add_argument("--json", help="write the rows to this file")
     p.add_argument("--one-memory", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
@@ -219,13 +226,16 @@ def main(argv: list[str] | None = None) -> int:
     if a.one_memory:
         print(memory_of(a.one_memory[0], a.one_memory[1], a.batch))
         return 0
+    if a.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if a.cpu_time else time.perf_counter
     print(
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, batch {a.batch}, {a.rounds} rounds"
     )
     rows: list[dict[str, Any]] = []
     for name in a.models:
-        rows += run_model(name, a.variants, a.batch, a.rounds, a.warmup)
+        rows += run_model(name, a.variants, a.batch, a.rounds, a.warmup, clock)
     if a.memory:
         for r in rows:
             command = [sys.executable, __file__, "--batch", str(a.batch), "--one-memory", r["model"], r["variant"]]

@@ -178,7 +178,7 @@ class FeedbackModule(nn.Module):
         return unflatten_outputs(program.out_spec, self._train(program, inputs))
 
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
-        compiled = program.infer()
+        compiled = program.infer(self._batch_size(inputs))
         arguments = [self._value(role, ref, inputs, program) for role, ref in compiled.sources]
         with _autocast_off(self._device_type), torch.no_grad():
             return compiled.forward(arguments)
@@ -188,7 +188,7 @@ class FeedbackModule(nn.Module):
         assert plan is not None
         self._schedule.tell_once()
         kind = self._kind(plan)
-        step = program.step(kind)
+        step = program.step(kind, self._batch_size(inputs))
         noise = self._noise(step, inputs) if step.noise else {}
         arguments = [
             noise[ref] if role == "noise" else self._value(role, ref, inputs, program)
@@ -272,7 +272,7 @@ class FeedbackModule(nn.Module):
     ) -> Program:  # fmt: skip
         self._check_devices(leaves)
         options = self._options
-        backend = (options.backend, options.backend_options)
+        backend = (options.backend, options.backend_options, options.dynamic)
         device = self._device_type
         if torch.is_autocast_enabled(device) != bool(key[4]):  # the device was unknown till now
             key = (*key[:4], torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.rules.common import Rule, add, argument, cast, output, refuse, scale, view
+from grapefx.passes.rules.common import (
+    Rule,
+    add,
+    unmixed,
+    argument,
+    cast,
+    output,
+    refuse,
+    scale,
+    view,
+)
 
 aten = torch.ops.aten
 
@@ -66,6 +76,8 @@ def attention(em: Any, node: Node) -> Any:
         )
     bias = argument(node, "attn_mask", argument(node, "attn_bias"))
     given = argument(node, "scale")
+    for a in (q, k, v):
+        unmixed(em, node, a, -2)
     val = node.meta["val"][0]
     heads = int(val.shape[1])
     factor = 1.0 / math.sqrt(int(q.meta["val"].shape[-1])) if given is None else given  # type: ignore[union-attr]

@@ -130,8 +130,15 @@ def view(em: Any, t: Any, shape: Any) -> Any:
     try:
         return em.call(aten.view.default, t, shape)
     except (RuntimeError, ValueError):
-        solid = em.call(aten.clone.default, t, memory_format=torch.contiguous_format)
-        return em.call(aten.view.default, solid, shape)
+        copied = em.call(aten.clone.default, t, memory_format=torch.contiguous_format)
+        return em.call(aten.view.default, copied, shape)
+
+
+def solid(em: Any, t: Any) -> Any:
+    """``t`` contiguous: some backward kernels take that for granted (a slice may not be)."""
+    if t.meta["val"].is_contiguous():
+        return t
+    return em.call(aten.clone.default, t, memory_format=torch.contiguous_format)
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
@@ -155,6 +162,18 @@ def dims_of(node: Node, name: str = "dim") -> list[int]:
         return list(range(ndim))
     dims = [dim] if isinstance(dim, int) else list(dim)
     return [d % ndim if ndim else 0 for d in dims]
+
+
+def unmixed(em: Any, node: Node, x: Any, *dims: int) -> None:
+    """Check that a sub-batch is not cut out of a dim that ``node`` mixes."""
+    fold = em.folds.get(x)
+    ndim = x.meta["val"].ndim
+    if fold is not None and fold.dim in [d % ndim for d in dims if ndim]:
+        raise refuse(
+            node,
+            f"it mixes dim {fold.dim}, which holds the batch, and tangents are taken on a part",
+            "tangent_fraction=1 (or batch_dim=, if the batch is another dim)",
+        )
 
 
 def refuse(node: Node, why: str, remedy: str) -> TangentError:

@@ -21,10 +21,10 @@ def pointwise(em: Any, node: Node) -> Any:
     """A pointwise operator's Jacobian is diagonal: its gradient applied to the tangent is it."""
     tangents = [em.t(a) for a in node.args]
     which = [i for i, t in enumerate(tangents) if t is not None]
-    if not which or node.meta["val"].is_complex() or any(em.t(v) for v in node.kwargs.values()):
-        return derive(em, node)
-    if any(t.meta["val"].is_complex() for t in tangents if t is not None):
-        return derive(em, node)
+    vals = [node.meta["val"], *(t.meta["val"] for t in tangents if t is not None)]
+    real = all(isinstance(v, torch.Tensor) and not v.is_complex() for v in vals)
+    if not real or not which or any(em.t(v) for v in node.kwargs.values()):
+        return derive(em, node)  # a complex gradient is conjugated, and tuples have several
     args, kwargs = em.p((node.args, dict(node.kwargs)))
 
     def fn(args: Any, kwargs: Any, ts: Any) -> Any:
@@ -51,7 +51,7 @@ def pointwise(em: Any, node: Node) -> Any:
     return fit(em, made, node)
 
 
-def derive(em: Any, node: Node) -> Any:
+def derive(em: Any, node: Node, forward: bool = True) -> Any:
     """torch's own derivative of this one operator, traced."""
     args, kwargs = em.p((node.args, dict(node.kwargs)))
     flat, spec = pytree.tree_flatten((list(args), dict(kwargs)))
@@ -66,7 +66,7 @@ def derive(em: Any, node: Node) -> Any:
             if not table:
                 break
             op = _decomposed(node.target, table)
-        for way in (_forward, _backward_twice):
+        for way in (_forward, _backward_twice) if forward else (_backward_twice,):
             try:
                 return em.trace(way(op, spec, which), list(flat), ts, reuse=node)
             except Exception as e:
@@ -94,7 +94,9 @@ def _forward(op: Any, spec: Any, which: list[int]) -> Callable[..., Any]:
                 if not _floating(o):
                     return None
                 t = fwAD.unpack_dual(o).tangent
-                return None if t is None else t.clone()
+                if t is None:  # zero, or forward AD stopped without saying so
+                    raise NotImplementedError(f"forward AD of {op} gave no tangent")
+                return t.clone()
 
             return pytree.tree_map(tangent, out)
 

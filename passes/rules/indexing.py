@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.rules.common import Rule, argument, output, view
+from grapefx.passes.rules.common import Rule, argument, unmixed, output, view
 
 aten = torch.ops.aten
 
@@ -45,6 +45,7 @@ def pick(em: Any, node: Node) -> Any:
         return None
     ndim = t.meta["val"].ndim
     dim = argument(node, "dim", -1)
+    unmixed(em, node, node.args[0], dim)
     index = output(em, node, 1)
     if ndim == 0:
         return {0: t}

@@ -10,6 +10,8 @@ from torch.fx import Node
 from grapefx.passes.rules.common import (
     Rule,
     add,
+    unmixed,
+    argument,
     cast,
     dense,
     fit,
@@ -30,6 +32,13 @@ def same(em: Any, node: Node) -> Any:
     if t is None:
         return None
     return em.call(node.target, t, *em.p(node.args[1:]), **em.p(dict(node.kwargs)))
+
+
+def along(em: Any, node: Node) -> Any:
+    """Linear and mixing one dim (cumsum, flip, roll)."""
+    dims = argument(node, "dim", argument(node, "dims"))
+    unmixed(em, node, node, *([dims] if isinstance(dims, int) else dims or []))
+    return same(em, node)
 
 
 def reshape(em: Any, node: Node) -> Any:
@@ -151,11 +160,10 @@ _SAME = (
     aten.t.default, aten.transpose.int, aten.permute.default, aten.clone.default,
     aten.alias.default, aten.contiguous.default, aten.slice.Tensor, aten.select.int,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.diagonal.default, aten.unfold.default, aten.repeat.default, aten.flip.default,
-    aten.roll.default, aten.rot90.default, aten.tril.default, aten.triu.default,
+    aten.diagonal.default, aten.unfold.default, aten.repeat.default,  aten.tril.default, aten.triu.default,
     aten.trace.default, aten.diag_embed.default, aten.lift_fresh_copy.default,
     aten.mean.default, aten.mean.dim, aten.sum.default, aten.sum.dim_IntList,
-    aten.cumsum.default, aten._to_copy.default, aten.neg.default,
+    aten._to_copy.default, aten.neg.default,
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_select.default,
     aten.gather.default, aten.take.default, aten.masked_select.default,
     aten.avg_pool2d.default, aten.avg_pool3d.default, aten._adaptive_avg_pool2d.default,
@@ -178,6 +186,10 @@ _SAME = (
     aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default,
     aten._conj_physical.default, aten.conj_physical.default, aten.real.default, aten.imag.default,
     aten.view_as_real_copy.default, aten.resolve_conj.default, aten.resolve_neg.default,
+    aten.alias_copy.default, aten.diagonal_copy.default, aten.narrow_copy.default,
+    aten.permute_copy.default, aten.select_copy.int, aten.slice_copy.Tensor,
+    aten.squeeze_copy.default, aten.squeeze_copy.dim, aten.t_copy.default,
+    aten.transpose_copy.int, aten.unfold_copy.default, aten.unsqueeze_copy.default,
     aten.max_unpool2d.default, aten.max_unpool3d.default, aten.nansum.default,
 )  # fmt: skip
 
@@ -186,6 +198,7 @@ _NOTHING = (
     aten.empty_like.default, aten.new_zeros.default, aten.new_ones.default,
     aten.new_full.default, aten.new_empty.default, aten.new_empty_strided.default,
     aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p,
+    aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor,
     aten.fill.Scalar, aten.sign.default, aten.sgn.default, aten.floor.default,
     aten.ceil.default, aten.round.default, aten.round.decimals, aten.trunc.default,
     aten.floor_divide.default, aten.heaviside.default, aten.detach.default, aten.poisson.default,
@@ -195,15 +208,20 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_SAME, same),
     **dict.fromkeys(_NOTHING, nothing),
     **dict.fromkeys(
-        (aten.view.default, aten._unsafe_view.default, aten.reshape.default), reshape
+        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_copy.default), reshape
+    ),
+    **dict.fromkeys(
+        (aten.cumsum.default, aten.flip.default, aten.roll.default, aten.rot90.default), along
     ),
     aten.expand.default: expand,
+    aten.expand_copy.default: expand,
     aten.as_strided.default: as_strided,
     aten.as_strided_.default: as_strided,
     **dict.fromkeys(
         (
             aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
             aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.chunk.default,
+            aten.split_with_sizes_copy.default, aten.unbind_copy.int,
         ),
         pieces,
     ),

@@ -11,6 +11,7 @@ from torch.fx import Node
 from grapefx.passes.rules.common import (
     Rule,
     add,
+    unmixed,
     argument,
     cast,
     fit,
@@ -18,6 +19,7 @@ from grapefx.passes.rules.common import (
     refuse,
     scale,
     size_of,
+    solid,
     statistic,
     view,
 )
@@ -74,7 +76,7 @@ def layer_norm(em: Any, node: Node) -> Any:
         core = em.get(
             em.call(
                 aten.native_layer_norm_backward.default,
-                t, em.p(x), shape, mean, rstd, None, None, _ONLY_X,
+                t, em.p(x), shape, solid(em, mean), solid(em, rstd), None, None, _ONLY_X,
             ),
             0,
         )  # fmt: skip
@@ -98,8 +100,8 @@ def group_norm(em: Any, node: Node) -> Any:
         core = em.get(
             em.call(
                 aten.native_group_norm_backward.default,
-                em.call(aten.clone.default, t, memory_format=torch.contiguous_format),
-                em.p(x), mean, rstd, None, n, channels, em.p(spatial), groups, _ONLY_X,
+                solid(em, t), solid(em, em.p(x)), solid(em, mean), solid(em, rstd), None,
+                n, channels, em.p(spatial), groups, _ONLY_X,
             ),
             0,
         )  # fmt: skip
@@ -197,7 +199,8 @@ def softmax(em: Any, node: Node) -> Any:
     if t is None:
         return None
     t = cast(em, t, node.meta["val"].dtype)
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+    dim = argument(node, "dim")
+    unmixed(em, node, node, dim)
     return em.call(
         aten._softmax_backward_data.default, t, em.p(node), dim, node.meta["val"].dtype
     )
@@ -209,6 +212,7 @@ def log_softmax(em: Any, node: Node) -> Any:
     if t is None:
         return None
     t = cast(em, t, node.meta["val"].dtype)
+    unmixed(em, node, node, node.args[1])  # type: ignore[arg-type]
     weighted = em.call(aten.mul.Tensor, em.call(aten.exp.default, em.p(node)), t)
     mean = em.call(aten.sum.dim_IntList, weighted, [node.args[1]], True)
     return em.call(aten.sub.Tensor, t, mean)

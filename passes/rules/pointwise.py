@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.rules.common import Rule, argument, fit
+from grapefx.passes.rules.common import Rule, add, argument, fit, select
 from grapefx.passes.rules.derived import pointwise as derived_pointwise
 
 aten = torch.ops.aten
@@ -123,6 +123,33 @@ def _log_sigmoid(em: Any, node: Node) -> Any:
     return {0: em.call(aten.mul.Tensor, t, slope)}
 
 
+def _glu(em: Any, t: Any, node: Node) -> Any:
+    """``a * s``, s = sigmoid(b): ``ta * s + y * (1 - s) * tb``."""
+    dim = argument(node, "dim")
+    half = node.meta["val"].shape[dim]
+
+    def part(x: Any, k: int) -> Any:
+        return em.call(aten.slice.Tensor, x, dim, k * half, (k + 1) * half)
+
+    gate = em.call(aten.sigmoid.default, part(_x(em, node), 1))
+    rest = em.call(aten.mul.Tensor, em.p(node), em.call(aten.rsub.Scalar, gate, 1))
+    left = em.call(aten.mul.Tensor, part(t, 0), gate)
+    return em.call(aten.add.Tensor, left, em.call(aten.mul.Tensor, part(t, 1), rest))
+
+
+def _prelu(em: Any, node: Node) -> Any:
+    """Both the input and the slope."""
+    x, w = node.args
+    tx, tw = em.t(x), em.t(w)
+    dead = em.call(aten.le.Scalar, em.p(x), 0)
+    left = right = None
+    if tx is not None:
+        left = em.call(aten.where.self, dead, em.call(aten.mul.Tensor, tx, em.p(w)), tx)
+    if tw is not None:
+        right = select(em, dead, em.call(aten.mul.Tensor, em.p(x), tw))
+    return fit(em, add(em, left, right), node)
+
+
 RULES: dict[Any, Rule] = {
     aten.relu.default: by_output(aten.threshold_backward.default, 0),
     aten.threshold.default: unary(_threshold),
@@ -155,5 +182,7 @@ RULES: dict[Any, Rule] = {
         lambda em, node: em.call(aten.neg.default, em.call(aten.sin.default, _x(em, node)))
     ),
     aten.abs.default: _times(_call(aten.sgn.default)),
+    aten.glu.default: unary(_glu),
+    aten._prelu_kernel.default: _prelu,
     aten.log_sigmoid_forward.default: _log_sigmoid,
 }

@@ -173,6 +173,7 @@ RULES: dict[Any, Rule] = {
     aten.bmm.default: product(),
     aten.mv.default: product(),
     aten.dot.default: product(),
+    aten.vdot.default: product(),
     aten.matmul.default: product(),
     aten.linalg_cross.default: product(),
     aten.addmm.default: plus_product(aten.mm.default),

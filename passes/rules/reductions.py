@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from grapefx.passes.rules.common import Rule, argument, cast, dims_of, fit, output
+from grapefx.passes.rules.linear import jointly
 
 aten = torch.ops.aten
 
@@ -33,7 +34,9 @@ def reduction(em: Any, node: Node) -> Any:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             out = node.target(leaf, *rest, **kwargs)  # type: ignore[operator]
-            (g,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+            (g,) = torch.autograd.grad(out, leaf, torch.ones_like(out), allow_unused=True)
+        if g is None:  # counts (the norm of order 0)
+            return None
         made = g.to(out.dtype) * t
         return made.sum(dims, keep) if dims else made
 
@@ -98,6 +101,15 @@ def aminmax(em: Any, node: Node) -> Any:
     return em.trace(fn, em.p(x), t)
 
 
+def scatter_reduce(em: Any, node: Node) -> Any:
+    """sum and mean are linear; the others are derived (forward AD of prod is wrong in torch)."""
+    from grapefx.passes.rules.derived import derive
+
+    if argument(node, "reduce") in ("sum", "mean"):
+        return jointly("self", "src")(em, node)
+    return derive(em, node, forward=argument(node, "reduce") != "prod")
+
+
 def logsumexp(em: Any, node: Node) -> Any:
     """``sum(softmax * t)``, the softmax from the primal output."""
     x = node.args[0]
@@ -133,6 +145,7 @@ RULES: dict[Any, Rule] = {
     aten.prod.default: reduction,
     aten.prod.dim_int: reduction,
     aten.logsumexp.default: logsumexp,
+    aten.scatter_reduce.two: scatter_reduce,
     aten.median.default: reduction,
     aten.nanmedian.default: reduction,
 }
