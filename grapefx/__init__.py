@@ -15,6 +15,7 @@ from grapefx.errors import (
     TangentError,
     VerifyError,
 )
+from grapefx.inspection import inspect
 from grapefx.methods import Method
 from grapefx.plan import build_plan
 
@@ -36,4 +37,5 @@ __all__ = [
     "VerifyError",
     "build_plan",
     "compile",
+    "inspect",
 ]

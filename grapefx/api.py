@@ -36,7 +36,8 @@ def compile(  # noqa: A001 - named like torch.compile
         ridge: ridge of the refit, relative to the mean eigenvalue of e^T e.
         tangent_fraction: the part of each batch that carries tangents (1: all, 001 algorithm 1).
         align_every: learn from tangents every k-th step.
-        noise: "gaussian" (001, 003) or "rademacher" (random signs, cheaper).
+        noise: "rademacher" (random signs: the same expectation, a fifth of the cost; default) or
+            "gaussian" (001, 003).
         granularity: "layer" (a feedback point behind each weight layer) or "block".
         feedback_budget: most bytes of feedback maps (default: 25 % of the parameters' or 256 MiB).
         batch_dim: the dim of the inputs that holds the batch.

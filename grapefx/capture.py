@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _Flat(nn.Module):
         it = iter(tensors)
         leaves = [next(it) if leaf is TENSOR else leaf for leaf in self._template]
         args, kwargs = pytree.tree_unflatten(leaves, self._call_spec)
-        out, spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        out, spec = flatten(self.model(*args, **kwargs))
         template = [TENSOR if isinstance(o, torch.Tensor) else o for o in out]
         self._seen.out_spec = (spec, template)
         return tuple(o for o in out if isinstance(o, torch.Tensor))
@@ -60,13 +61,16 @@ TENSOR = _Tensor()
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """Leaves and structure of a call. Dataclasses are taken apart too."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    if any(_unknown_dataclass(leaf) for leaf in leaves):
-        for leaf in leaves:
-            if _unknown_dataclass(leaf):
-                _register(type(leaf))
-        return flatten_call(args, kwargs)
-    return leaves, spec
+    return flatten((args, kwargs))
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of what a model takes or returns."""
+    leaves, spec = pytree.tree_flatten(tree)
+    unknown = {type(leaf) for leaf in leaves if _unknown_dataclass(leaf)}
+    for cls in unknown:
+        _register(cls)
+    return flatten(tree) if unknown else (leaves, spec)
 
 
 def _unknown_dataclass(leaf: Any) -> bool:
@@ -104,20 +108,22 @@ def capture(
         raise CaptureError("the call has no tensor argument; grapefx needs a batch to trace")
     flat = _Flat(model, spec, template)
 
-    ranked = [i for i, t in enumerate(tensors) if t.ndim > batch_dim]
-    batch = tensors[ranked[0]].shape[batch_dim] if ranked else 1
-    carriers = [i for i in ranked if tensors[i].shape[batch_dim] == batch]
+    sizes = {i: t.shape[batch_dim] for i, t in enumerate(tensors) if t.ndim > batch_dim}
     notes: list[str] = []
     attempts: list[list[int]] = []
-    if batch > 1:
+    # the first input holds the batch, or else (a table, a mask) one of those that follow
+    for size in dict.fromkeys(s for s in sizes.values() if s > 1):
+        carriers = [i for i, s in sizes.items() if s == size]
         attempts.append(carriers)
-        # a square mask (T, T) with T == N looks like a batch; try the first input alone next
+        # a square mask (T, T) with T == N looks like a batch; try each input alone next
         if len(carriers) > 1:
-            attempts.append(carriers[:1])
-    attempts.append([])
+            attempts += [[i] for i in carriers]
+    if next(iter(sizes.values()), 1) == 1:
+        attempts = []  # sizes 1 broadcast: this graph is for one sample
+    batch = next(iter(sizes.values()), 1)
 
     failure: Exception | None = None
-    for dynamic in attempts:
+    for dynamic in [*attempts, []]:
         try:
             exported = _export(flat, tensors, dynamic, batch_dim, model)
         except CaptureError:
@@ -128,21 +134,42 @@ def capture(
             failure = failure or e
             continue
         captured = _read(exported, flat, model, dynamic, batch_dim, notes)
-        if dynamic and captured.batch is None:
-            notes.append(
-                "the model fixes the batch size; a graph is made for each batch size that comes"
-            )
+        if dynamic and not _keeps_batch(captured):
             continue
-        if not dynamic and batch > 1 and failure is not None:
+        if not dynamic and batch > 1:
+            why = f" ({_first_line(failure)})" if failure is not None else ""
             warnings.warn(
-                "the batch dimension could not be made symbolic "
-                f"({_first_line(failure)}); each new batch size is captured again",
+                f"the batch dimension could not be made symbolic{why}; each new batch size is "
+                "captured again",
                 GrapefxWarning,
                 stacklevel=2,
             )
+        if not dynamic:
+            captured = replace(captured, lead=_fixed_lead(captured, sizes, batch_dim))
         return captured
     assert failure is not None
     raise _explain(failure) from failure
+
+
+def _outputs_of(captured: Captured) -> list[torch.Tensor]:
+    results = next(n for n in reversed(captured.gm.graph.nodes) if n.op == "output").args[0]
+    found = [n.meta.get("val") for n in results[len(captured.mutated) :]]  # type: ignore[index,union-attr]
+    return [v for v in found if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim]
+
+
+def _keeps_batch(captured: Captured) -> bool:
+    """Whether the batch stayed symbolic and reaches an output (a scalar loss may stand for it)."""
+    if captured.batch is None:
+        return False
+    outputs = _outputs_of(captured)
+    exprs = [batch_symbol(s) for v in outputs for s in v.shape]
+    return not outputs or any(e is not None and captured.batch in e.free_symbols for e in exprs)
+
+
+def _fixed_lead(captured: Captured, sizes: dict[int, int], batch_dim: int) -> int:
+    """The input that holds the batch of a graph without a symbol: as long as the output is."""
+    found = [v.shape[batch_dim] for v in _outputs_of(captured) if v.ndim > batch_dim]
+    return next((i for i, s in sizes.items() if s in found), next(iter(sizes), 0))
 
 
 def _first_line(error: BaseException) -> str:
@@ -318,6 +345,7 @@ def _read(
         constants=constants,
         batch=symbol,
         dynamic=tuple(dynamic),
+        lead=dynamic[0] if dynamic else 0,
         notes=tuple(notes),
     )
 

@@ -104,7 +104,8 @@ class Captured:
     """What capture returns: the forward graph, and how to call it.
 
     ``batch`` is the batch size's symbol (a sympy expression), or None when the graph holds one
-    batch size only. ``dynamic`` lists the indices of the inputs that carry the batch dim.
+    batch size only. ``dynamic`` lists the indices of the inputs that carry the batch dim; ``lead``
+    is the input whose size there is the batch size.
     """
 
     gm: GraphModule
@@ -115,4 +116,5 @@ class Captured:
     constants: dict[str, torch.Tensor]
     batch: Any
     dynamic: tuple[int, ...]
+    lead: int = 0
     notes: tuple[str, ...] = field(default=())

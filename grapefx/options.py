@@ -33,7 +33,7 @@ class Options:
     ridge: float = 1e-2
     tangent_fraction: float = 1.0
     align_every: int = 1
-    noise: str = "gaussian"
+    noise: str = "rademacher"
     granularity: str = "layer"
     feedback_budget: int | None = None
     batch_dim: int = 0

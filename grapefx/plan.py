@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,6 +79,36 @@ class Plan:
         with new_fake_mode():
             return tuple(self.method.init(m.shape, generator, dtype) for m in self.maps)
 
+    def for_method(self, method: str | Method, options: Options) -> Plan:
+        """The same capture, with its feedback points, for another method; no budget is checked.
+
+        ``options`` may differ where the capture does not (granularity and batch dim must agree).
+        """
+        chosen = get_method(method, {})
+        plan = replace(
+            self, method=chosen, options=options, derived=(), independent={}, _graphs={}
+        )
+        if chosen.feedback and not plan.maps:
+            _check_feedback(plan)
+        return plan
+
+    def over_budget(self) -> str:
+        """Why the feedback maps do not fit into ``feedback_budget``; empty when they do."""
+        have = sum(m.bytes for m in self.maps)
+        budget = self.options.feedback_budget
+        if budget is None:
+            own = [n.meta["val"] for _, n in self.joint.select("parameter")]
+            budget = max(256 * 2**20, sum(p.numel() * p.element_size() for p in own) // 4)
+        if not self.method.feedback or have <= budget:
+            return ""
+        worst = max(self.maps, key=lambda m: m.bytes)
+        return (
+            f"the feedback maps need {have / 2**20:.0f} MiB, the budget is "
+            f"{budget / 2**20:.0f} MiB "
+            f"(largest: layer {worst.layer.name!r}, {worst.error_dim} x {worst.value_dim})\n"
+            "  remedy: feedback_budget=, or fewer points with granularity='block'"
+        )
+
     def _build(self, kind: str) -> StepGraph:
         layers = self.layers
         feedback = Feedback(
@@ -101,6 +130,7 @@ class Plan:
                 batch_size=self.batch_size,
                 streams=self.streams(),
                 rows_hint=self.rows(self.batch_size) if self.options.tangent_fraction < 1 else None,
+                signs=self.options.noise == "rademacher",
             )
             self.derived = tangents.derived
             step = build_update(check(tangents.step, "tangent"), feedback, tangents.streams)
@@ -156,9 +186,8 @@ def build_plan(
         **captured.constants,
     }
     trainable = {n for n, p in parameters.items() if p.requires_grad}
-    batch_size = next(
-        (t.shape[options.batch_dim] for t in examples if t.ndim > options.batch_dim), 1
-    )
+    lead = examples[captured.lead]
+    batch_size = lead.shape[options.batch_dim] if lead.ndim > options.batch_dim else 1
     placement = place(
         captured, trainable=trainable, granularity=options.granularity, batch_size=batch_size
     )
@@ -201,7 +230,7 @@ def build_plan(
         differentiable=_differentiable(joint, captured),
         notes=list(captured.notes),
     )
-    _check_feedback(plan, parameters)
+    _check_feedback(plan)
     return plan
 
 
@@ -255,7 +284,7 @@ def _batch_of(joint: StepGraph, captured: Captured, batch_dim: int) -> Any:
     return batch_symbol(node.meta["val"].shape[batch_dim])
 
 
-def _check_feedback(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> None:
+def _check_feedback(plan: Plan) -> None:
     if not plan.method.feedback:
         return
     if not plan.maps:
@@ -263,14 +292,6 @@ def _check_feedback(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> None:
             f"method {plan.method.name!r} found no feedback point: the model has one layer with "
             "weights, or none that keeps the batch; use method='bp'"
         )
-    have = sum(m.bytes for m in plan.maps)
-    budget = plan.options.feedback_budget
-    if budget is None:
-        budget = max(256 * 2**20, sum(p.numel() * p.element_size() for p in parameters.values()) // 4)
-    if have > budget:
-        worst = max(plan.maps, key=lambda m: m.bytes)
-        raise BudgetError(
-            f"the feedback maps need {have / 2**20:.0f} MiB, the budget is {budget / 2**20:.0f} MiB "
-            f"(largest: layer {worst.layer.name!r}, {worst.error_dim} x {worst.value_dim})\n"
-            "  remedy: feedback_budget=, or fewer points with granularity='block'"
-        )
+    excess = plan.over_budget()
+    if excess:
+        raise BudgetError(excess)

@@ -132,6 +132,7 @@ def inductor_decompose(
     ``example`` are fake inputs (and plain sizes); metadata under the keys ``keep`` goes from each
     node to those that replace it.
     """
+    import torch._inductor.lowering  # decompositions look it up
     import torch.fx.traceback as fx_traceback
     from torch._inductor.decomposition import select_decomp_table
 

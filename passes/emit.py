@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from grapefx.passes.trace_key import trace_key
-from grapefx.torch_compat import FakeTensorMode, fake_mode_of, make_fx, pytree, python_dispatcher
+from grapefx.torch_compat import FakeTensorMode, fake_mode_of, make_fx, python_dispatcher, pytree
 
 aten = torch.ops.aten
 

@@ -171,13 +171,15 @@ def add_tangents(
     streams: tuple[tuple[int, ...], ...],
     rows_hint: int | None = None,
     batch_stats: str = "frozen",
+    signs: bool = False,
 ) -> Tangents:
     """Splice tangents into (a copy of) ``step``.
 
     ``streams`` lists the layers whose noise runs together; the paper's default is one stream for
     all. ``rows_hint`` gives tangents to a sub-batch of that (symbolic) size, None to all samples.
     ``batch_stats`` says whether the statistics of a training batch norm are constants
-    (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``).
+    (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
+    ``signs`` the noise arrives as random bytes, of which only the sign counts: +1 or -1.
     """
     step = step.copy()
     graph = step.gm.graph
@@ -203,7 +205,7 @@ def add_tangents(
                 continue
             val = cuts[index].meta["val"]
             fold = Fold(*layers[index].fold)
-            node = _placeholder(graph, anchor, f"noise_{s}_{index}", mode, val, fold, rows_size)
+            node = _placeholder(graph, anchor, f"noise_{s}_{index}", mode, val, fold, rows_size, signs)
             anchor = node
             noise[index] = node
             noise_slots.append(Slot("noise", f"{s}/{layers[index].name}"))
@@ -217,6 +219,8 @@ def add_tangents(
             size = em0.call(aten.sym_size.int, first, fold.dim)
             k = fold.outer * fold.inner
             rows = size if k == 1 else em0.call(operator.floordiv, size, k)
+    if signs:
+        noises = [_signed(step, cuts, noise) for noise in noises]
     for noise in noises:
         em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
         if out:
@@ -236,15 +240,37 @@ def propagate(
 ) -> None:
     """Emit the tangent of each node in order; ``em.tangents`` may be seeded, and takes them."""
     for node in nodes:
-        with em.after(_hoist_items(node)):
+        with em.after(_hoist_items(node), grapefx_layer=node.meta.get("grapefx_layer")):
             made = _tangent(em, node, noise, derived)
         if made is not None:
             _check_batch(em, node)
         em.tangents[node] = made
 
 
+def _signed(step: StepGraph, cuts: dict[int, Node], noise: dict[int, Node]) -> dict[int, Node]:
+    """Random bytes become +1 and -1 beside the cut that they perturb."""
+    em = Emitter(step.gm.graph, grapefx_phase="tangent")
+    out = {}
+    for index, node in noise.items():
+        dtype = cuts[index].meta["val"].dtype
+
+        def sign(b: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return (b < 0).to(dtype) * -2 + 1
+
+        with em.before(cuts[index], grapefx_layer=cuts[index].meta.get("grapefx_layer")):
+            out[index] = em.trace(sign, node)
+    return out
+
+
 def _placeholder(
-    graph: Any, anchor: Node, name: str, mode: Any, val: torch.Tensor, fold: Fold, rows: Any
+    graph: Any,
+    anchor: Node,
+    name: str,
+    mode: Any,
+    val: torch.Tensor,
+    fold: Fold,
+    rows: Any,
+    signs: bool,
 ) -> Node:
     shape = list(val.shape)
     if rows is not None:
@@ -252,7 +278,8 @@ def _placeholder(
     with graph.inserting_after(anchor):
         node = graph.placeholder(name)
     with mode:
-        node.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
+        dtype = torch.int8 if signs else val.dtype
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device=val.device)
     node.meta["grapefx_role"] = "noise"
     node.meta["grapefx_fold"] = (fold.dim, fold.outer, fold.inner)
     node.meta["grapefx_phase"] = "tangent"

@@ -18,7 +18,7 @@ def check(step: StepGraph, after: str) -> StepGraph:
     try:
         graph.lint()
     except Exception as e:
-        raise VerifyError(f"{after}: invalid graph: {e}") from e
+        raise VerifyError(f"{after}: invalid graph: {str(e).splitlines()[0]}") from e
     placeholders = step.placeholders()
     if len(placeholders) != len(step.inputs) or len(step.results()) != len(step.outputs):
         raise VerifyError(f"{after}: the graph's signature and its slots differ")

@@ -91,12 +91,12 @@ class Branches(nn.Module):
 class Masked(nn.Module):
     """A transformer encoder with an attention mask that has no batch dim."""
 
-    def __init__(self, dropout: float = 0.0, norm_first: bool = False) -> None:
+    def __init__(self, dropout: float = 0.0, norm_first: bool = False, depth: int = 2) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
             8, 2, 12, dropout=dropout, batch_first=True, norm_first=norm_first
         )
-        self.enc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.enc = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ ZOO: dict[str, Callable[[], Model]] = {
     "cnn": lambda: (cnn(), (_x(6, 2, 8, 8),)),
     "residual": lambda: (Residual(), (_x(5, 2, 6, 6),)),
     "branches": lambda: (Branches(), (_x(6, 8),)),
-    "encoder": lambda: (Masked(0.2), (_x(4, 5, 8), torch.ones(5, 5).tril() == 0)),
+    "encoder": lambda: (Masked(0.2, depth=1), (_x(4, 5, 8), torch.ones(5, 5).tril() == 0)),
     "encoder-prenorm": lambda: (Masked(0.0, True), (_x(4, 5, 8), torch.ones(5, 5).tril() == 0)),
     "lstm": lambda: (Recurrent(), (_x(4, 5, 6),)),
     "gru": lambda: (Recurrent(nn.GRU), (_x(4, 5, 6),)),

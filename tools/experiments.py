@@ -43,12 +43,10 @@ MAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "grape, calibrated": ("grape", {}),
     "grape, calibrated, unit columns": ("grape", {"norm": "unit"}),
     "fdfa, calibrated": ("fdfa", {}),
-    "grape, tangents on 1/8": ("grape", NEVER | EIGHTH | {"eta": 0.003}),
+    "grape, tangents on 1/8": ("grape", NEVER | EIGHTH),
     "fdfa, tangents on 1/8": ("fdfa", NEVER | EIGHTH | {"alpha": 0.003}),
     "grape, calibrated, tangents on 1/8": ("grape", EIGHTH | {"eta": 0.003}),
     "fdfa, calibrated, tangents on 1/8": ("fdfa", EIGHTH | {"alpha": 0.003}),
-    "grape, random signs": ("grape", NEVER | {"norm": "unit", "noise": "rademacher"}),
-    "fdfa, random signs": ("fdfa", NEVER | {"noise": "rademacher"}),
 }
 RIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     f"{method}, calibrated, ridge {ridge:g}": (method, {"ridge": ridge})

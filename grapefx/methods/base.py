@@ -8,8 +8,7 @@ into the step graph, where the compiler sees them beside the model's own operato
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,17 @@ READS = frozenset(
         "target",  # class targets, given by the user beside the inputs
         "tangent",  # v at the cut and d at the tap, from the forward-mode pass
         "value",  # h_l itself
+        "output",  # the value at the error tap
+        "noise",  # v at the cut (or at the weight) alone, without its tangent
     }
+)
+
+# How gradients arise. A pass serves each; none knows which methods use it.
+MECHANISMS = (
+    "points",  # ``cotangent`` fills every cut
+    "weights",  # ``weight`` stands in for each weight of the backward products
+    "parameters",  # noise at every parameter; the gradient is (e . d) times that noise
+    "two_forwards",  # a second forward on a changed input; differences of the two passes
 )
 
 State = dict[str, Tensor]
@@ -35,8 +44,10 @@ State = dict[str, Tensor]
 class Rows:
     """What a method may read at one feedback point, as rows. Fields not declared are None.
 
-    error (R, C); incoming (R, n); value (R, n); noise (R', n) and tangent (R', C) on the samples
-    that carry tangents; target (R, C) one-hot; estimate (C, n): J^ = mean over rows of d v^T.
+    error (R, C); incoming (R, n); value (R, n); output (R, C); noise (R', n) and tangent (R', C) on
+    the samples that carry tangents (in ``learn`` only if the method is ``per_sample``: then R' goes
+    over all streams that hold the layer); target (R, C) one-hot; estimate (C, n): J^ = mean over
+    rows of d v^T.
     """
 
     state: State
@@ -46,6 +57,7 @@ class Rows:
     noise: Tensor | None = None
     tangent: Tensor | None = None
     target: Tensor | None = None
+    output: Tensor | None = None
     estimate: Tensor | None = None
 
 
@@ -56,6 +68,12 @@ class Method:
     ``reads``: what ``cotangent`` uses. ``learns_from``: what ``learn`` uses (empty: it never
     learns). ``refits``: whether a calibration batch may set its map. ``project_after_learn``: the
     cotangent uses the state after this step's ``learn`` (001 algorithm 1, 003 algorithm 1).
+    ``mechanism``: one of ``MECHANISMS``. ``state_at``: what has a state, and which shape ``init``
+    gets: each feedback "point" (C, n), each "weight" (its shape) or the "input" (C, n_0).
+    ``transparent``: the incoming gradient passes every point unchanged. ``per_sample``: ``learn``
+    gets the rows of noise and tangent. ``full_tangents``: every sample must carry one.
+    ``tangents_from``: "all" points, or the "last" (those with no other between them and the tap).
+    ``paper``: the options of ``preset="paper"``, where they differ from the defaults.
     """
 
     name: ClassVar[str] = ""
@@ -63,6 +81,12 @@ class Method:
     learns_from: ClassVar[frozenset[str]] = frozenset()
     refits: ClassVar[bool] = False
     project_after_learn: ClassVar[bool] = True
+    mechanism: ClassVar[str] = "points"
+    state_at: ClassVar[str] = "point"
+    transparent: ClassVar[bool] = False
+    per_sample: ClassVar[bool] = False
+    full_tangents: ClassVar[bool] = False
+    tangents_from: ClassVar[str] = "all"
     paper: ClassVar[dict[str, Any]] = {}
 
     @property
@@ -73,7 +97,17 @@ class Method:
     @property
     def feedback(self) -> bool:
         """Whether the method keeps any state at a feedback point."""
-        return type(self).init is not Method.init
+        return self.state_at == "point" and type(self).init is not Method.init
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step is plain backpropagation."""
+        return self.transparent and self.mechanism == "points"
+
+    @property
+    def weight_decay(self) -> float:
+        """What a feedback step adds to the gradient of each weight W behind a point: this times W."""
+        return 0.0
 
     def needs_tangents(self) -> bool:
         """Whether a step without tangents can use this method at all."""
@@ -84,13 +118,20 @@ class Method:
         return "tangent" in self.learns_from
 
     def init(
-        self, shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
     ) -> State:
-        """The state of one layer at the start, on the generator's device. Shape is (C, n)."""
+        """The state at the start, on the generator's device; for ``shape`` see ``state_at``."""
         return {}
 
     def cotangent(self, rows: Rows) -> Tensor:
         """What replaces the incoming gradient at the cut: (R, n)."""
+        raise NotImplementedError
+
+    def weight(self, state: State, w: Tensor, noise: Tensor | None) -> Tensor:
+        """What stands in for the weight ``w`` in backward products (mechanism "weights").
+
+        ``noise`` is N(0, 1), shaped like ``w`` and new in every step, if the method reads it.
+        """
         raise NotImplementedError
 
     def learn(self, rows: Rows) -> State:
@@ -102,25 +143,20 @@ class Method:
         return {**state, "B": fitted}
 
 
-def build(cls: type[Method], options: dict[str, Any]) -> Method:
-    """A method from its options; unknown ones are refused by name."""
-    fields = {f.name for f in dataclasses.fields(cls)}
-    for key in options:
-        if key not in fields:
-            raise OptionError(f"method {cls.name!r} has no option {key!r}.{nearest(key, fields)}")
-    return cls(**options)
+def choose(name: str, value: str, valid: tuple[str, ...]) -> None:
+    """Refuse an option's value that is not one of the valid ones."""
+    if value not in valid:
+        raise OptionError(f"{name}={value!r}.{nearest(str(value), valid)}")
 
 
-def option_names(method: Any) -> frozenset[str]:
-    """The option names of a method given by name (none for an instance or an unknown name)."""
-    from grapefx.methods import BUILTIN
-
-    cls = BUILTIN.get(method) if isinstance(method, str) else None
-    return frozenset(f.name for f in dataclasses.fields(cls)) if cls else frozenset()
+def positive(name: str, value: float) -> None:
+    """Refuse an option's value that is not above 0."""
+    if not value > 0:
+        raise OptionError(f"{name}={value!r} must be positive")
 
 
 def he_uniform(
-    shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype
+    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
     """U(-sqrt(6/n), sqrt(6/n)) on (C, n)."""
     bound = (6.0 / shape[1]) ** 0.5
@@ -133,4 +169,14 @@ def unit_columns(b: Tensor, eps: float = 1e-12) -> Tensor:
     return b / b.norm(dim=0, keepdim=True).clamp_min(eps)
 
 
-__all__ = ["READS", "Method", "Rows", "State", "build", "field", "he_uniform", "unit_columns"]
+__all__ = [
+    "MECHANISMS",
+    "READS",
+    "Method",
+    "Rows",
+    "State",
+    "choose",
+    "he_uniform",
+    "positive",
+    "unit_columns",
+]

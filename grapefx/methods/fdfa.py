@@ -31,7 +31,7 @@ class FDFA(Method):
             raise OptionError(f"alpha={self.alpha!r} must be in (0, 1]")
 
     def init(
-        self, shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
     ) -> State:
         return {"B": torch.zeros(shape, device=generator.device, dtype=dtype)}
 

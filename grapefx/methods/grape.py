@@ -51,7 +51,7 @@ class GrAPE(Method):
             raise OptionError(f"norm={self.norm!r}.{nearest(self.norm, _NORMS)}")
 
     def init(
-        self, shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
     ) -> State:
         b = torch.empty(shape, device=generator.device, dtype=dtype)
         b = unit_columns(b.normal_(generator=generator))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from grapefx.analysis import (
     DeviceModel,
+    GraphCost,
     Loss,
     amortised_calibration,
     arithmetic_ratio,
@@ -22,6 +23,7 @@ from grapefx.report.model import (
     DeviceRow,
     FeedbackRow,
     MethodReport,
+    PlanReport,
     Report,
     StepReport,
     worker_key,
@@ -49,12 +51,22 @@ class MethodGraphs:
 
     A ``StepGraph`` also says which of its inputs is the loss's gradient; the error then waits for
     the outputs. Nodes carry ``meta["val"]``, ``["grapefx_phase"]`` and ``["grapefx_layer"]``.
+
+    ``plan`` is asked after the graphs were built. ``sizes`` gives a graph's size symbols at a batch
+    size where it has more than one.
     """
 
     method: str
     graphs: Mapping[str, GraphModule | StepGraph]
     layers: Sequence[LayerInfo] = ()
     notes: Sequence[str] = ()
+    plan: Callable[[], PlanReport] | None = None
+    sizes: Callable[[Graph, int], Mapping[str, int]] | None = None
+
+    def cost(self, gm: GraphModule, batch: int | None) -> GraphCost:
+        """The cost of one of the graphs at a batch size."""
+        values = self.sizes(gm.graph, batch) if self.sizes and batch is not None else {}
+        return graph_cost(gm, values=values) if values else graph_cost(gm, batch=batch)
 
 
 def build_report(
@@ -65,6 +77,7 @@ def build_report(
     device: DeviceModel | str = "cpu-2core",
     workers: Sequence[int | None] = (1, 2, 4, 8, None),
     batch: int | None = None,
+    shown_batch: int | None = None,
     align_every: int = 1,
     calib_every: float | None = None,
     steps_per_epoch: int | None = None,
@@ -78,6 +91,7 @@ def build_report(
         device: a bundled device model's name, the path of a YAML file, or a model.
         workers: the numbers of workers to schedule for; None is unlimited.
         batch: evaluate symbolic graphs at this batch size.
+        shown_batch: the batch size that the report names, where the graphs hold one size only.
         align_every: every how many steps the feedback maps are aligned (weights of the average).
         calib_every: epochs between full backward steps; None for never.
         steps_per_epoch: mini-batches an epoch, for the amortised overhead.
@@ -108,7 +122,7 @@ def build_report(
     )
     return Report(
         model,
-        batch,
+        batch or shown_batch,
         parameters,
         row,
         build.workers,
@@ -131,7 +145,7 @@ class _Builder:
         steps = []
         for kind, share in shares.items():
             gm, loss = _opened(given.graphs[kind])
-            costs = graph_cost(gm, batch=self.batch)
+            costs = given.cost(gm, self.batch)
             args = (costs, self.device, self.workers, given.layers, loss)
             steps.append(build_step(kind, share, *args))
         return self._summary(given, tuple(steps), bp)
@@ -189,6 +203,7 @@ class _Builder:
                 if i.feedback_kind
             ),
             warnings=_warnings(given, steps),
+            plan=given.plan() if given.plan else None,
         )
 
     def _calibration(
@@ -199,7 +214,7 @@ class _Builder:
         backward = bp.work_flops
         if BACKWARD in given.graphs:
             # the method's own calibration step also refits its feedback maps
-            backward = graph_cost(_opened(given.graphs[BACKWARD])[0], batch=self.batch).total()
+            backward = given.cost(_opened(given.graphs[BACKWARD])[0], self.batch).total()
         overhead = None
         if self.steps_per_epoch is not None:
             overhead = amortised_calibration(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from torch.fx import Graph
+
+from grapefx.analysis import size_symbols
 from grapefx.ir import StepGraph
+from grapefx.options import Options
 from grapefx.passes.annotate import HEAD
 from grapefx.plan import Plan
 from grapefx.report.build import LayerInfo, MethodGraphs
+from grapefx.report.model import PlanReport, SegmentRow
 
 
 class PlanGraphs(Mapping[str, StepGraph]):
@@ -30,7 +35,7 @@ class PlanGraphs(Mapping[str, StepGraph]):
 
 def method_graphs(plan: Plan) -> MethodGraphs:
     """What the report shows of a plan. Parameters behind no cut belong to the head."""
-    sizes = {s.name: int(n.meta["val"].numel()) for s, n in plan.joint.select("parameter")}
+    sizes = _parameter_sizes(plan)
     maps = {m.layer.name: m for m in plan.maps} if plan.method.feedback else {}
     rows = []
     for layer in plan.layers:
@@ -42,9 +47,103 @@ def method_graphs(plan: Plan) -> MethodGraphs:
             else LayerInfo(layer.name, count)
         )
     rows.append(LayerInfo(HEAD, sum(sizes.values())))
-    return MethodGraphs(plan.method.name, PlanGraphs(plan), rows, tuple(plan.notes))
+    notes = list(plan.notes)
+    excess = plan.over_budget()
+    if excess:
+        notes.append(f"{plan.method.name}: " + " ".join(excess.split()))
+    return MethodGraphs(
+        plan.method.name,
+        PlanGraphs(plan),
+        rows,
+        tuple(notes),
+        plan=lambda: plan_report(plan),
+        sizes=lambda graph, batch: _sizes(plan, graph, batch),
+    )
+
+
+def plan_report(plan: Plan) -> PlanReport:
+    """The plan in words and rows; complete for the kinds of step whose graphs were built."""
+    sizes = _parameter_sizes(plan)
+    maps = {m.layer.name: m for m in plan.maps} if plan.method.feedback else {}
+    held = {p for layer in plan.layers for p in layer.parameters}
+    rows = []
+    for layer in plan.layers:
+        m = maps.get(layer.name)
+        rows.append(
+            SegmentRow(
+                layer.name,
+                layer.node,
+                layer.sample_shape,
+                layer.parameters,
+                sum(sizes.get(p, 0) for p in layer.parameters),
+                layer.source,
+                m.kind if m else None,
+                m.shape if m else (),
+                m.bytes if m else 0,
+            )
+        )
+    head = tuple(p for p in sizes if p not in held)
+    if head:
+        rows.append(SegmentRow(HEAD, "", (), head, sum(sizes[p] for p in head)))
+    own = {p: layers for p, layers in plan.independent.items() if layers}
+    return PlanReport(
+        rows=tuple(rows),
+        runs=tuple((kind, when(kind, plan)) for kind in plan.kinds()),
+        derived=plan.derived,
+        sequential=plan.method.sequential,
+        proved=len(own) if plan.independent else None,
+        exact=len(plan.independent) - len(own),
+        symbolic_batch=plan.captured.batch is not None,
+        tap=", ".join(str(n.name) for n in plan.placement.taps),
+    )
+
+
+def when(kind: str, plan: Plan) -> str:
+    """When the runtime runs a step of this kind, in words."""
+    o: Options = plan.options
+    others = [k for k in plan.kinds() if k != "calibration"]
+    if not others:
+        return "every step: exact gradients"
+    if kind == "calibration":
+        return _calibrations(o)
+    if others == [kind]:
+        return "every other step"
+    if kind == "align":
+        if o.align_every == 1:
+            return "every other step: the feedback maps learn from tangents"
+        return f"every {o.align_every}th step: the feedback maps learn from tangents"
+    if o.align_every == 1:
+        return "never (align_every=1: every step aligns)"
+    return "the steps between: the feedback maps stay as they are"
+
+
+def _calibrations(o: Options) -> str:
+    times = []
+    start = o.calib_init if o.calib_init is not None else o.calib_every is not None
+    if start:
+        times.append("at step 0")
+    if o.calib_every is not None:
+        unit = o.calib_unit if o.calib_every == 1 else f"{o.calib_every} {o.calib_unit}s"
+        times.append(f"once every {unit}")
+    if not times:
+        return "only inside net.calibration()"
+    does = {
+        "weights": "exact gradients",
+        "feedback": "the feedback maps are refitted",
+        "both": "exact gradients, and the feedback maps are refitted",
+    }
+    return f"{' and '.join(times)}: {does[o.calib_refit]}"
 
 
 def parameter_count(plan: Plan) -> int:
     """The number of parameters that the plan's graph reads, shared ones once."""
-    return sum(int(n.meta["val"].numel()) for _, n in plan.joint.select("parameter"))
+    return sum(_parameter_sizes(plan).values())
+
+
+def _parameter_sizes(plan: Plan) -> dict[str, int]:
+    return {s.name: int(n.meta["val"].numel()) for s, n in plan.joint.select("parameter")}
+
+
+def _sizes(plan: Plan, graph: Graph, batch: int) -> dict[str, int]:
+    """What each size symbol of a graph is at a batch size: tangents may have rows of their own."""
+    return {s: batch if s == str(plan.batch) else plan.rows(batch) for s in size_symbols(graph)}

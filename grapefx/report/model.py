@@ -152,6 +152,45 @@ class CalibrationRow:
 
 
 @dataclass(frozen=True)
+class SegmentRow:
+    """One feedback point: the value that is cut, the parameters behind it, its feedback map.
+
+    ``value`` is the graph node of the feedback point and ``shape`` one sample's part of it; both
+    are empty for the head, which gets the true error. ``map_kind`` is None without a map.
+    """
+
+    layer: str
+    value: str
+    shape: tuple[int, ...]
+    parameters: tuple[str, ...]
+    parameter_count: int
+    source: str = ""
+    map_kind: str | None = None
+    map_shape: tuple[int, ...] = ()
+    map_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What the compiler decided for one method.
+
+    ``runs`` pairs each kind of step with when it runs. ``derived`` are the operators whose tangent
+    comes from torch's own forward AD. ``proved`` counts the parameter gradients of which the graph
+    shows that they depend on their own segment's cotangent alone (None: nothing was proved, the
+    method is sequential or its graph was not built), ``exact`` those that no feedback reaches.
+    """
+
+    rows: tuple[SegmentRow, ...]
+    runs: tuple[tuple[str, str], ...]
+    derived: tuple[str, ...]
+    sequential: bool
+    proved: int | None
+    exact: int
+    symbolic_batch: bool
+    tap: str
+
+
+@dataclass(frozen=True)
 class MethodReport:
     """One method. Averages are over its kinds of step, by how often each runs.
 
@@ -179,6 +218,7 @@ class MethodReport:
     calibration: CalibrationRow | None
     feedback: tuple[FeedbackRow, ...]
     warnings: tuple[str, ...]
+    plan: PlanReport | None = None
 
     @property
     def shown(self) -> StepReport:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from grapefx.report import units
 from grapefx.report.model import MethodReport, Report, StepReport
+from grapefx.report.plan_text import plan_lines
 
 T = TypeVar("T")
 
@@ -19,7 +20,13 @@ MAX_PATH = 16
 def render_text(report: Report) -> str:
     """The whole report, at most 100 columns wide."""
     parts = [_head(report), _summary(report), _times(report)]
-    parts += [_method(m) for m in report.methods]
+    points: dict[object, str] = {}
+    for m in report.methods:
+        same = None
+        if m.plan and m.feedback:
+            first = points.setdefault(m.plan.rows, m.method)
+            same = first if first != m.method else None
+        parts.append("\n".join([_method(m), *plan_lines(m, same, MAX_LAYERS, WIDTH)]))
     if report.warnings:
         parts.append("Warnings\n" + "\n".join(_wrap("! " + w) for w in report.warnings))
     parts.append(_notes(report))

@@ -199,7 +199,7 @@ _NOTHING = (
     aten.new_full.default, aten.new_empty.default, aten.new_empty_strided.default,
     aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p,
     aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor,
-    aten.fill.Scalar, aten.sign.default, aten.sgn.default, aten.floor.default,
+    aten.fill.Scalar, aten.zero.default, aten.sign.default, aten.sgn.default, aten.floor.default,
     aten.ceil.default, aten.round.default, aten.round.decimals, aten.trunc.default,
     aten.floor_divide.default, aten.heaviside.default, aten.detach.default, aten.poisson.default,
 )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Oracle for tangents: forward AD of the captured graph with noise added at the cuts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from grapefx.capture import capture
+from grapefx.ir import Captured
+from grapefx.passes.joint import trace_joint
+from grapefx.passes.partition import CutPoint, Placement, place
+from grapefx.passes.tangent import Tangents, add_tangents
+from grapefx.torch_compat import batch_symbol
+
+
+class _Noisy(Interpreter):
+    """Runs the captured graph with noise added behind each feedback point."""
+
+    def __init__(self, cap: Captured, placed: Placement, noise: dict[int, Tensor]) -> None:
+        super().__init__(cap.gm)
+        self.cuts = {c.node: c.layer.index for c in placed.cuts}
+        self.tap = placed.taps[0]
+        self.noise = noise
+        self.shapes: dict[int, torch.Size] = {}
+        self.found: Any = None
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if n is self.tap:
+            self.found = out
+        if n in self.cuts:
+            index = self.cuts[n]
+            self.shapes[index] = out.shape
+            if index in self.noise:
+                out = out + self.noise[index]
+        return out
+
+
+@dataclass
+class Case:
+    """A captured model with its values, ready to be differentiated both ways."""
+
+    cap: Captured
+    placed: Placement
+    values: dict[str, Tensor]
+    args: tuple[Tensor, ...]
+    batch_dim: int
+    joint: Any
+    noise: dict[int, Tensor]
+
+    def tangents(self, rows: int | None = None, batch_stats: str = "frozen") -> Tangents:
+        """The joint graph with tangents; ``rows`` is only a hint, any number runs."""
+        layers = tuple(c.layer for c in self.placed.cuts)
+        return add_tangents(
+            self.joint,
+            layers,
+            batch=self._batch(),
+            batch_size=self.size,
+            streams=(tuple(range(len(layers))),),
+            rows_hint=rows,
+            batch_stats=batch_stats,
+        )
+
+    def _batch(self) -> Any:
+        first = [n for _, n in self.joint.select("input")][0]
+        return batch_symbol(first.meta["val"].shape[self.batch_dim])
+
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        return self.args[0].shape[self.batch_dim]
+
+    def run(self, made: Tangents, rows: int | None = None) -> Tensor:
+        """``d`` at the error tap."""
+        graph = made.step.gm.graph
+        graph.lint()
+        keep = graph.output_node().args
+        graph.output_node().args = ((made.streams[0].taps[0],),)
+        forward = torch.fx.GraphModule(made.step.gm, _pruned(graph))
+        graph.output_node().args = keep
+        by_name = {c.layer.name: c for c in self.placed.cuts}
+        inputs = iter(self.args)
+        values: list[Tensor] = []
+        for slot in made.step.inputs:
+            if slot.role in ("parameter", "buffer", "constant"):
+                values.append(self.values[slot.name])
+            elif slot.role == "input":
+                values.append(next(inputs))
+            elif slot.role == "noise":
+                cut = by_name[slot.name.split("/", 1)[1]]
+                values.append(self._rows(cut, rows))
+            else:
+                values.append(torch.zeros(()))
+        torch.manual_seed(5)
+        with torch.no_grad():
+            return forward(*values)[0]
+
+    def _rows(self, cut: CutPoint, rows: int | None) -> Tensor:
+        full = self.noise[cut.layer.index]
+        return full if rows is None else first_rows(full, cut.layer.fold, self.size, rows)
+
+    def expected(self) -> Tensor:
+        """Forward AD of the eager graph; central differences where an operator has none."""
+
+        def f(noise: dict[int, Tensor]) -> Tensor:
+            return self._eager(noise)
+
+        zero = {i: torch.zeros_like(v) for i, v in self.noise.items()}
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.func.jvp(f, (zero,), (self.noise,))[1]
+        except (NotImplementedError, RuntimeError):
+            h = 1e-6
+            up = f({i: h * v for i, v in self.noise.items()})
+            down = f({i: -h * v for i, v in self.noise.items()})
+            return (up - down) / (2 * h)
+
+    def _eager(self, noise: dict[int, Tensor]) -> Tensor:
+        torch.manual_seed(5)
+        it = iter(self.args)
+        values = [
+            next(it) if s.role == "input" else self.values[s.name].detach().clone()
+            for s in self.cap.inputs
+        ]
+        runner = _Noisy(self.cap, self.placed, noise)
+        runner.run(*values)
+        return runner.found
+
+
+def _pruned(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy with what the output needs, and all placeholders."""
+    needed: set[Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        n = stack.pop()
+        if n not in needed:
+            needed.add(n)
+            stack.extend(n.all_input_nodes)
+    out = torch.fx.Graph()
+    new: dict[Node, Node] = {}
+    for n in graph.nodes:
+        if n in needed or n.op == "placeholder":
+            new[n] = out.node_copy(n, lambda m: new[m])
+    return out
+
+
+def first_rows(x: Tensor, fold: tuple[int, int, int], size: int, rows: int) -> Tensor:
+    """The first samples of a value whose dim ``fold[0]`` is outer * N * inner."""
+    dim, outer, inner = fold
+    shape = x.shape
+    apart = x.reshape(*shape[:dim], outer, size, inner, *shape[dim + 1 :])
+    part = apart.narrow(dim + 1, 0, rows)
+    return part.reshape(*shape[:dim], outer * rows * inner, *shape[dim + 1 :]).contiguous()
+
+
+def make_case(
+    model: nn.Module, *args: Tensor, batch_dim: int = 0, train: bool = True, seed: int = 0
+) -> Case:
+    """Capture ``model`` in float64 and draw noise for its feedback points."""
+    torch.manual_seed(seed)
+    model = model.double().train(train)
+    args = tuple(a.double() if a.is_floating_point() else a for a in args)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    cap = capture(model, args, {}, batch_dim=batch_dim)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    placed = place(cap, trainable=set(names), batch_size=args[0].shape[batch_dim])
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    values: dict[str, Tensor] = {**names, **buffers, **cap.constants}
+    hint = 131 if cap.batch is not None else 0
+    joint = trace_joint(
+        cap, placed, values, list(args), set(names), batch_hint=hint, batch_dim=batch_dim
+    )
+    case = Case(cap, placed, values, args, batch_dim, joint, {})
+    probe = _Noisy(cap, placed, {})
+    it = iter(args)
+    with torch.no_grad():
+        probe.run(*[next(it) if s.role == "input" else values[s.name].clone() for s in cap.inputs])
+    generator = torch.Generator().manual_seed(seed + 1)
+    case.noise = {
+        i: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for i, shape in probe.shapes.items()
+    }
+    return case
