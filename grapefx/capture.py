@@ -215,13 +215,12 @@ def _export(
         sizes |= {d for i in dynamic for k, d in enumerate(tensors[i].shape) if k != batch_dim}
         hint = pick_hint(sizes, tensors[dynamic[0]].shape[batch_dim])
         examples = [
-            resized_example(t, hint, batch_dim) if i in dynamic else t for i, t in enumerate(tensors)
+            resized_example(t, hint, batch_dim) if i in dynamic else t
+            for i, t in enumerate(tensors)
         ]
     else:
         examples = list(tensors)
-    shapes = tuple(
-        {batch_dim: Dim.AUTO} if i in dynamic else {} for i in range(len(examples))
-    )
+    shapes = tuple({batch_dim: Dim.AUTO} if i in dynamic else {} for i in range(len(examples)))
     with _watch_functions(), quiet_export(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
@@ -255,7 +254,7 @@ def _watch_functions() -> Iterator[None]:
 
 
 def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
-    """Decomposition inlines ``no_grad`` regions and forgets what they were: detach their outputs."""
+    """Decomposition inlines ``no_grad`` regions and forgets them: detach their outputs."""
     for module in list(gm.modules()):
         if not isinstance(module, torch.fx.GraphModule):
             continue

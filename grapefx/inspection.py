@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from grapefx.errors import CaptureError, GrapefxWarning, InputError, OptionError, nearest
-from grapefx.methods import BUILTIN, Method, get_method
-from grapefx.methods.base import option_names
+from grapefx.methods import Method, get_method, names, option_names
 from grapefx.options import OPTION_NAMES, Options
 from grapefx.plan import Plan, build_plan
 from grapefx.torch_compat import new_fake_mode, pytree
@@ -58,8 +57,8 @@ def inspect(
         The report: ``print`` it, or see its ``html()``, ``json()``, ``to_dict()``.
 
     Raises:
-        GrapefxError: what ``grapefx.compile`` raises, but for ``BudgetError``: feedback maps that are
-            too large are shown with their size, and a warning.
+        GrapefxError: what ``grapefx.compile`` raises, but for ``BudgetError``: feedback maps that
+            are too large are shown with their size, and a warning.
         InputError: the model does not accept the example; the message names the layer.
     """
     plans = build_plans(model, example, method, calib_every=calib_every, **options)
@@ -141,6 +140,28 @@ def report_plans(
     )
 
 
+def explain(
+    plan: Plan,
+    name: str,
+    *,
+    device: DeviceModel | str = "cpu-2core",
+    workers: Sequence[int | None] = (1, 2, 4, 8, None),
+    batch: int | None = None,
+) -> Report:
+    """The report on a plan that is in use, beside BP on the same capture (``net.explain()``)."""
+    o = plan.options
+    plans = [plan] if plan.method.name == "bp" else [plan.for_method("bp", o), plan]
+    return report_plans(
+        plans,
+        device=device,
+        workers=workers,
+        batch=batch,
+        calib_every=o.calib_every if o.calib_unit == "epoch" else None,
+        steps_per_epoch=o.steps_per_epoch,
+        name=name,
+    )
+
+
 def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the call that an example stands for."""
     if isinstance(example, dict):
@@ -207,7 +228,7 @@ def _dry(args: Any, kwargs: Any) -> Iterator[Any]:
 def _methods(asked: Sequence[str | Method], options: dict[str, Any]) -> list[Method]:
     """The methods with their own options; an option must be known to one of them."""
     if not asked:
-        raise OptionError(f"no method asked for.{nearest('', BUILTIN)}")
+        raise OptionError(f"no method asked for.{nearest('', names())}")
     rest = {k: v for k, v in options.items() if k not in OPTION_NAMES}
     own = {m: option_names(m) for m in asked if isinstance(m, str)}
     valid = OPTION_NAMES.union(*own.values())
@@ -216,7 +237,7 @@ def _methods(asked: Sequence[str | Method], options: dict[str, Any]) -> list[Met
             raise OptionError(f"unknown option {key!r}.{nearest(key, valid)}")
     found: dict[str, Method] = {}
     for m in asked:
-        names = own.get(m, frozenset()) if isinstance(m, str) else frozenset()
-        method = get_method(m, {k: v for k, v in rest.items() if k in names})
+        mine = own.get(m, frozenset()) if isinstance(m, str) else frozenset()
+        method = get_method(m, {k: v for k, v in rest.items() if k in mine})
         found.setdefault(method.name, method)
     return list(found.values())

@@ -16,6 +16,7 @@ INPUT_ROLES = (
     "input",
     "cotangent",
     "noise",
+    "random",
     "feedback",
     "target",
 )
@@ -92,7 +93,9 @@ class StepGraph:
 
     def select(self, role: str) -> list[tuple[Slot, Node]]:
         """The placeholders of one role."""
-        return [(s, n) for s, n in zip(self.inputs, self.placeholders(), strict=True) if s.role == role]
+        return [
+            (s, n) for s, n in zip(self.inputs, self.placeholders(), strict=True) if s.role == role
+        ]
 
     def produced(self, role: str) -> list[tuple[Slot, Any]]:
         """The outputs of one role."""

@@ -67,7 +67,7 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
 
 
 def lower_forward(gm: GraphModule, backend: str, options: dict[str, Any] | None = None) -> Compiled:
-    """Compile a graph whose outputs all go to the user. Takes a list of inputs, which it empties."""
+    """Compile a graph whose outputs all go to the user. It takes, and empties, a list."""
     return _lower(gm, backend, options, _examples(gm), _outputs(gm), False)[0]
 
 

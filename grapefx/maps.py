@@ -24,6 +24,7 @@ class FeedbackMap:
     kind: str
     error_dim: int
     value_dim: int
+    classes: int | None = None  # the last dim of the output where a row holds several positions
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -31,9 +32,15 @@ class FeedbackMap:
         return (self.error_dim, self.value_dim)
 
     @property
+    def tokens(self) -> int | None:
+        """Rows of one sample where there is one a token, else None."""
+        return self.layer.sample_shape[0] if self.kind == "token" else None
+
+    @property
     def trace_key(self) -> tuple[object, ...]:
         """All that a traced computation depends on (see ``passes.trace_key``)."""
-        return (self.kind, self.error_dim, self.value_dim, self.layer.fold)
+        sizes = (self.error_dim, self.value_dim, self.tokens, self.classes)
+        return (self.kind, sizes, self.layer.fold)
 
     @property
     def bytes(self) -> int:
@@ -49,6 +56,14 @@ class FeedbackMap:
         fold = self.layer.fold
         shape = to_samples(like, fold).shape
         return from_samples(rows.reshape(shape), fold).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Something that keeps a state: its key in the state dict, and the shape that ``init`` gets."""
+
+    key: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,8 @@ def plan_maps(
     rows = {"dense": ErrorRows("dense", tuple(tap_folds), total)}
     if tokens is not None:
         rows["token"] = ErrorRows("token", tuple(tap_folds), tap_shapes[0][1])
+    several = len(tap_shapes) == 1 and len(tap_shapes[0]) > 1
+    classes = tap_shapes[0][-1] if several else None
     maps = []
     for layer in layers:
         shape = layer.sample_shape
@@ -105,5 +122,5 @@ def plan_maps(
             kind = "token"
             maps.append(FeedbackMap(layer, kind, rows[kind].dim, math.prod(shape[1:])))
         else:
-            maps.append(FeedbackMap(layer, "dense", total, math.prod(shape)))
+            maps.append(FeedbackMap(layer, "dense", total, math.prod(shape), classes))
     return tuple(maps), rows

@@ -33,6 +33,8 @@ class Options:
     ridge: float = 1e-2
     tangent_fraction: float = 1.0
     align_every: int = 1
+    streams: str | int = "shared"
+    directions: int = 1
     noise: str = "rademacher"
     granularity: str = "layer"
     feedback_budget: int | None = None
@@ -51,10 +53,17 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not _whole(value) or value < 1):
                 raise OptionError(f"{name}={value!r} must be a positive integer or None")
-        for name, least in (("align_every", 1), ("batch_dim", 0), ("seed", 0)):
+        least_of = {"align_every": 1, "directions": 1, "batch_dim": 0, "seed": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not _whole(value) or value < least:
                 raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+        if self.streams not in ("shared", "per_layer") and not (
+            _whole(self.streams) and self.streams >= 1  # type: ignore[operator]
+        ):
+            raise OptionError(
+                f"streams={self.streams!r} must be 'shared', 'per_layer' or a number of groups"
+            )
         if self.dynamic not in (None, True, False):
             raise OptionError(f"dynamic={self.dynamic!r} must be None, True or False")
         if not 0 < self.tangent_fraction <= 1:

@@ -1,6 +1,6 @@
 """The pipeline as one readable list: a model and a call become step graphs.
 
-    capture -> place -> joint -> [tangent] -> feedback -> prune -> annotate -> verify
+capture -> place -> joint -> [tangent] -> feedback -> prune -> annotate -> verify
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import torch
 from torch import nn
 
 from grapefx.capture import capture, flatten_call, pick_hint
+from grapefx.choices import check_together, resolve
 from grapefx.errors import BudgetError, CaptureError, PlacementError
 from grapefx.ir import Captured, Layer, StepGraph
-from grapefx.maps import ErrorRows, FeedbackMap, plan_maps
+from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plan_maps
 from grapefx.methods import Method, get_method
-from grapefx.options import OPTION_NAMES, Options
+from grapefx.options import Options
 from grapefx.passes import markers
 from grapefx.passes.annotate import annotate, mark_forward
 from grapefx.passes.batch import batch_folds
-from grapefx.passes.feedback import Feedback, build_calibration, build_update
+from grapefx.passes.calibration import build_calibration
+from grapefx.passes.feedback import Feedback, build_update
 from grapefx.passes.joint import trace_joint
 from grapefx.passes.order import dead_code
 from grapefx.passes.partition import Placement, place, sample_shape
+from grapefx.passes.perturbed import build_perturbed
 from grapefx.passes.prune import prune_masks
+from grapefx.passes.second_forward import build_two_forwards, input_size
 from grapefx.passes.tangent import add_tangents
 from grapefx.passes.verify import check, independence
+from grapefx.passes.weights import stand_in, weight_shapes
 from grapefx.torch_compat import batch_symbol, new_fake_mode
 
 KINDS = ("update", "align", "calibration")
@@ -54,7 +59,7 @@ class Plan:
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of step that this method uses."""
-        if self.method.sequential and not self.method.feedback:
+        if self.method.exact:
             return ("calibration",)
         if self.method.needs_tangents():
             return ("align", "calibration")
@@ -71,13 +76,26 @@ class Plan:
         """Every kind's graph, for analysis."""
         return {k: self.graph(k).gm for k in self.kinds()}
 
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """What keeps a state with this method: feedback points, weights, or the input."""
+        if not self.method.keeps_state:
+            return ()
+        if self.method.state_at == "weight":
+            return tuple(StateSpec(n, s) for n, s in weight_shapes(self.joint).items())
+        if self.method.state_at == "input":
+            size = input_size(self.joint, self.method.name)
+            return (StateSpec("input", (size, self.error_rows["dense"].dim)),)
+        return tuple(StateSpec(m.layer.name, m.shape) for m in self.maps)
+
     def states(self) -> tuple[dict[str, torch.Tensor], ...]:
-        """Fake tensors of each layer's feedback state (shape, dtype, device; no memory)."""
+        """Fake tensors of each state in ``state_specs`` (shape, dtype, device; no memory)."""
         like = next(iter(self.joint.placeholders())).meta["val"]
         dtype = torch.promote_types(like.dtype, torch.float32)
         generator = torch.Generator(like.device)
         with new_fake_mode():
-            return tuple(self.method.init(m.shape, generator, dtype) for m in self.maps)
+            return tuple(
+                self.method.init(s.shape, generator, dtype) for s in self.state_specs()
+            )
 
     def for_method(self, method: str | Method, options: Options) -> Plan:
         """The same capture, with its feedback points, for another method; no budget is checked.
@@ -85,9 +103,7 @@ class Plan:
         ``options`` may differ where the capture does not (granularity and batch dim must agree).
         """
         chosen = get_method(method, {})
-        plan = replace(
-            self, method=chosen, options=options, derived=(), independent={}, _graphs={}
-        )
+        plan = replace(self, method=chosen, options=options, derived=(), independent={}, _graphs={})
         if chosen.feedback and not plan.maps:
             _check_feedback(plan)
         return plan
@@ -110,32 +126,52 @@ class Plan:
         )
 
     def _build(self, kind: str) -> StepGraph:
-        layers = self.layers
+        layers, method = self.layers, self.method
+        check_together(method, self.options)
         feedback = Feedback(
-            self.method,
+            method,
             self.maps,
             self.error_rows,
-            self.states(),
+            self.states() if method.state_at == "point" else tuple({} for _ in self.maps),
             ridge=self.options.ridge,
             refit=self.options.calib_refit != "weights",
             true_gradients=self.options.calib_refit != "feedback",
         )
         if kind == "calibration":
             step = build_calibration(self.joint, feedback)
+        elif method.mechanism == "parameters":
+            perturbed = build_perturbed(
+                self.joint, batch=self.batch, batch_size=self.batch_size, name=method.name
+            )
+            self.derived, step = perturbed.derived, perturbed.step
+        elif method.mechanism == "two_forwards":
+            step = build_two_forwards(self.joint, method, *self.states())
         elif kind == "align":
+            streams = self.streams()
+            quiet: tuple[int, ...] = ()
+            if method.tangents_from == "last":
+                last = markers.last_points(self.joint.gm.graph)
+                streams = tuple(s for s in (tuple(i for i in s if i in last) for s in streams) if s)
+                quiet = tuple(layer.index for layer in layers if layer.index not in last)
             tangents = add_tangents(
                 self.joint,
                 layers,
                 batch=self.batch,
                 batch_size=self.batch_size,
-                streams=self.streams(),
+                streams=streams,
+                quiet=quiet,
                 rows_hint=self.rows(self.batch_size) if self.options.tangent_fraction < 1 else None,
                 signs=self.options.noise == "rademacher",
             )
             self.derived = tangents.derived
             step = build_update(check(tangents.step, "tangent"), feedback, tangents.streams)
         elif kind == "update":
-            step = build_update(self.joint, feedback)
+            joint = self.joint
+            if method.mechanism == "weights":
+                names = [s.key for s in self.state_specs()] or list(weight_shapes(joint))
+                states = self.states() or tuple({} for _ in names)
+                joint = stand_in(joint, method, dict(zip(names, states, strict=True)))
+            step = build_update(joint, feedback)
         else:
             raise ValueError(kind)
         prune_masks(step.gm.graph)
@@ -148,9 +184,19 @@ class Plan:
         return step
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
-        """Which layers' noise runs together."""
+        """Which layers' noise runs together; each group as often as there are directions."""
         everything = tuple(layer.index for layer in self.layers)
-        return (everything,)
+        groups = {"shared": 1, "per_layer": len(everything)}.get(
+            str(self.options.streams), self.options.streams
+        )
+        count = max(1, min(int(groups), len(everything)))
+        size, more = divmod(len(everything), count)
+        parts, start = [], 0
+        for k in range(count):
+            end = start + size + (k < more)
+            parts.append(everything[start:end])
+            start = end
+        return tuple(part for part in parts for _ in range(self.options.directions))
 
     def rows(self, batch: int) -> int:
         """How many samples carry tangents in a batch of ``batch``."""
@@ -171,10 +217,9 @@ def build_plan(
     ``choices`` are options of ``grapefx.compile`` or of the method.
     """
     if options is None:
-        own = {k: v for k, v in choices.items() if k in OPTION_NAMES}
-        choices = {k: v for k, v in choices.items() if k not in OPTION_NAMES}
-        options = Options(**own)
-    chosen = get_method(method, choices)
+        chosen, options = resolve(method, choices)
+    else:
+        chosen = get_method(method, choices)
     kwargs = kwargs or {}
     leaves, _ = flatten_call(args, kwargs)
     examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -57,7 +57,7 @@ def fake_tensor(mode: FakeTensorMode, like: torch.Tensor, dynamic: Sequence[int]
     A meta tensor becomes one of the CPU, whose kernels the graph then describes.
     """
     sizes = [DimDynamic.DUCK if d in dynamic else DimDynamic.STATIC for d in range(like.ndim)]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
     fake = mode.from_tensor(like, symbolic_context=context)
     if not like.is_meta:
         return fake
@@ -78,7 +78,7 @@ def batch_symbol(size: Any) -> Any:
 
 def size_hint(size: Any) -> int:
     """A plain int for a size: its hint when it is symbolic."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else int(size)
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def inductor_compile(
     """Compile a flat, decomposed ATen graph with Inductor's inner compiler: no Dynamo, no guards.
 
     Only the first ``user_outputs`` outputs must keep their strides; Inductor chooses those of the
-    others (saved values) and they are returned, None where nothing was reported.
+    others (saved values). Returned are the strides, None where nothing was reported.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -127,7 +127,7 @@ def inductor_compile(
 def inductor_decompose(
     gm: torch.fx.GraphModule, example: Sequence[Any], keep: Sequence[str]
 ) -> torch.fx.GraphModule:
-    """Retrace a flat graph with Inductor's decompositions, as AOTAutograd does before it partitions.
+    """Retrace a flat graph with Inductor's decompositions, as AOTAutograd does to partition.
 
     ``example`` are fake inputs (and plain sizes); metadata under the keys ``keep`` goes from each
     node to those that replace it.
@@ -190,8 +190,10 @@ def restrided(value: Any, stride: Any, mode: FakeTensorMode) -> Any:
 def min_cut_partition(
     joint: torch.fx.GraphModule, example: Sequence[Any], outputs: int
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """functorch's partitioner: what to save and what to recompute. Needs a fake mode in ``example``."""
-    from functorch.compile import min_cut_rematerialization_partition
+    """functorch's partitioner: what to save, what to recompute. ``example`` must hold fakes."""
+    from functorch.compile import (  # type: ignore[import-untyped]
+        min_cut_rematerialization_partition,
+    )
     from torch._guards import TracingContext, tracing
 
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))

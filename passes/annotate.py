@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from grapefx.ir import Layer, StepGraph
 from grapefx.passes import markers
-from grapefx.passes.partition import module_path
+from grapefx.passes.blocks import module_path
 
 HEAD = "head"
 
@@ -45,7 +45,7 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
         if isinstance(node, Node):
             reach.setdefault(node, set()).add(k)
             deepest[node] = max(deepest.get(node, -1), layer_of.get(slot.name, len(layers)))
-    for slot, node in step.produced("buffer"):
+    for _, node in step.produced("buffer"):
         if isinstance(node, Node) and node.op == "call_function":
             node.meta.setdefault("grapefx_phase", "buffer")
     for node in reversed(list(step.gm.graph.nodes)):

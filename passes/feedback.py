@@ -1,12 +1,9 @@
 """Feedback pass: what a method says takes the place of every ``cut_backward``.
 
-In: a joint graph (with or without tangents). Out: the whole step as one graph, markers erased, in
-one of three kinds:
-
-* ``update``: the cotangent at each cut comes from the error alone; the backward chain is dead code.
-* ``align``: the same, and the feedback maps learn from the tangents.
-* ``calibration``: the true gradient passes every cut; feedback maps are refitted by ridge regression
-  from the pairs (e, delta_l), and the feedback gradient is computed beside it for its cosine.
+In: a joint graph (with or without tangents). Out: the whole step as one graph, markers erased.
+Without tangents the cotangent at each cut comes from the error alone and the backward chain is
+dead code (kind ``update``); with them the feedback maps learn as well (kind ``align``). Calibration
+steps are in ``passes.calibration``.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
@@ -44,12 +42,15 @@ class Feedback:
     true_gradients: bool = True
 
 
-class _Builder:
+class Builder:
+    """One step graph in the making: what the method sees as rows, and what it returns."""
+
     def __init__(self, step: StepGraph, feedback: Feedback, streams: Sequence[Stream]) -> None:
         self.step = step.copy()
         self.graph = self.step.gm.graph
         self.fb = feedback
         self.streams = self._renamed(step, streams)
+        self.parameters = {s.name: n for s, n in self.step.select("parameter")}
         self.em = Emitter(self.graph)
         self.output = self.step.output_node()
         self.slots: list[Slot] = []
@@ -76,21 +77,33 @@ class _Builder:
 
     # inputs
 
+    def input(self, name: str, like: Any, slot: Slot, layer: str | None = None) -> Node:
+        """A new placeholder behind the others, of the shape and dtype of ``like``."""
+        anchor = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(anchor):
+            node = self.graph.placeholder(name)
+        with self.em.mode:
+            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        node.meta["grapefx_role"] = slot.role
+        if layer is not None:
+            node.meta["grapefx_layer"] = layer
+        self.slots.append(slot)
+        return node
+
     def add_states(self) -> None:
-        anchor = self.step.placeholders()[-1]
-        mode = self.em.mode
         for m, state in zip(self.fb.maps, self.fb.states, strict=True):
-            nodes = {}
-            for name, like in state.items():
-                with self.graph.inserting_after(anchor):
-                    anchor = self.graph.placeholder(f"feedback_{m.layer.index}_{name}")
-                with mode:
-                    anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-                anchor.meta["grapefx_role"] = "feedback"
-                anchor.meta["grapefx_layer"] = m.layer.name
-                nodes[name] = anchor
-                self.slots.append(Slot("feedback", f"{m.layer.name}/{name}"))
-            self.state_nodes.append(nodes)
+            own = m.layer.name
+            self.state_nodes.append(
+                {
+                    name: self.input(
+                        f"feedback_{m.layer.index}_{name}",
+                        like,
+                        Slot("feedback", f"{own}/{name}"),
+                        own,
+                    )
+                    for name, like in state.items()
+                }
+            )
 
     # rows
 
@@ -125,6 +138,61 @@ class _Builder:
             self.rows_cache[key] = self.emit(lambda ts: rows(ts), nodes, phase="tangent")
         return self.rows_cache[key]
 
+    def target(self, kind: str) -> Node:
+        """Class targets, one-hot in the shape of the output, as rows."""
+        key = f"target/{kind}"
+        if key not in self.rows_cache:
+            tap = self._only_tap()
+            if "target" not in self.rows_cache:
+                self.rows_cache["target"] = self.input(
+                    "target", tap.meta["val"], Slot("target", "0")
+                )
+            rows = self.fb.error_rows[kind]
+            node = self.rows_cache["target"]
+            self.rows_cache[key] = self.emit(lambda t: rows([t]), node, phase="error")
+        return self.rows_cache[key]
+
+    def outputs(self, kind: str) -> Node:
+        """The value at the error tap, as rows."""
+        key = f"output/{kind}"
+        if key not in self.rows_cache:
+            rows = self.fb.error_rows[kind]
+            forward = markers.find(self.graph, markers.TAP)
+            taps = [forward[i] for i in sorted(forward)]
+            self.rows_cache[key] = self.emit(lambda ts: rows(ts), taps, phase="error")
+        return self.rows_cache[key]
+
+    def _only_tap(self) -> Node:
+        taps = markers.find(self.graph, markers.TAP)
+        if len(taps) != 1:
+            raise MethodError(
+                f"method {self.fb.method.name!r} reads class targets, which belong to one output; "
+                f"this model has {len(taps)} outputs with a gradient\n"
+                "  remedy: return one tensor of logits, or use a method that reads the error (dfa)"
+            )
+        return taps[0]
+
+    def read(self, m: FeedbackMap, reads: frozenset[str]) -> dict[str, Node]:
+        """The nodes of what is read at a point, noise and tangents aside, by field of ``Rows``."""
+        found = {}
+        if "error" in reads:
+            found["error"] = self.error(m.kind)
+        if "value" in reads:
+            found["value"] = self._value(m)
+        if "target" in reads:
+            found["target"] = self.target(m.kind)
+        if "output" in reads:
+            found["output"] = self.outputs(m.kind)
+        return found
+
+    def pairs(self, m: FeedbackMap) -> list[tuple[Node, Node | None]]:
+        """(noise, tangent rows) of each stream that holds the layer; no tangent in a quiet one."""
+        return [
+            (s.noise[m.layer.index], self.tangent_rows(m.kind, s) if s.taps else None)
+            for s in self.streams
+            if m.layer.index in s.noise
+        ]
+
     def _zero_tangent(self, tap: Node, like: Node) -> Node:
         rows = self.em.call(aten.sym_size.int, like, 0)
         shape = [rows, *[int(s) for s in tap.meta["val"].shape[1:]]]
@@ -135,11 +203,7 @@ class _Builder:
     def estimates(self) -> list[Node | None]:
         out: list[Node | None] = []
         for m in self.fb.maps:
-            pairs = [
-                (self.tangent_rows(m.kind, s), s.noise[m.layer.index])
-                for s in self.streams
-                if m.layer.index in s.noise
-            ]
+            pairs = [(d, v) for v, d in self.pairs(m) if d is not None]
             if not pairs:
                 out.append(None)
                 continue
@@ -159,37 +223,42 @@ class _Builder:
 
     def learn(self) -> None:
         """New states, kept where everything is finite."""
-        estimates = self.estimates() if self.streams else [None] * len(self.fb.maps)
-        self.finite = self._all_finite()
+        reads = self.fb.method.learns_from
+        aligns = self.fb.method.aligns()
+        estimates = self.estimates() if aligns else [None] * len(self.fb.maps)
+        self.finite = self.all_finite()
         for m, state, j in zip(self.fb.maps, self.state_nodes, estimates, strict=True):
-            needs_value = "value" in self.fb.method.learns_from
-            value = self._value(m) if needs_value else None
-            error = self.error(m.kind) if "error" in self.fb.method.learns_from else None
+            own = self.pairs(m) if self.fb.method.per_sample else []
+            samples = [(v, d) for v, d in own if d is not None]
 
-            def step(state: State, j: Any, e: Any, h: Any, ok: Tensor, m: FeedbackMap = m) -> State:
-                new = self.fb.method.learn(
-                    Rows(
-                        state,
-                        estimate=None if j is None else j.to(state["B"].dtype),
-                        error=e,
-                        value=None if h is None else m.value_rows(h),
-                    )
-                )
+            def step(
+                state: State, j: Any, found: Any, samples: Any, ok: Tensor, m: FeedbackMap = m
+            ) -> State:
+                rows = _rows(m, state, found)
+                if j is not None:
+                    rows = replace(rows, estimate=j.to(next(iter(state.values())).dtype))
+                if samples:
+                    vs, ds = [m.value_rows(v) for v, _ in samples], [d for _, d in samples]
+                    rows = replace(rows, noise=torch.cat(vs), tangent=torch.cat(ds))
+                new = self.fb.method.learn(rows)
                 return {k: torch.where(ok, new[k], state[k]) for k in state}
 
             new = self.emit(
-                step, state, j, error, value, self.finite, phase="alignment", layer=m.layer.name
-            )
+                step, state, j, self.read(m, reads), samples, self.finite,
+                phase="alignment", layer=m.layer.name,
+            )  # fmt: skip
             self.new_states.append(new)
-            if j is not None:
-                self._metric("cos_jacobian", m, cosine, state["B"], j)
+            if j is not None and "B" in state:
+                self.metric("cos_jacobian", m, cosine, state["B"], j)
 
     def _value(self, m: FeedbackMap) -> Node:
         return markers.find(self.graph, markers.CUT)[m.layer.index]
 
-    def _all_finite(self) -> Node:
+    def all_finite(self) -> Node:
         parts = [self.error(m.kind) for m in self.fb.maps]
-        parts += [self.tangent_rows(m.kind, s) for m in self.fb.maps for s in self.streams]
+        parts += [
+            self.tangent_rows(m.kind, s) for m in self.fb.maps for s in self.streams if s.taps
+        ]
         unique = list(dict.fromkeys(parts))
 
         def finite(xs: list[Tensor]) -> Tensor:
@@ -199,14 +268,14 @@ class _Builder:
 
         return self.emit(finite, unique, phase="error")
 
-    def _metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:
+    def metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:
         node = self.emit(fn, *args, phase="metric", layer=m.layer.name)
         self.metrics.setdefault(name, {})[m.layer.index] = node
 
     # projection
 
     def cotangents(self, states: Sequence[dict[str, Node]]) -> dict[int, Node]:
-        """What the method puts at each cut."""
+        """What the method puts at each cut; its mean where the layer is in several streams."""
         reads = self.fb.method.reads
         out = {}
         backward = markers.find(self.graph, markers.CUT_BACKWARD)
@@ -214,75 +283,60 @@ class _Builder:
             node = backward.get(m.layer.index)
             if node is None:
                 continue
-            streams = [s for s in self.streams if m.layer.index in s.noise]
-            stream = streams[0] if "tangent" in reads and streams else None
 
             def project(
-                state: State, e: Any, incoming: Any, v: Any, d: Any, like: Tensor,
+                state: State, incoming: Any, found: Any, pairs: Any, like: Tensor,
                 m: FeedbackMap = m,
             ) -> Tensor:  # fmt: skip
                 dtype = next(iter(state.values())).dtype if state else like.dtype
-                rows = self.fb.method.cotangent(
-                    Rows(
-                        state,
-                        error=None if e is None else e.to(dtype),
-                        incoming=None if incoming is None else m.value_rows(incoming),
-                        noise=None if v is None else m.value_rows(v),
-                        tangent=d,
+                rows = _rows(m, state, found, dtype)
+                if incoming is not None:
+                    rows = replace(rows, incoming=m.value_rows(incoming))
+                made = [
+                    self.fb.method.cotangent(
+                        replace(
+                            rows,
+                            noise=m.value_rows(v).to(dtype),
+                            tangent=None if d is None else d.to(dtype),
+                        )
                     )
-                )
-                return m.from_rows(rows, like)
+                    for v, d in pairs
+                ] or [self.fb.method.cotangent(rows)]
+                total = made[0]
+                for more in made[1:]:
+                    total = total + more
+                return m.from_rows(total / len(made) if len(made) > 1 else total, like)
 
             out[m.layer.index] = self.emit(
                 project,
                 state,
-                self.error(m.kind) if "error" in reads else None,
                 node.args[0] if "next_delta" in reads else None,
-                stream.noise[m.layer.index] if stream else None,
-                self.tangent_rows(m.kind, stream) if stream else None,
+                self.read(m, reads),
+                self.pairs(m) if {"tangent", "noise"} & reads else [],
                 self._value(m),
                 phase="projection",
                 layer=m.layer.name,
             )
         return out
 
-    def refit(self) -> None:
-        """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2)."""
-        backward = markers.find(self.graph, markers.CUT_BACKWARD)
-        inverse: dict[str, Node] = {}
-        ridge = self.fb.ridge
-
-        def gram(e: Tensor) -> Tensor:
-            e = e.to(torch.promote_types(e.dtype, torch.float32))
-            # rows are scaled by 1/N and by any loss scale: normalise before the solve
-            e = e / e.abs().amax().clamp_min(1e-30)
-            g = e.t() @ e
-            c = g.shape[0]
-            g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
-            return torch.linalg.solve(g, e.t())
-
-        def fit(solved: Tensor, e: Tensor, delta: Tensor, state: State, m: Any) -> State:
-            top = e.to(solved.dtype).abs().amax().clamp_min(1e-30)
-            b = solved @ (m.value_rows(delta).to(solved.dtype) / top)
-            new = self.fb.method.refit(state, b.to(state["B"].dtype))
-            ok = torch.isfinite(b.abs().sum())
-            return {k: torch.where(ok, new[k], state[k]) for k in state}
-
-        for m, state in zip(self.fb.maps, self.state_nodes, strict=True):
-            node = backward.get(m.layer.index)
-            if node is None:
-                self.new_states.append(state)
+    def decay_weights(self) -> None:
+        """Add the method's weight decay to the gradients of the weights behind feedback points."""
+        decay = self.fb.method.weight_decay
+        if not decay:
+            return
+        layer_of = {p: m.layer.name for m in self.fb.maps for p in m.layer.parameters}
+        weights = self.parameters
+        results = list(self.output.args[0])  # type: ignore[arg-type]
+        for i, slot in enumerate(self.step.outputs):
+            own, w = layer_of.get(slot.name), weights.get(slot.name)
+            g = results[i]
+            if slot.role != "gradient" or own is None or w is None or not isinstance(g, Node):
                 continue
-            e = self.error(m.kind)
-            if m.kind not in inverse:
-                inverse[m.kind] = self.emit(gram, e, phase="refit")
-            new = self.emit(
-                lambda s, e, d, st, m=m: fit(s, e, d, st, m),
-                inverse[m.kind], e, node.args[0], state,
-                phase="refit", layer=m.layer.name,
-            )  # fmt: skip
-            self.new_states.append(new)
-        self.finite = self._all_finite() if self.fb.maps else None
+            if w.meta["val"].ndim >= 2:
+                results[i] = self.emit(
+                    lambda g, w: g + decay * w, g, w, phase="weight_grad", layer=own
+                )
+        self.output.args = (tuple(results),)
 
     # output
 
@@ -322,17 +376,25 @@ class _Builder:
         )
 
 
+def _rows(
+    m: FeedbackMap, state: State, found: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> Rows:
+    """What a method reads at a point; the error and the like in ``dtype`` if it is given."""
+    values = {k: m.value_rows(t) if k == "value" else t for k, t in found.items()}
+    if dtype is not None:
+        values = {k: t.to(dtype) for k, t in values.items()}
+    return Rows(state, tokens=m.tokens, classes=m.classes, **values)
+
+
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius cosine (001 eq. 3); 0 where one of the two is 0."""
     a, b = a.float(), b.float()
     return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp_min(1e-30)
 
 
-def build_update(
-    step: StepGraph, feedback: Feedback, streams: Sequence[Stream] = ()
-) -> StepGraph:
+def build_update(step: StepGraph, feedback: Feedback, streams: Sequence[Stream] = ()) -> StepGraph:
     """A training step of the method. With ``streams`` (from the tangent pass) it also learns."""
-    b = _Builder(step, feedback, streams)
+    b = Builder(step, feedback, streams)
     if feedback.method.feedback:
         b.add_states()
     else:
@@ -340,34 +402,17 @@ def build_update(
     learns = feedback.method.learns_from
     if learns and (streams or "tangent" not in learns):
         b.learn()
+    if feedback.method.transparent:
+        backward = markers.find(b.graph, markers.CUT_BACKWARD)
+        replace_cuts(b, {i: n.args[0] for i, n in backward.items()})  # type: ignore[misc]
+        return b.finish()
     before = b.new_states if b.new_states and feedback.method.project_after_learn else b.state_nodes
     replace_cuts(b, b.cotangents(before))
+    b.decay_weights()
     return b.finish()
 
 
-def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
-    """A calibration step: true gradients, refitted maps, and the cosine of what the method gives."""
-    b = _Builder(step, feedback, ())
-    method = feedback.method
-    fitted = method.feedback and method.refits and feedback.refit
-    compare = method.feedback and not method.needs_tangents() and not method.sequential
-    if method.feedback and (fitted or compare or not feedback.true_gradients):
-        b.add_states()
-        if fitted:
-            b.refit()
-    if compare and b.state_nodes:
-        old = _feedback_gradients(b, b.cotangents(b.state_nodes))
-        _compare(b, old)
-    backward = markers.find(b.graph, markers.CUT_BACKWARD)
-    if not feedback.true_gradients and compare:
-        # this batch only re-fits the maps: its update is the method's own, with the new maps
-        replace_cuts(b, b.cotangents(b.new_states or b.state_nodes))
-    else:
-        replace_cuts(b, {i: n.args[0] for i, n in backward.items()})  # type: ignore[misc]
-    return b.finish()
-
-
-def replace_cuts(b: _Builder, cotangents: dict[int, Node]) -> None:
+def replace_cuts(b: Builder, cotangents: dict[int, Node]) -> None:
     """Put the cotangents in place of the ``cut_backward`` nodes."""
     for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
         new = cotangents.get(index)
@@ -376,44 +421,3 @@ def replace_cuts(b: _Builder, cotangents: dict[int, Node]) -> None:
             b.moved.append(new)
         node.replace_all_uses_with(new)
         b.graph.erase_node(node)
-
-
-def _feedback_gradients(b: _Builder, cotangents: dict[int, Node]) -> dict[str, Node]:
-    """A second copy of what lies behind the cuts, fed with the method's cotangents."""
-    twin: dict[Node, Node] = {}
-    for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
-        twin[node] = cotangents[index]
-        if differs(node, twin[node]):
-            b.moved.append(twin[node])
-    for node in list(b.graph.nodes):
-        if node.op != "call_function" or node in twin:
-            continue
-        if node.target is markers.CUT_BACKWARD or not any(a in twin for a in node.all_input_nodes):
-            continue
-        if node.meta.get("grapefx_phase") in ("refit", "metric"):
-            continue
-        with b.graph.inserting_before(b.output):
-            new = b.graph.node_copy(node, lambda a: twin.get(a, a))
-        new.meta = {**node.meta, "grapefx_phase": "metric"}
-        twin[node] = new
-    return {
-        s.name: twin.get(n, n)
-        for s, n in b.step.produced("gradient")
-        if isinstance(n, Node)
-    }
-
-
-def _compare(b: _Builder, twins: dict[str, Node]) -> None:
-    true = {s.name: n for s, n in b.step.produced("gradient") if isinstance(n, Node)}
-    for m in b.fb.maps:
-        names = [p for p in m.layer.parameters if p in true and p in twins]
-        if not names:
-            continue
-
-        def cos(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-            xs, ys = [x.float() for x in xs], [y.float() for y in ys]
-            dot = sum((x * y).sum() for x, y in zip(xs, ys, strict=True))
-            size = sum((x * x).sum() for x in xs) * sum((y * y).sum() for y in ys)
-            return dot / size.sqrt().clamp_min(1e-30)  # type: ignore[union-attr]
-
-        b._metric("cos_gradient", m, cos, [true[p] for p in names], [twins[p] for p in names])

@@ -181,7 +181,9 @@ def _finish(
     outputs += [Slot("output", str(i)) for i in range(len(cap.outputs))]
     for k in wanted:
         slot = cap.inputs[k]
-        outputs.append(Slot("gradient" if slot.role == "parameter" else "input_gradient", slot.name))
+        outputs.append(
+            Slot("gradient" if slot.role == "parameter" else "input_gradient", slot.name)
+        )
     out = next(n for n in reversed(graph.nodes) if n.op == "output")
     flat, _ = pytree.tree_flatten(out.args[0])
     # make_fx drops None outputs into the spec; put them back in place

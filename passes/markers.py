@@ -59,6 +59,19 @@ def find(graph: Graph, target: Any) -> dict[int, Node]:
     return {n.args[1]: n for n in graph.nodes if n.op == "call_function" and n.target is target}  # type: ignore[misc]
 
 
+def last_points(graph: Graph) -> frozenset[int]:
+    """The feedback points behind which there is no other one."""
+    before: set[Node] = set()  # nodes that a cut depends on
+    last = set()
+    for node in reversed(list(graph.nodes)):
+        is_cut = node.op == "call_function" and node.target is CUT
+        if is_cut and node not in before:
+            last.add(node.args[1])
+        if is_cut or node in before:
+            before.update(node.all_input_nodes)
+    return frozenset(last)  # type: ignore[arg-type]
+
+
 def erase(graph: Graph) -> list[Node]:
     """Replace every marker by the value that it marks; returns those that have other strides."""
     moved: list[Node] = []

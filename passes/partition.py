@@ -31,6 +31,7 @@ from torch.fx import Node
 from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
 from grapefx.passes.batch import Fold, batch_folds, op_name
+from grapefx.passes.blocks import blocks
 
 aten = torch.ops.aten
 
@@ -121,6 +122,7 @@ class _Sweep:
         returned = [n for n in self.output.args[0] if isinstance(n, Node)]  # type: ignore[union-attr]
         self.user_outputs = returned[len(cap.mutated) :]
         self.live = self._live()
+        self._fold_parameters()
 
     def _live(self) -> set[Node]:
         """Nodes on a differentiable path to a user output."""
@@ -138,6 +140,18 @@ class _Sweep:
             )
         return live
 
+    @staticmethod
+    def ancestors(nodes: Iterable[Node]) -> set[Node]:
+        """Everything that leads to one of ``nodes``."""
+        seen: set[Node] = set()
+        stack = [a for n in nodes for a in n.all_input_nodes]
+        while stack:
+            n = stack.pop()
+            if n not in seen:
+                seen.add(n)
+                stack.extend(n.all_input_nodes)
+        return seen
+
     def all_params(self) -> set[str]:
         return {p for names in self.param_of.values() for p in names}
 
@@ -149,30 +163,41 @@ class _Sweep:
             if node.op == "call_function":
                 self._visit(node)
 
-    def _visit(self, node: Node) -> None:
-        if node.target is aten.detach.default:
-            if any(a in self.data for a in node.all_input_nodes):
+    def _fold_parameters(self) -> None:
+        """A function of parameters only (a cast, a weight norm) is a parameter; the rest is data."""
+        for node in self.nodes:
+            if node.op != "call_function":
+                continue
+            inputs = node.all_input_nodes
+            if node.target is aten.detach.default:
+                if any(a in self.data for a in inputs):
+                    self.data.add(node)
+            elif self._data_in(node) or isinstance(value(node), torch.SymInt):
                 self.data.add(node)
-            return
-        inputs = node.all_input_nodes
-        params: set[str] = set()
-        for a in inputs:
-            if a not in self.data:
-                params |= self.param_of.get(a, set())
-        data_in = [a for a in inputs if a in self.data and not isinstance(value(a), torch.SymInt)]
-        if not data_in and not isinstance(value(node), torch.SymInt):
-            # a function of parameters only is a parameter
-            if params:
+            elif params := self._params_in(node):
                 self.param_of[node] = params
             elif any(a in self.frozen for a in inputs):
                 self.frozen.add(node)
+
+    def _data_in(self, node: Node) -> list[Node]:
+        return [
+            a
+            for a in node.all_input_nodes
+            if a in self.data and not isinstance(value(a), torch.SymInt)
+        ]
+
+    def _params_in(self, node: Node) -> set[str]:
+        found = [self.param_of.get(a, set()) for a in node.all_input_nodes if a not in self.data]
+        return set().union(*found)
+
+    def _visit(self, node: Node) -> None:
+        if node not in self.data or node not in self.live or node.target is aten.detach.default:
             return
         if not is_float(node) and not isinstance(value(node), (tuple, list)):
-            self.data.add(node)
             return
-        self.data.add(node)
-        if node not in self.live:
-            return
+        inputs = node.all_input_nodes
+        params = self._params_in(node)
+        data_in = self._data_in(node)
         opens = self._open_inputs(data_in)
         name = op_name(node)
         heavy = name in _HEAVY and (
@@ -359,7 +384,9 @@ def place(
     a batch dim, or no feedback point at all (a single layer: use ``method="bp"``).
     """
     if granularity not in GRANULARITIES:
-        raise OptionError(f"unknown granularity {granularity!r}.{nearest(granularity, GRANULARITIES)}")
+        raise OptionError(
+            f"unknown granularity {granularity!r}.{nearest(granularity, GRANULARITIES)}"
+        )
     sweep = _Sweep(cap, trainable, batch_size)
     if not sweep.param_of:
         raise PlacementError(
@@ -369,26 +396,15 @@ def place(
     sweep.run()
     taps = _taps(sweep)
     cut_segments = sorted(sweep.closed, key=lambda s: sweep.order[s.closed])  # type: ignore[index]
-    before_tap = _ancestors(taps)
+    before_tap = sweep.ancestors(taps)
     cut_segments = [s for s in cut_segments if s.closed in before_tap and s.params]
     if granularity == "block":
-        cut_segments = _blocks(cut_segments, sweep, taps)
+        cut_segments = blocks(cut_segments, sweep, taps)
     # the segment in front of the tap may have been closed at the tap itself: that is the head
     cut_segments = [s for s in cut_segments if s.closed not in taps]
     cuts = _name_layers(cut_segments, sweep)
     covered = {p for c in cuts for p in c.layer.parameters}
     return Placement(cuts, tuple(taps), tuple(sorted(sweep.all_params() - covered)))
-
-
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [a for n in nodes for a in n.all_input_nodes]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            stack.extend(n.all_input_nodes)
-    return seen
 
 
 def _taps(sweep: _Sweep) -> list[Node]:
@@ -397,7 +413,7 @@ def _taps(sweep: _Sweep) -> list[Node]:
     outputs = [n for n in outputs if n in sweep.data]
     if not outputs:
         raise PlacementError("the model returns no floating-point tensor that depends on its input")
-    inner = _ancestors(outputs)
+    inner = sweep.ancestors(outputs)
     last = [n for n in outputs if n not in inner]
     taps: list[Node] = []
     for n in last:
@@ -412,8 +428,8 @@ def _taps(sweep: _Sweep) -> list[Node]:
 
 def _before_reduction(out: Node, sweep: _Sweep) -> Node:
     """The latest value with a batch dim that every path to a reduced output crosses."""
-    chain = [n for n in sweep.nodes if n in _ancestors([out]) and n in sweep.data and n in sweep.live]
-    chain = [n for n in chain if n.op == "call_function"]
+    before = sweep.ancestors([out]) & sweep.data & sweep.live
+    chain = [n for n in sweep.nodes if n in before and n.op == "call_function"]
     heavies = [n for n in chain if sweep._is_heavy(n)]
     start = sweep.order[heavies[-1]] if heavies else 0
     for n in chain:
@@ -425,75 +441,8 @@ def _before_reduction(out: Node, sweep: _Sweep) -> Node:
     )
 
 
-def module_path(node: Node) -> list[tuple[str, str]]:
-    """The modules around a node, outermost first: (path, class name)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    out = []
-    for path, cls in stack.values():
-        name = cls if isinstance(cls, str) else cls.__qualname__
-        path = path.removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
-        if path:
-            out.append((path, name.rsplit(".", 1)[-1]))
-    return out
-
-
-def _blocks(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_Segment]:
-    """One feedback point a block: the last dominator of each repeated module, else dominators."""
-    dominators = _dominators(sweep, taps)
-    chosen = [s for s in segments if s.closed in dominators]
-    repeated = _repeated_modules(sweep)
-    if not repeated:
-        return chosen
-    rank = {id(s): i for i, s in enumerate(segments)}
-    blocks: dict[str, _Segment] = {}
-    for path in repeated:
-        inside = [s for s in segments if any(p.startswith(path + ".") for p in s.params)]
-        ends = [s for s in chosen if any(p.startswith(path + ".") for p in s.params)]
-        covered = {p for s in inside for p in s.params}
-        own = {p for p in sweep.all_params() if p.startswith(path + ".")}
-        if ends and ends[-1] is inside[-1] and own <= covered:
-            blocks[path] = ends[-1]
-    return sorted(set(blocks.values()), key=lambda s: rank[id(s)]) or chosen
-
-
-def _repeated_modules(sweep: _Sweep) -> set[str]:
-    """Paths of the outermost modules that occur several times, each with at least two weights."""
-    heavy_in: dict[str, int] = {}
-    kind: dict[str, tuple[str, str]] = {}
-    for node in sweep.nodes:
-        if node.op != "call_function" or not sweep._is_heavy(node):
-            continue
-        for path, cls in module_path(node):
-            heavy_in[path] = heavy_in.get(path, 0) + 1
-            kind[path] = (path.rpartition(".")[0], cls)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path, key in kind.items():
-        if heavy_in[path] >= 2 and key[1] not in ("Sequential", "ModuleList"):
-            groups.setdefault(key, []).append(path)
-    repeated = {p for paths in groups.values() if len(paths) > 1 for p in paths}
-    return {p for p in repeated if not any(p.startswith(q + ".") for q in repeated)}
-
-
-def _dominators(sweep: _Sweep, taps: list[Node]) -> set[Node]:
-    """Values that every differentiable path from an input to a tap crosses."""
-    upstream = _ancestors(taps) | set(taps)
-    path = [n for n in sweep.nodes if n in upstream and n in sweep.data and n in sweep.live]
-    found: set[Node] = set()
-    ends: dict[Node, int] = {}
-    inside = set(path)
-    for n in path:
-        users = [sweep.order[u] for u in n.users if u in inside]
-        ends[n] = max(users, default=sweep.order[n])
-    reach = -1
-    for n in path:
-        if reach <= sweep.order[n]:
-            found.add(n)
-        reach = max(reach, ends[n])
-    return found
-
-
 def _name_layers(segments: list[_Segment], sweep: _Sweep) -> tuple[CutPoint, ...]:
-    cuts = []
+    cuts: list[CutPoint] = []
     names: set[str] = set()
     taken: set[Node] = set()
     for seg in segments:
@@ -531,5 +480,3 @@ def _source(node: Node) -> str:
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.strip().splitlines()]
     return lines[-2] if len(lines) > 1 else ""
-
-

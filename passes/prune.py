@@ -2,7 +2,7 @@
 
 A cut makes input gradients unnecessary, but ``convolution_backward`` computes them as long as its
 mask says so. In: a step graph after dead-code elimination. Out: the same graph with masks that name
-only outputs in use. Batch norm in training mode drops its running statistics, which it does not read.
+only outputs in use. Batch norm in training mode drops its running statistics: it reads none.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grapefx.errors import CaptureError
+
 aten = torch.ops.aten
 
 Cell = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[Tensor, ...]]
@@ -52,10 +54,7 @@ def _unroll(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
-    projected: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    if projected:
-        raise NotImplementedError("an LSTM with proj_size is not supported by grapefx")
     directions = 2 if bidirectional else 1
     per_cell = 4 if has_biases else 2
     if batch_first:
@@ -86,15 +85,15 @@ def _unroll(
 
 
 def _lstm(x: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, ...]:
-    hidden = hx[0].shape[-1]
-    projected = len(params) > 1 and params[1].shape[-1] * 4 != params[1].shape[0]
-    out, finals = _unroll(_lstm_cell, x, list(hx), list(params), *rest, projected and hidden > 0)
+    if params[1].shape[-1] * 4 != params[1].shape[0]:
+        raise CaptureError("an LSTM with proj_size is not supported; apply a Linear to its output")
+    out, finals = _unroll(_lstm_cell, x, list(hx), list(params), *rest)
     return out, finals[0], finals[1]
 
 
 def _one_state(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
     def run(x: Tensor, hx: Tensor, params: Any, *rest: Any) -> tuple[Tensor, ...]:
-        out, finals = _unroll(cell, x, [hx], list(params), *rest, False)
+        out, finals = _unroll(cell, x, [hx], list(params), *rest)
         return out, finals[0]
 
     return run

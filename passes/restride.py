@@ -20,9 +20,7 @@ aten = torch.ops.aten
 def differs(old: Node, new: Node) -> bool:
     """Whether ``new`` has other strides than ``old``, whose place it takes."""
     a, b = old.meta.get("val"), new.meta.get("val")
-    return (
-        isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.stride() != b.stride()
-    )
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.stride() != b.stride()
 
 
 def restride(graph: Graph, moved: Iterable[Node]) -> int:

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 # Inputs of the update graph that the forward graph never sees. Feedback maps are read when the
 # update runs, so that two forwards followed by two backwards both learn.
-LATE = ("cotangent", "feedback")
+LATE = ("cotangent", "feedback", "target")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def split(step: StepGraph) -> Split:
     last = [n for n, late in zip(placeholders, cotangent, strict=True) if late]
     _reorder(graph, first + last)
     joint = GraphModule(work.gm, graph)
-    forward, update = min_cut_partition(joint, [n.meta["val"] for n in first + last], len(early) + len(pinned))
+    forward, update = min_cut_partition(
+        joint, [n.meta["val"] for n in first + last], len(early) + len(pinned)
+    )
 
     outputs = list(_output(forward).args[0])  # type: ignore[arg-type]
     fixed = len(early) + len(pinned)
@@ -143,15 +145,11 @@ def _reorder(graph: Graph, placeholders: list[Node]) -> None:
         cursor = node
 
 
-def _write_buffers(
-    graph: Graph, step: StepGraph, early: list[int], kept: list[Node]
-) -> None:
+def _write_buffers(graph: Graph, step: StepGraph, early: list[int], kept: list[Node]) -> None:
     """New buffer values are copied into the buffers at the end of the forward graph."""
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     by_name = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    where = {
-        s.name: f"primals_{i}" for i, s in enumerate(step.inputs) if s.role == "buffer"
-    }
+    where = {s.name: f"primals_{i}" for i, s in enumerate(step.inputs) if s.role == "buffer"}
     for value, i in zip(kept, early, strict=True):
         slot = step.outputs[i]
         if slot.role != "buffer":

@@ -39,7 +39,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tangents:
-    """A graph with tangents. ``derived`` names the ops whose rule was made by torch's forward AD."""
+    """A graph with tangents. ``derived``: ops whose rule came from torch's forward AD."""
 
     step: StepGraph
     streams: tuple[Stream, ...]
@@ -47,7 +47,7 @@ class Tangents:
 
 
 class TangentEmitter(Emitter):
-    """What a rule sees: tangents ``t``, primal operands ``p``, and ways to emit nodes."""
+    """What a rule sees: tangents ``t``, primal operands ``p``, ways to emit nodes."""
 
     def __init__(
         self,
@@ -63,9 +63,11 @@ class TangentEmitter(Emitter):
         self.batch_stats = batch_stats
         self.rows = rows
         self.folds = batch_folds(self.graph, batch, size) if rows is not None else {}
+        self.data: set[Node] = set()
         if batch is None:  # a size alone tells a batch only where the value comes from an input
-            data = _behind([n for _, n in step.select("input")])
-            self.folds = {n: f for n, f in self.folds.items() if n in data}
+            inputs = [n for n in self.graph.nodes if n.meta.get("grapefx_role") == "input"]
+            self.data = _behind(inputs)
+            self.folds = {n: f for n, f in self.folds.items() if n in self.data}
         self.counts: dict[int, Node] = {}
         self.tangents: dict[Node, Any] = {}
         self.sliced: dict[Node, Node] = {}
@@ -93,16 +95,16 @@ class TangentEmitter(Emitter):
         self.sliced[node] = out
         return out
 
-    def _depends(self, val: torch.Tensor) -> bool:
+    def _depends(self, node: Node, val: torch.Tensor) -> bool:
         if self.batch is None:
-            return False
+            return node in self.data
         exprs = [batch_symbol(s) for s in val.shape]
         return any(e is not None and self.batch in e.free_symbols for e in exprs)
 
     def _slice(self, node: Node, val: torch.Tensor) -> Node:
         fold = self.folds.get(node)
         if fold is None:
-            if self._depends(val):
+            if self._depends(node, val):
                 raise TangentError(
                     f"tangent_fraction < 1 cannot follow the batch through {node.name!r} "
                     f"({node.target}), whose shape is {tuple(val.shape)}\n"
@@ -110,7 +112,8 @@ class TangentEmitter(Emitter):
                 )
             return node
         # a slice is cheap; placing it beside its source keeps it in front of every use
-        with self.after(node):
+        assert self.rows is not None
+        with self.after(self.rows if node.op == "placeholder" else node):
             return take_rows(self, node, fold, self.rows)
 
     def _size(self, node: Node, val: torch.SymInt) -> Any:
@@ -155,7 +158,7 @@ def take_rows(em: Emitter, node: Node, fold: Fold, rows: Any) -> Node:
     if fold.outer == 1:
         return em.call(aten.slice.Tensor, node, fold.dim, 0, end)
     shape = [int(s) if not isinstance(s, torch.SymInt) else -1 for s in node.meta["val"].shape]
-    apart = shape[: fold.dim] + [fold.outer, -1] + shape[fold.dim + 1 :]
+    apart = [*shape[: fold.dim], fold.outer, -1, *shape[fold.dim + 1 :]]
     wide = em.call(aten.view.default, node, apart)
     part = em.call(aten.slice.Tensor, wide, fold.dim + 1, 0, end)
     solid = em.call(aten.clone.default, part, memory_format=torch.contiguous_format)
@@ -172,6 +175,7 @@ def add_tangents(
     rows_hint: int | None = None,
     batch_stats: str = "frozen",
     signs: bool = False,
+    quiet: tuple[int, ...] = (),
 ) -> Tangents:
     """Splice tangents into (a copy of) ``step``.
 
@@ -179,7 +183,8 @@ def add_tangents(
     all. ``rows_hint`` gives tangents to a sub-batch of that (symbolic) size, None to all samples.
     ``batch_stats`` says whether the statistics of a training batch norm are constants
     (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
-    ``signs`` the noise arrives as random bytes, of which only the sign counts: +1 or -1.
+    ``signs`` the noise arrives as random bytes, of which only the sign counts: +1 or -1. Layers in
+    ``quiet`` get noise that no tangent follows: one more stream, without taps.
     """
     step = step.copy()
     graph = step.gm.graph
@@ -198,14 +203,16 @@ def add_tangents(
     rows_size: Any = None
     if rows_hint is not None:
         rows_size = fake_tensor(mode, torch.empty(rows_hint), [0]).shape[0]
-    for s, members in enumerate(streams):
+    for s, members in enumerate((*streams, quiet) if quiet else streams):
         noise: dict[int, Node] = {}
         for index in members:
             if index not in cuts:
                 continue
             val = cuts[index].meta["val"]
             fold = Fold(*layers[index].fold)
-            node = _placeholder(graph, anchor, f"noise_{s}_{index}", mode, val, fold, rows_size, signs)
+            node = _placeholder(
+                graph, anchor, f"noise_{s}_{index}", mode, val, fold, rows_size, signs
+            )
             anchor = node
             noise[index] = node
             noise_slots.append(Slot("noise", f"{s}/{layers[index].name}"))
@@ -221,12 +228,14 @@ def add_tangents(
             rows = size if k == 1 else em0.call(operator.floordiv, size, k)
     if signs:
         noises = [_signed(step, cuts, noise) for noise in noises]
-    for noise in noises:
+    sliced: dict[Node, Node] = {}  # every stream reads the same primal operands
+    for s, noise in enumerate(noises):
+        if s == len(streams):
+            out.append(Stream(noise, {}))
+            break
         em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
-        if out:
-            em.sliced = shared_slices
+        em.sliced = sliced
         propagate(em, forward, noise, derived)
-        shared_slices = em.sliced
         found = {i: em.tangents.get(n) for i, n in taps.items()}
         out.append(Stream(noise, {i: n for i, n in found.items() if n is not None}))
         if not out[-1].taps:

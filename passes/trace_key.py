@@ -42,9 +42,7 @@ def trace_key(fn: Callable[..., Any], spec: Any, flat: Sequence[Any], nodes: Seq
     """
     slots = {n: i for i, n in enumerate(nodes)}
     try:
-        call = tuple(
-            ("node", slots[a]) if isinstance(a, Node) else _constant(a) for a in flat
-        )
+        call = tuple(("node", slots[a]) if isinstance(a, Node) else _constant(a) for a in flat)
         return (_function(fn), repr(spec), call, tuple(_value(n.meta["val"]) for n in nodes))
     except (_UnknownError, ValueError):  # ValueError: a closure's cell is still empty
         return None

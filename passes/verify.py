@@ -76,5 +76,3 @@ def independence(step: StepGraph, layers: tuple[Layer, ...]) -> dict[str, tuple[
                 )
         found[slot.name] = tuple(layer.name for layer in hit)
     return found
-
-

@@ -329,7 +329,9 @@ def step_inputs(plan: Plan, step: StepGraph, model: nn.Module, args: tuple[Any, 
         if found is None:
             val = node.meta["val"]
             hint = size_hint_of(plan)
-            shape = [int(s) if isinstance(s, int) else size_hint(s) // hint * batch for s in val.shape]
+            shape = [
+                int(s) if isinstance(s, int) else size_hint(s) // hint * batch for s in val.shape
+            ]
             found = torch.randn(shape, generator=generator, dtype=torch.float64).to(val.dtype)
         out.append(found.detach().clone())
     return out

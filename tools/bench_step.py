@@ -11,6 +11,7 @@ own (``--memory``).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -35,7 +36,7 @@ def mlp(depth: int, width: int) -> nn.Module:
     """``depth`` weight layers."""
     sizes = [784] + [width] * (depth - 1) + [10]
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b)] + ([nn.ReLU()] if i < depth - 1 else [])
     return nn.Sequential(*layers)
 
@@ -88,11 +89,11 @@ def build(name: str, variant: str, x: Tensor, seed: int = 0) -> nn.Module:
     return grapefx.compile(model, **VARIANTS[variant])
 
 
-def products(net: nn.Module, batch: int) -> dict[str, float]:
+def products(net: Any, batch: int) -> dict[str, float]:
     """FLOPs of the products in a step of each kind, counted on the step graph itself."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    plan = net.plan  # type: ignore[union-attr]
+    plan = net.plan
     out = {}
     for kind in plan.kinds():
         step = plan.graph(kind)
@@ -160,7 +161,11 @@ def run_model(
             if v == "bp":
                 reference = flops["calibration"]
             if reference:
-                kind = "align" if "align" in flops else ("update" if "update" in flops else "calibration")
+                kind = (
+                    "align"
+                    if "align" in flops
+                    else ("update" if "update" in flops else "calibration")
+                )
                 mine = flops[kind]
                 if v == "grape k=8":
                     mine = flops["align"] / 8 + flops["update"] * 7 / 8
@@ -192,7 +197,8 @@ def _status(key: str) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """A markdown table."""
     out = [
-        "| model | variant | ms | ratio to compiled BP | quartiles | floor | first call s | peak MiB |",
+        "| model | variant | ms | ratio to compiled BP | quartiles | floor | first call s "
+        "| peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
@@ -207,8 +213,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", nargs="+", default=["mlp8x1024", "mlp3x1024", "cnn"], choices=list(MODELS))
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--models", nargs="+", default=["mlp8x1024", "mlp3x1024", "cnn"], choices=list(MODELS)
+    )
     p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--rounds", type=int, default=30)
@@ -218,7 +228,9 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="count processor time on one thread: for a machine that does other work meanwhile",
     )
-    p.add_argument("--memory", action="store_true", help="also measure peak memory (one process each)")
+    p.add_argument(
+        "--memory", action="store_true", help="also measure peak memory (one process each)"
+    )
     p.add_argument("--json", help="write the rows to this file")
     p.add_argument("--one-memory", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
     a = p.parse_args(argv)
@@ -238,9 +250,19 @@ def main(argv: list[str] | None = None) -> int:
         rows += run_model(name, a.variants, a.batch, a.rounds, a.warmup, clock)
     if a.memory:
         for r in rows:
-            command = [sys.executable, __file__, "--batch", str(a.batch), "--one-memory", r["model"], r["variant"]]
+            command = [
+                sys.executable,
+                __file__,
+                "--batch",
+                str(a.batch),
+                "--one-memory",
+                r["model"],
+                r["variant"],
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
-            r["peak_mib"] = float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+            r["peak_mib"] = (
+                float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+            )
     print(table(rows))
     if a.json:
         with open(a.json, "w") as f:

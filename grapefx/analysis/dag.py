@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from grapefx.analysis.cost import GraphCost, OpCost, graph_cost
 from grapefx.analysis.device import DeviceModel, load_device
-from grapefx.analysis.fusion import fused_seconds
+from grapefx.analysis.fusion import fused
 from grapefx.analysis.op_tables import FACTORIES, RANDOM
 from grapefx.analysis.rules import op_name
 
@@ -49,8 +49,8 @@ STAGES = {
 class Task:
     """One unit of work: a node, or a group of nodes.
 
-    ``flops``, ``matmul_flops`` and ``bytes`` count each op alone; ``seconds`` is the roofline time
-    on one worker after pointwise fusion. ``nodes`` are the graph's node names. ``weight_flops`` is
+    ``flops``, ``matmul_flops`` and ``bytes`` count each op alone; ``moved`` are the bytes and
+    ``seconds`` the roofline time on one worker after pointwise fusion. ``nodes`` are the graph's node names. ``weight_flops`` is
     what an input-gradient op spends on parameter gradients, see ``OpCost``.
     """
 
@@ -65,6 +65,7 @@ class Task:
     known: bool
     nodes: tuple[str, ...]
     weight_flops: int = 0
+    moved: int = 0
 
     def flops_by_phase(self) -> dict[str, int]:
         """FLOPs of this task by phase: an op that makes both gradients counts in both."""
@@ -116,7 +117,7 @@ class Dag:
         return tuple(map(tuple, out))
 
     def weights(self, what: str) -> list[float]:
-        """One field of every task: "flops", "matmul_flops", "bytes" or "seconds"."""
+        """One field of every task: "flops", "matmul_flops", "bytes", "moved" or "seconds"."""
         return [getattr(t, what) for t in self.tasks]
 
     def work(self, what: str = "flops") -> float:
@@ -166,6 +167,7 @@ class Dag:
                 flops=t.flops,
                 matmul_flops=t.matmul_flops,
                 bytes=t.bytes,
+                moved=t.moved,
                 seconds=t.seconds,
                 known=t.known,
                 nodes=t.nodes,
@@ -220,13 +222,15 @@ def build_dag(
         order.append(node)
         preds.append(waits)
     nodes = [n for n in order if n is not None]
-    seconds = dict(zip(nodes, _seconds(nodes, costs, model), strict=True))
-    tasks = (_task(n, costs.nodes[n], seconds[n]) if n is not None else LOSS for n in order)
+    times = dict(zip(nodes, _times(nodes, costs, model), strict=True))
+    tasks = (_task(n, costs.nodes[n], *times[n]) if n is not None else LOSS for n in order)
     return Dag(tuple(tasks), tuple(preds))
 
 
-def _seconds(nodes: Sequence[Node], costs: GraphCost, device: DeviceModel) -> list[float]:
-    return fused_seconds(nodes, costs.nodes, costs.sizes, device, _group_key)
+def _times(
+    nodes: Sequence[Node], costs: GraphCost, device: DeviceModel
+) -> list[tuple[float, int]]:
+    return fused(nodes, costs.nodes, costs.sizes, device, _group_key)
 
 
 def _order(graph: Graph, loss: Loss | None) -> list[Node | None]:
@@ -277,7 +281,7 @@ def _layer(node: Node) -> str:
     return str(node.meta.get("grapefx_layer") or NO_LAYER)
 
 
-def _task(node: Node, cost: OpCost, seconds: float) -> Task:
+def _task(node: Node, cost: OpCost, seconds: float, moved: int) -> Task:
     return Task(
         node.name,
         cost.op,
@@ -290,6 +294,7 @@ def _task(node: Node, cost: OpCost, seconds: float) -> Task:
         cost.known,
         (node.name,),
         cost.weight_flops,
+        moved,
     )
 
 
@@ -393,4 +398,5 @@ def _merged(name: str, tasks: Sequence[Task]) -> Task:
         all(t.known for t in tasks),
         tuple(n for t in tasks for n in t.nodes),
         sum(t.weight_flops for t in tasks),
+        sum(t.moved for t in tasks),
     )

@@ -21,14 +21,16 @@ _CONSUMERS = frozenset({"pointwise", "reduction", "norm", "softmax", "copy", "po
 _MAX_READS = 8
 
 
-def fused_seconds(
+def fused(
     nodes: Sequence[Node],
     costs: Mapping[Node, OpCost],
     sizes: Mapping[Node, int],
     device: DeviceModel,
     key: Callable[[Node], Hashable],
-) -> list[float]:
-    """Seconds of each node on one worker; views are free, a fused node launches nothing.
+) -> list[tuple[float, int]]:
+    """Seconds of each node on one worker, and the bytes that it moves between memory and registers.
+
+    Views are free; a fused node launches nothing and moves nothing: its consumers read its inputs.
 
     Args:
         nodes: in topological order.
@@ -38,25 +40,27 @@ def fused_seconds(
         key: nodes with different keys are not fused.
     """
     bases: dict[Node, dict[Node, int]] = {}
-    out: list[float] = []
+    out: list[tuple[float, int]] = []
     for node in nodes:
         cost = costs[node]
         if cost.kind == "view":
             # a part of something is read as a part
             own = sizes[node]
             bases[node] = {b: min(n, own) for b, n in _reads(node, bases, sizes).items()}
-            out.append(0.0)
+            out.append((0.0, 0))
             continue
         reads = _reads(node, bases, sizes) if cost.kind in _CONSUMERS else None
         times = _inlined(node, cost, reads or {}, costs, key)
         if times:
             bases[node] = reads or {}
             vector = cost.vector_flops * times
-            out.append(device.seconds(cost.matmul_flops, vector, 0, cost.dtype, launches=0))
+            seconds = device.seconds(cost.matmul_flops, vector, 0, cost.dtype, launches=0)
+            out.append((seconds, 0))
             continue
         read = cost.read_bytes if reads is None else sum(reads.values())
         moved = read + cost.written_bytes
-        out.append(device.seconds(cost.matmul_flops, cost.vector_flops, moved, cost.dtype))
+        seconds = device.seconds(cost.matmul_flops, cost.vector_flops, moved, cost.dtype)
+        out.append((seconds, moved))
     return out
 
 

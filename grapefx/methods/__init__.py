@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from grapefx.errors import OptionError, nearest
-from grapefx.methods.base import READS, Method, Rows, State, build
+from grapefx.methods.base import MECHANISMS, READS, Method, Rows, State
 from grapefx.methods.bp import BP
 from grapefx.methods.dfa import DFA
+from grapefx.methods.dkp import DKP
+from grapefx.methods.drtp import DRTP
+from grapefx.methods.fa import FA
 from grapefx.methods.fdfa import FDFA
+from grapefx.methods.fg_a import FGA
+from grapefx.methods.fg_w import FGW
 from grapefx.methods.grape import GrAPE
+from grapefx.methods.grape_2024 import GrAPE2024
+from grapefx.methods.lg_fg_a import LGFGA
+from grapefx.methods.pepita import PEPITA
+from grapefx.methods.registry import find, get_method, names, option_names, preset_options
+from grapefx.methods.sign_symmetric import BRSF, FRSF, USF
 
-BUILTIN: dict[str, type[Method]] = {m.name: m for m in (BP, DFA, FDFA, GrAPE)}
+_ALL: tuple[type[Method], ...] = (
+    *(BP, FA, USF, BRSF, FRSF),
+    *(DFA, DRTP, PEPITA, DKP, FDFA),
+    *(FGW, FGA, LGFGA),
+    *(GrAPE, GrAPE2024),
+)
+BUILTIN: dict[str, type[Method]] = {m.name: m for m in _ALL}
 
-
-def get_method(method: str | Method, options: dict[str, Any]) -> Method:
-    """A method by name with its options, or an instance as it is.
-
-    Raises ``OptionError`` for an unknown name or option, naming the nearest valid one.
-    """
-    if isinstance(method, Method):
-        if options:
-            raise OptionError(f"options {sorted(options)} go into the {method.name!r} instance itself")
-        return method
-    if method not in BUILTIN:
-        raise OptionError(f"unknown method {method!r}.{nearest(str(method), BUILTIN)}")
-    return build(BUILTIN[method], options)
-
-
-__all__ = ["BUILTIN", "READS", "Method", "Rows", "State", "get_method"]
+__all__ = [
+    "BUILTIN",
+    "MECHANISMS",
+    "READS",
+    "Method",
+    "Rows",
+    "State",
+    "find",
+    "get_method",
+    "names",
+    "option_names",
+    "preset_options",
+]

@@ -47,7 +47,8 @@ class Rows:
     error (R, C); incoming (R, n); value (R, n); output (R, C); noise (R', n) and tangent (R', C) on
     the samples that carry tangents (in ``learn`` only if the method is ``per_sample``: then R' goes
     over all streams that hold the layer); target (R, C) one-hot; estimate (C, n): J^ = mean over
-    rows of d v^T.
+    rows of d v^T. tokens: how many consecutive rows belong to one sample, None for one row each.
+    classes: with ``target``, the size of the output's last dim where C holds several positions.
     """
 
     state: State
@@ -59,6 +60,8 @@ class Rows:
     target: Tensor | None = None
     output: Tensor | None = None
     estimate: Tensor | None = None
+    tokens: int | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Method:
     learns). ``refits``: whether a calibration batch may set its map. ``project_after_learn``: the
     cotangent uses the state after this step's ``learn`` (001 algorithm 1, 003 algorithm 1).
     ``mechanism``: one of ``MECHANISMS``. ``state_at``: what has a state, and which shape ``init``
-    gets: each feedback "point" (C, n), each "weight" (its shape) or the "input" (C, n_0).
+    gets: each feedback "point" (C, n), each "weight" (its shape) or the "input" (n_0, C).
     ``transparent``: the incoming gradient passes every point unchanged. ``per_sample``: ``learn``
     gets the rows of noise and tangent. ``full_tangents``: every sample must carry one.
     ``tangents_from``: "all" points, or the "last" (those with no other between them and the tap).
@@ -91,13 +94,18 @@ class Method:
 
     @property
     def sequential(self) -> bool:
-        """Whether a layer's update waits for the layer above."""
-        return "next_delta" in self.reads
+        """Whether a layer's update waits for another layer's."""
+        return "next_delta" in self.reads or self.mechanism == "two_forwards"
 
     @property
     def feedback(self) -> bool:
         """Whether the method keeps any state at a feedback point."""
-        return self.state_at == "point" and type(self).init is not Method.init
+        return self.state_at == "point" and self.keeps_state
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the method keeps any state at all."""
+        return type(self).init is not Method.init
 
     @property
     def exact(self) -> bool:
@@ -106,7 +114,7 @@ class Method:
 
     @property
     def weight_decay(self) -> float:
-        """What a feedback step adds to the gradient of each weight W behind a point: this times W."""
+        """L2 that a feedback step adds to the gradient of each weight W behind a point."""
         return 0.0
 
     def needs_tangents(self) -> bool:
@@ -117,9 +125,7 @@ class Method:
         """Whether it learns from tangents."""
         return "tangent" in self.learns_from
 
-    def init(
-        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
-    ) -> State:
+    def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         """The state at the start, on the generator's device; for ``shape`` see ``state_at``."""
         return {}
 
@@ -134,6 +140,15 @@ class Method:
         """
         raise NotImplementedError
 
+    def second_input(
+        self, state: State, x: Tensor, output: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The second pass's input (N, n_0) and the last layer's error (mechanism "two_forwards").
+
+        ``x`` (N, n_0), ``output`` and one-hot ``target`` (N, C) are those of the first pass.
+        """
+        raise NotImplementedError
+
     def learn(self, rows: Rows) -> State:
         """The state after one learning step."""
         return rows.state
@@ -141,6 +156,13 @@ class Method:
     def refit(self, state: State, fitted: Tensor) -> State:
         """The state after a calibration batch fitted B (C, n) by ridge regression."""
         return {**state, "B": fitted}
+
+
+def option_names(method: Any) -> frozenset[str]:
+    """The option names of a method given by name (none for an instance or an unknown name)."""
+    from grapefx.methods.registry import option_names as names
+
+    return names(method)
 
 
 def choose(name: str, value: str, valid: tuple[str, ...]) -> None:
@@ -155,9 +177,7 @@ def positive(name: str, value: float) -> None:
         raise OptionError(f"{name}={value!r} must be positive")
 
 
-def he_uniform(
-    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
-) -> Tensor:
+def he_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """U(-sqrt(6/n), sqrt(6/n)) on (C, n)."""
     bound = (6.0 / shape[1]) ** 0.5
     out = torch.empty(shape, device=generator.device, dtype=dtype)
@@ -177,6 +197,7 @@ __all__ = [
     "State",
     "choose",
     "he_uniform",
+    "option_names",
     "positive",
     "unit_columns",
 ]

@@ -16,6 +16,7 @@ class BP(Method):
 
     name: ClassVar[str] = "bp"
     reads: ClassVar[frozenset[str]] = frozenset({"next_delta"})
+    transparent: ClassVar[bool] = True
 
     def cotangent(self, rows: Rows) -> Tensor:
         """The gradient that arrives."""

@@ -26,9 +26,7 @@ class DFA(Method):
         if self.init_b not in ("he", "unit"):
             raise OptionError(f"init_b={self.init_b!r}.{nearest(self.init_b, ('he', 'unit'))}")
 
-    def init(
-        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
-    ) -> State:
+    def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         b = he_uniform(shape, generator, dtype)
         return {"B": unit_columns(b) if self.init_b == "unit" else b}
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from grapefx.errors import OptionError, nearest
-from grapefx.methods.base import Method, Rows, State, unit_columns
-
-_EPS = 1e-12
-_STEPS = ("column", "mean")
-_NORMS = ("fitted", "unit")
+from grapefx.errors import OptionError
+from grapefx.methods.base import Method, Rows, State, choose, positive, unit_columns
+from grapefx.methods.estimates import (
+    AVERAGES,
+    EPS,
+    average_state,
+    averaged,
+    mean_direction,
+)
 
 
 @dataclass(frozen=True)
 class GrAPE(Method):
-    """delta_l = e B_l; B_l ascends the columnwise cosine with J^_l, then columns are rescaled.
+    """delta_l = e B_l; B_l ascends its cosine with J^_l, then columns are rescaled.
 
     001 eq. 5-6 and 17, with momentum (001 appendix E): m <- mu m + grad(1 - cos(B_k, J^_k)),
     B <- colnorm(B - eta m).
@@ -28,37 +31,52 @@ class GrAPE(Method):
         hardly moves B).
     norm: "unit" rescales columns to norm 1 (001 eq. 6); "fitted" to the norms that the last
         calibration gave them, so that the magnitudes of a fitted B survive (docs/method.md).
+    order: "mean-then-cosine" averages J^ over the batch first (001 eq. 5); "cosine-then-mean" takes
+        each sample's cosine (004, discussion).
+    cosine: "column" (001 eq. 17) or "frobenius" (001 eq. 3: one cosine for the whole matrix).
+    average: of J^ over steps: "none", "ema" (``rate``) or "cumulative" (002).
     """
 
     eta: float = 0.01
     momentum: float = 0.9
     step: str = "column"
     norm: str = "fitted"
+    order: str = "mean-then-cosine"
+    cosine: str = "column"
+    average: str = "none"
+    rate: float = 0.1
 
     name: ClassVar[str] = "grape"
     reads: ClassVar[frozenset[str]] = frozenset({"error"})
     learns_from: ClassVar[frozenset[str]] = frozenset({"tangent"})
     refits: ClassVar[bool] = True
+    paper: ClassVar[dict[str, Any]] = {
+        "norm": "unit", "noise": "gaussian", "calib_init": False, "calib_refit": "weights",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        if not self.eta > 0:
-            raise OptionError(f"eta={self.eta!r} must be positive")
+        positive("eta", self.eta)
         if not 0 <= self.momentum < 1:
             raise OptionError(f"momentum={self.momentum!r} must be in [0, 1)")
-        if self.step not in _STEPS:
-            raise OptionError(f"step={self.step!r}.{nearest(self.step, _STEPS)}")
-        if self.norm not in _NORMS:
-            raise OptionError(f"norm={self.norm!r}.{nearest(self.norm, _NORMS)}")
+        if not 0 < self.rate <= 1:
+            raise OptionError(f"rate={self.rate!r} must be in (0, 1]")
+        choose("step", self.step, ("column", "mean"))
+        choose("norm", self.norm, ("fitted", "unit"))
+        choose("order", self.order, ("mean-then-cosine", "cosine-then-mean"))
+        choose("cosine", self.cosine, ("column", "frobenius"))
+        choose("average", self.average, AVERAGES)
 
-    def init(
-        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
-    ) -> State:
+    @property
+    def per_sample(self) -> bool:  # type: ignore[override]
+        return self.order == "cosine-then-mean"
+
+    def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         b = torch.empty(shape, device=generator.device, dtype=dtype)
         b = unit_columns(b.normal_(generator=generator))
         state = {"B": b, "m": torch.zeros_like(b)}
         if self.norm == "fitted":
             state["scale"] = torch.ones_like(b[:1])
-        return state
+        return {**state, **average_state(b, self.average)}
 
     def cotangent(self, rows: Rows) -> Tensor:
         assert rows.error is not None
@@ -66,28 +84,35 @@ class GrAPE(Method):
 
     def learn(self, rows: Rows) -> State:
         assert rows.estimate is not None
-        state, j = rows.state, rows.estimate
-        scale = state.get("scale")
+        state, scale = rows.state, rows.state.get("scale")
         b = state["B"] if scale is None else state["B"] / scale  # columns of norm 1
-        j_norm = (j * j).sum(0, keepdim=True).sqrt()
-        # a dead unit has a zero column: its cosine is 0 and its gradient too
-        j = torch.where(j_norm > _EPS, j / j_norm.clamp_min(_EPS), 0.0)
-        grad = (b * j).sum(0, keepdim=True) * b - j
+        columns = self.cosine == "column"
+        j = mean_direction(rows, b, columns) if self.per_sample else rows.estimate
+        j, average = averaged(state, j, self.average, self.rate)
+        if not self.per_sample:
+            j_norm = (j * j).sum(0 if columns else (0, 1), keepdim=True).sqrt()
+            # a dead unit has a zero column: its cosine is 0 and its gradient too
+            j = torch.where(j_norm > EPS, j / j_norm.clamp_min(EPS), 0.0)
+        if columns:
+            grad = (b * j).sum(0, keepdim=True) * b - j
+        else:  # |B|_F is sqrt(n); times n, to be the size of n columns' gradients
+            n = j.shape[1]
+            grad = (b * j).sum() * n**-0.5 * b - j * n**0.5
         if self.step == "mean":
             grad = grad / j.shape[1]
         m = self.momentum * state["m"] + grad
         b = b - self.eta * m
-        b = b * (b * b).sum(0, keepdim=True).clamp_min(_EPS).rsqrt()
+        b = b * (b * b).sum(0, keepdim=True).clamp_min(EPS).rsqrt()
         if scale is None:
-            return {"B": b, "m": m}
-        return {"B": b * scale, "m": m, "scale": scale}
+            return {"B": b, "m": m, **average}
+        return {"B": b * scale, "m": m, "scale": scale, **average}
 
     def refit(self, state: State, fitted: Tensor) -> State:
-        norms = fitted.norm(dim=0, keepdim=True).clamp_min(_EPS)
+        norms = fitted.norm(dim=0, keepdim=True).clamp_min(EPS)
         # a column that the fit leaves at zero keeps its direction at no magnitude
-        alive = norms > 10 * _EPS
+        alive = norms > 10 * EPS
         direction = torch.where(alive, fitted / norms, unit_columns(state["B"]))
-        m = torch.zeros_like(state["m"])
+        new = {**state, "m": torch.zeros_like(state["m"])}
         if self.norm == "unit":
-            return {"B": direction, "m": m}
-        return {"B": direction * norms, "m": m, "scale": norms}
+            return {**new, "B": direction}
+        return {**new, "B": direction * norms, "scale": norms}

@@ -144,7 +144,7 @@ class _Builder:
         shares = self._shares(given)
         steps = []
         for kind, share in shares.items():
-            gm, loss = _opened(given.graphs[kind])
+            gm, loss = opened(given.graphs[kind])
             costs = given.cost(gm, self.batch)
             args = (costs, self.device, self.workers, given.layers, loss)
             steps.append(build_step(kind, share, *args))
@@ -214,7 +214,7 @@ class _Builder:
         backward = bp.work_flops
         if BACKWARD in given.graphs:
             # the method's own calibration step also refits its feedback maps
-            backward = given.cost(_opened(given.graphs[BACKWARD])[0], self.batch).total()
+            backward = given.cost(opened(given.graphs[BACKWARD])[0], self.batch).total()
         overhead = None
         if self.steps_per_epoch is not None:
             overhead = amortised_calibration(
@@ -223,7 +223,7 @@ class _Builder:
         return CalibrationRow(self.calib_every, self.steps_per_epoch, int(backward), overhead)
 
 
-def _opened(graph: GraphModule | StepGraph) -> tuple[GraphModule, Loss | None]:
+def opened(graph: GraphModule | StepGraph) -> tuple[GraphModule, Loss | None]:
     """The graph, and where the loss stands in it if it says so."""
     if isinstance(graph, GraphModule):
         return graph, None

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import graphviz
 
-from grapefx.analysis.dag import NO_LAYER, Dag, Task
+from grapefx.analysis.dag import NO_LAYER, Dag, Task, build_dag
 from grapefx.errors import GrapefxError
+from grapefx.plan import Plan
 from grapefx.report import units
 from grapefx.report.colours import CRITICAL, colour
 
 # Above this many nodes a node-level drawing cannot be read: layers and phases are drawn instead.
 MAX_NODES = 300
 FORMATS = ("dot", "svg", "png")
+INSTALL = (
+    "install it (Debian/Ubuntu: apt install graphviz; macOS: brew install graphviz; "
+    "conda: conda install graphviz)"
+)
 
 
 class DotMissingError(GrapefxError):
@@ -84,16 +89,47 @@ def write_graph(graph: graphviz.Digraph, path: str | Path, form: str) -> Path:
         path.write_text(graph.source, encoding="utf-8")
         return path
     try:
-        path.write_bytes(graph.pipe(format=form))
+        path.write_bytes(graph.pipe(format=form, quiet=True))
     except graphviz.ExecutableNotFound:
         source = path.with_suffix(".dot")
         source.write_text(graph.source, encoding="utf-8")
         raise DotMissingError(
             f"the `dot` program of graphviz is not installed, so the source went to {source}\n"
-            "  install it (Debian/Ubuntu: apt install graphviz; macOS: brew install graphviz; "
-            f"conda: conda install graphviz), then: dot -T{form} {source} -o {path}"
+            f"  {INSTALL}, then: dot -T{form} {source} -o {path}"
         ) from None
     return path
+
+
+def drawn(graph: graphviz.Digraph, form: str) -> str:
+    """The graph as text: its source, or an SVG.
+
+    Raises:
+        DotMissingError: svg needs the ``dot`` program.
+    """
+    if form == "dot":
+        return str(graph.source)
+    try:
+        return str(graph.pipe(format=form, encoding="utf-8", quiet=True))
+    except graphviz.ExecutableNotFound:
+        raise DotMissingError(
+            f"the `dot` program of graphviz is not installed\n  {INSTALL}\n"
+            "  or: --format dot, or -o FILE.svg, which leaves FILE.dot"
+        ) from None
+
+
+def plan_graph(plan: Plan, title: str, device: str, batch: int | None) -> graphviz.Digraph:
+    """The graph of a plan's most frequent step (an aligning one on ties)."""
+    from grapefx.report.build import opened
+    from grapefx.report.from_plan import method_graphs
+
+    kinds = [k for k in plan.kinds() if k != "calibration"] or ["calibration"]
+    align = "align" in kinds and plan.options.align_every == 1
+    kind = "align" if align else kinds[0]
+    gm, loss = opened(plan.graph(kind))
+    size = (batch or plan.batch_size) if plan.captured.batch is not None else None
+    costs = method_graphs(plan).cost(gm, size)
+    text = f"{title}: {plan.method.name}, {kind} step"
+    return dot_source(build_dag(costs, device=device, loss=loss), text)
 
 
 def _nodes(graph: graphviz.Digraph, tasks: list[Task], critical: set[str]) -> None:

@@ -50,7 +50,7 @@ def method_graphs(plan: Plan) -> MethodGraphs:
     notes = list(plan.notes)
     excess = plan.over_budget()
     if excess:
-        notes.append(f"{plan.method.name}: " + " ".join(excess.split()))
+        notes.append(" ".join(excess.replace("\n  remedy:", "; remedy:").split()))
     return MethodGraphs(
         plan.method.name,
         PlanGraphs(plan),
@@ -88,7 +88,7 @@ def plan_report(plan: Plan) -> PlanReport:
     own = {p: layers for p, layers in plan.independent.items() if layers}
     return PlanReport(
         rows=tuple(rows),
-        runs=tuple((kind, when(kind, plan)) for kind in plan.kinds()),
+        runs=tuple((k, text) for k in plan.kinds() if (text := when(k, plan))),
         derived=plan.derived,
         sequential=plan.method.sequential,
         proved=len(own) if plan.independent else None,
@@ -99,7 +99,7 @@ def plan_report(plan: Plan) -> PlanReport:
 
 
 def when(kind: str, plan: Plan) -> str:
-    """When the runtime runs a step of this kind, in words."""
+    """When the runtime runs a step of this kind, in words; empty for never."""
     o: Options = plan.options
     others = [k for k in plan.kinds() if k != "calibration"]
     if not others:
@@ -107,14 +107,12 @@ def when(kind: str, plan: Plan) -> str:
     if kind == "calibration":
         return _calibrations(o)
     if others == [kind]:
-        return "every other step"
+        return "all other steps"
     if kind == "align":
         if o.align_every == 1:
-            return "every other step: the feedback maps learn from tangents"
-        return f"every {o.align_every}th step: the feedback maps learn from tangents"
-    if o.align_every == 1:
-        return "never (align_every=1: every step aligns)"
-    return "the steps between: the feedback maps stay as they are"
+            return "all other steps: the feedback maps learn from tangents"
+        return f"one step in {o.align_every}: the feedback maps learn from tangents"
+    return "the steps between: the feedback maps stay as they are" if o.align_every > 1 else ""
 
 
 def _calibrations(o: Options) -> str:
@@ -126,7 +124,7 @@ def _calibrations(o: Options) -> str:
         unit = o.calib_unit if o.calib_every == 1 else f"{o.calib_every} {o.calib_unit}s"
         times.append(f"once every {unit}")
     if not times:
-        return "only inside net.calibration()"
+        return "only inside net.calibration() (calib_every=None)"
     does = {
         "weights": "exact gradients",
         "feedback": "the feedback maps are refitted",

@@ -30,7 +30,7 @@ def render_html(report: Report) -> str:
             panels.schedules(report, methods, method, workers),
             *(panels.critical_path(report, m, m.method != method) for m in methods),
             *(panels.layer_table(report, m, m.method != method) for m in methods),
-            *(panels.feedback(report, m, m.method != method) for m in methods),
+            *(panels.plan(m, m.method != method) for m in methods),
             _notes(report),
             "</main>",
             '<div id="tip" hidden></div>',

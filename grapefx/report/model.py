@@ -6,7 +6,7 @@ value over the method's: above 1 the method is better.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SCHEMA = 1
@@ -17,12 +17,14 @@ class PhaseRow:
     """All nodes of one phase of a step.
 
     An op that makes both gradients at once is an input-gradient node; its FLOPs count in both.
+    ``bytes`` counts each op alone; ``moved`` and ``seconds`` are after pointwise fusion.
     """
 
     phase: str
     nodes: int
     flops: int
     bytes: int
+    moved: int
     seconds: float
 
 
@@ -268,6 +270,10 @@ class Report:
             if m.method == name:
                 return m
         raise KeyError(name)
+
+    def noting(self, warning: str) -> Report:
+        """The same report with one more warning."""
+        return replace(self, warnings=(warning, *self.warnings))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings; ``schema`` is the format's version.

@@ -9,6 +9,7 @@ from grapefx.report import units
 from grapefx.report.colours import css_class, label
 from grapefx.report.gantt import gantt_svg, hidden_rows
 from grapefx.report.model import MethodReport, PathStep, Report, StepReport, worker_key
+from grapefx.report.plan_panel import plan_section
 from grapefx.report.svg import elide, layer_graph_svg
 
 
@@ -60,13 +61,14 @@ def cards(r: Report, m: MethodReport, shown: str, hidden: bool) -> str:
     if m.feedback:
         share = ""
         if r.parameters:
-            share = f", {units.percent(m.feedback_bytes / (4 * r.parameters))} of the weights"
+            part = m.feedback_bytes / (4 * r.parameters)
+            share = f", {units.percent(part) if part < 1 else units.ratio(part)} of the weights"
         out.append(
             _card(
                 "Feedback maps",
                 units.size(m.feedback_bytes),
                 "",
-                f"{len(m.feedback)} maps{share}.",
+                f"{len(m.feedback)} maps{share} (in float32).",
             )
         )
     if m.calibration:
@@ -335,27 +337,9 @@ def _meter(value: float, base: float, peak: float) -> str:
     )
 
 
-def feedback(r: Report, m: MethodReport, hidden: bool) -> str:
-    """The memory of the feedback maps."""
-    if not m.feedback:
-        return ""
-    peak = max(f.bytes for f in m.feedback)
-    rows = [
-        f'<tr><td title="{escape(f.layer, quote=True)}">{escape(elide(f.layer, 36))}</td>'
-        f"<td>{escape(f.kind)}</td><td>{'&times;'.join(map(str, f.shape))}</td>"
-        f'<td class="meter">{units.size(f.bytes)}'
-        f'<i style="width:{100 * f.bytes / peak if peak else 0:.1f}%"></i></td></tr>'
-        for f in m.feedback
-    ]
-    rows.append(
-        f"<tr><td><b>all</b></td><td></td><td></td><td><b>{units.size(m.feedback_bytes)}"
-        "</b></td></tr>"
-    )
-    table = _table(["Layer", "Kind", "Shape", "Memory"], rows, tall=len(rows) > 16)
-    return (
-        f"<section {_if(m, hidden)}><h2>Feedback maps</h2><p class='lead'>What turns the "
-        f"output error into each layer's cotangent.</p>{table}</section>"
-    )
+def plan(m: MethodReport, hidden: bool) -> str:
+    """Feedback points and their maps, what runs when, the proof of independence."""
+    return plan_section(m, _if(m, hidden))
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], *, tall: bool = False) -> str:

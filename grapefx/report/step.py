@@ -23,8 +23,8 @@ from grapefx.report.model import (
     StepReport,
 )
 
-# More bars than this are neither drawn nor told apart.
-MAX_BARS = 1500
+# With more bars than this neighbours are joined, and the shortest are left out.
+MAX_BARS = 900
 
 
 class HasParameters(Protocol):
@@ -100,7 +100,14 @@ def _phases(dag: Dag) -> tuple[PhaseRow, ...]:
             rows.setdefault(phase, [])
             flops[phase] = flops.get(phase, 0) + n
     return tuple(
-        PhaseRow(phase, len(ts), flops[phase], sum(t.bytes for t in ts), sum(t.seconds for t in ts))
+        PhaseRow(
+            phase,
+            len(ts),
+            flops[phase],
+            sum(t.bytes for t in ts),
+            sum(t.moved for t in ts),
+            sum(t.seconds for t in ts),
+        )
         for phase, ts in rows.items()
     )
 
@@ -157,8 +164,11 @@ def _schedule(dag: Dag, s: Schedule, critical: set[int]) -> ScheduleRow:
     bars = _bars(dag, s, critical, gap=s.makespan / 2000)
     if len(bars) > MAX_BARS:
         bars = _bars(dag, s, critical, gap=s.makespan / 100)
+    if len(bars) > MAX_BARS:
+        longest = sorted(bars, key=lambda b: b.start - b.end)[:MAX_BARS]
+        bars = sorted(longest, key=lambda b: b.start)
     return ScheduleRow(
-        s.workers, s.used, s.makespan, s.lower_bound, s.brent_bound, tuple(bars[:MAX_BARS])
+        s.workers, s.used, s.makespan, s.lower_bound, s.brent_bound, tuple(bars)
     )
 
 

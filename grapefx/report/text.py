@@ -112,10 +112,17 @@ def _method(m: MethodReport) -> str:
 
 def _phases(s: StepReport) -> str:
     rows = [
-        [p.phase, str(p.nodes), units.flops(p.flops), units.size(p.bytes), units.seconds(p.seconds)]
+        [
+            p.phase,
+            str(p.nodes),
+            units.flops(p.flops),
+            units.size(p.bytes),
+            units.size(p.moved),
+            units.seconds(p.seconds),
+        ]
         for p in s.phases
     ]
-    return table(["phase", "nodes", "FLOPs", "bytes", "time"], rows)
+    return table(["phase", "nodes", "FLOPs", "bytes op by op", "bytes fused", "time"], rows)
 
 
 def _layers(s: StepReport) -> str:
@@ -188,6 +195,9 @@ def notes(r: Report) -> list[str]:
         "001 D: the paper's arithmetic ratio (1 + beta) / (1 + alpha), with alpha and beta "
         "measured on these graphs. It leaves the method's weight gradients out and keeps BP's in; "
         "the ratios beside it count everything.",
+        "bytes op by op: every operand and result of every op. bytes fused: what is left when "
+        "pointwise ops are computed inside their consumers of the same layer and phase; times "
+        "assume this.",
         "times: roofline model with pointwise fusion, list scheduling by upward rank, workers "
         f"that share memory at no cost; one worker is {r.device.worker}. A prediction, "
         "not a measurement.",

@@ -15,11 +15,13 @@ from grapefx.torch_compat import clear_saved_tensors
 class Step(torch.autograd.Function):
     """``apply(owner, step, arguments, *differentiable inputs)``.
 
-    ``owner`` provides ``feedback_inputs`` and ``commit``; see ``runtime.module``.
+    ``owner`` provides ``late_input`` and ``commit``; see ``runtime.module``.
     """
 
     @staticmethod
-    def forward(ctx: Any, owner: Any, step: CompiledStep, arguments: list[Any], *leaves: Tensor) -> Any:
+    def forward(
+        ctx: Any, owner: Any, step: CompiledStep, arguments: list[Any], *leaves: Tensor
+    ) -> Any:
         results = step.forward(arguments)
         outs = tuple(results[: step.outputs])
         saved = results[step.outputs :]
@@ -60,7 +62,7 @@ class Step(torch.autograd.Function):
             if keep
         ]
         for role, ref in step.late:
-            inputs.append(wanted[ref] if role == "cotangent" else owner.feedback_input(ref))
+            inputs.append(wanted[ref] if role == "cotangent" else owner.late_input(role, ref))
         del tensors, wanted
         clear_saved_tensors(ctx)
         results = owner.run_update(step, inputs)

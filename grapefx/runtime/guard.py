@@ -1,18 +1,23 @@
 """The fingerprint that decides whether a captured graph still describes the module.
 
 torch.compile guards every assumption of a trace. A capture without guards goes stale when a
-submodule changes mode, a parameter is frozen or replaced by one of another layout, a child is
-swapped, or a Python number on a module changes. All of that is cheap to read on every call.
+submodule changes mode, a parameter is frozen, tied or replaced by one of another layout, a child is
+swapped, a hook is added, or a Python number on a module changes. All of that is cheap to read on
+every call.
 """
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-_SCALARS = (int, float, bool, str)
+_SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, torch.dtype)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RESTLESS = 8
+_STORES = ("_modules", "_parameters", "_buffers")
 
 
 class Fingerprint:
@@ -20,56 +25,80 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.ignored: set[tuple[int, str]] = set()
-        self._structure: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._tokens: dict[Any, int] = {}  # structures seen so far: going back finds its graph
+        self._last: tuple[Any, ...] | None = None
+        self._counts: dict[str, int] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Walk the module tree again."""
         self.modules = list(self.model.modules())
-        self._structure = []
-        self._parameters: list[tuple[dict[str, Any], str]] = []
-        self._scalars: list[tuple[dict[str, Any], str]] = []
-        for m in self.modules:
-            self._structure.append((m._modules, tuple(m._modules.values())))
-            for store in (m._parameters, m._buffers):
-                self._structure.append((store, tuple(v is None for v in store.values())))  # type: ignore[arg-type]
-            self._parameters += [(m._parameters, k) for k, p in m._parameters.items() if p is not None]
-            for k, v in m.__dict__.items():
-                if k == "training" or k.startswith("_") or (id(m), k) in self.ignored:
-                    continue
-                if type(v) in _SCALARS or (type(v) is tuple and all(type(i) in _SCALARS for i in v)):
-                    self._scalars.append((m.__dict__, k))
+        self._dicts = [m.__dict__ for m in self.modules]
+        self._sizes = list(map(len, self._dicts))
+        self._hooks = [d[name] for d in self._dicts for name in _HOOKS]
+        self._hooked = [tuple(d) for d in self._hooks if d]
+        self._stores = [d[name] for d in self._dicts for name in _STORES]
+        # held, so that no new object takes the identity of an old one
+        self._held = [v for store in self._stores for v in store.values()]
+        self._identity = list(map(id, self._held))
+        self._parameters = [
+            (d["_parameters"], k)
+            for d in self._dicts
+            for k, p in d["_parameters"].items()
+            if p is not None
+        ]
+        self._scalars = [
+            (d, k)
+            for d in self._dicts
+            for k, v in d.items()
+            if k != "training" and not k.startswith("_") and _watched(v)
+        ]
+        buffers = [b for d in self._dicts for b in d["_buffers"].values() if b is not None]
+        first: dict[int, int] = {}
+        ties = tuple([first.setdefault(id(d[n]), k) for k, (d, n) in enumerate(self._parameters)])
+        # which modules and hooks there are under which names, what is tied, how buffers lie
+        paths = tuple([(n, type(m)) for n, m in self.model.named_modules(remove_duplicate=False)])
+        token = (paths, tuple(self._hooked), ties, tuple([_layout(b) for b in buffers]))
+        self.structure = self._tokens.setdefault(token, len(self._tokens))
 
     def _changed(self) -> bool:
-        for store, seen in self._structure:
-            if len(store) != len(seen):
-                return True
-            for value, old in zip(store.values(), seen, strict=True):
-                if value is not old and (type(old) is not bool or (value is None) is not old):
-                    return True
-        return False
+        return (
+            [id(v) for store in self._stores for v in store.values()] != self._identity
+            or [tuple(d) for d in self._hooks if d] != self._hooked
+            or list(map(len, self._dicts)) != self._sizes
+        )
 
     def read(self) -> tuple[Any, ...]:
-        """(structure generation, modes, requires_grad and layout of parameters, scalars)."""
+        """(structure, modes, layout of parameters, scalars)."""
         if self._changed():
             self.refresh()
-        modes = tuple([m.training for m in self.modules])
-        params = tuple([_layout(d[k]) for d, k in self._parameters])
+        modes = tuple([d["training"] for d in self._dicts])
+        layouts = tuple([_layout(d[k]) for d, k in self._parameters])
         scalars = tuple([d.get(k) for d, k in self._scalars])
-        return modes, params, scalars
+        return self.structure, modes, layouts, scalars
 
-    def ignore_changed(self, old: tuple[Any, ...], new: tuple[Any, ...]) -> None:
-        """Stop watching scalars that differ between two readings: the graph does not use them."""
-        for (store, key), a, b in zip(self._scalars, old[2], new[2], strict=True):
+    def restless(self, reading: tuple[Any, ...]) -> str:
+        """The attribute that has caused a capture for the eighth time, or ''. Asked at a capture."""
+        last, self._last = self._last, reading
+        if last is None or last[:3] != reading[:3] or len(last[3]) != len(reading[3]):
+            return ""
+        for (store, key), a, b in zip(self._scalars, last[3], reading[3], strict=True):
             if a != b:
-                owner = next(m for m in self.modules if m.__dict__ is store)
-                self.ignored.add((id(owner), key))
-        self.refresh()
+                path = next(n for n, m in self.model.named_modules() if m.__dict__ is store)
+                name = f"{path}.{key}".lstrip(".")
+                self._counts[name] = self._counts.get(name, 0) + 1
+                return name if self._counts[name] == _RESTLESS else ""
+        return ""
+
+
+def _watched(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(type(i) in _SCALARS for i in value)
+    return type(value) in _SCALARS
 
 
 def _layout(p: torch.Tensor) -> Any:
-    return (p.requires_grad, p.dtype, p.device, p.stride())
+    return (p.requires_grad, p.dtype, p.device, p.shape, p.stride())
 
 
 def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
@@ -78,8 +107,10 @@ def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
         shape: tuple[Any, ...] = tuple(leaf.shape)
         if len(shape) > batch_dim and shape[batch_dim] == batch:
             shape = (*shape[:batch_dim], None, *shape[batch_dim + 1 :])
-        channels_last = len(shape) == 4 and not leaf.is_contiguous() and leaf.is_contiguous(
-            memory_format=torch.channels_last
+        channels_last = (
+            len(shape) == 4
+            and not leaf.is_contiguous()
+            and leaf.is_contiguous(memory_format=torch.channels_last)
         )
         return (shape, leaf.dtype, leaf.device, leaf.requires_grad, channels_last)
     try:

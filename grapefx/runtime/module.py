@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,53 +19,16 @@ from grapefx.plan import Plan, build_forward, build_plan
 from grapefx.runtime.function import Step
 from grapefx.runtime.guard import Fingerprint, describe_leaf
 from grapefx.runtime.noise import draw, seed_of
+from grapefx.runtime.owner import Owner, autocast_off
 from grapefx.runtime.program import CompiledStep, Program, module_slots
 from grapefx.runtime.schedule import CalibrationSchedule
-from grapefx.runtime.state import VERSION, FeedbackState
+from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
 
+if TYPE_CHECKING:
+    from grapefx.report import Report
+
+_SAVED = {"version", "method", "architecture", "tensors", "schedule", "momentum", "skipped"}
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-class Owner:
-    """What one training call leaves for its backward: the runtime and the program's wiring."""
-
-    __slots__ = ("calibration", "differentiable", "layers", "module", "serial")
-
-    def __init__(self, module: FeedbackModule, program: Program, calibration: bool) -> None:
-        assert program.plan is not None
-        self.module = module
-        self.differentiable = program.plan.differentiable
-        self.layers = program.plan.layers
-        self.calibration = calibration
-
-    def feedback_input(self, name: str) -> Tensor:
-        """A feedback tensor as it is now."""
-        return self.module._feedback.tensors[name]
-
-    def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
-        """The update graph, with autocast off: the graph holds its own casts."""
-        with _autocast_off(self.module._device_type):
-            return step.update(inputs)
-
-    def commit(self, step: CompiledStep, results: Any) -> list[Any]:
-        """Take the learned feedback over in one assignment; return the gradients in order."""
-        module = self.module
-        gradients: dict[tuple[str, str], Any] = {}
-        learned: dict[str, Tensor] = {}
-        for (role, name), value in zip(step.results, results, strict=True):
-            if role == "feedback":
-                learned[name] = value
-            elif role == "metric":
-                module._metrics[name] = (value, self.layers)
-            else:
-                gradients[role, name] = value
-        found = [gradients.get(slot) for slot in step.gradients]
-        if learned:
-            module._feedback.tensors = {**module._feedback.tensors, **learned}
-        module._after_step(self.calibration)
-        if self.calibration and module._options.calib_update == "sgd":
-            found = module._own_sgd(step, found)
-        return found
 
 
 class FeedbackModule(nn.Module):
@@ -77,8 +40,8 @@ class FeedbackModule(nn.Module):
     """
 
     def __init__(self, model: nn.Module, method: Method, options: Options) -> None:
-        self.__dict__["_original"] = model
         super().__init__()
+        self.__dict__["_original"] = model
         for name in _SHARED:
             self.__dict__[name] = model.__dict__[name]
         self.__dict__.update(
@@ -88,13 +51,16 @@ class FeedbackModule(nn.Module):
             _schedule=CalibrationSchedule(
                 options.calib_every,
                 options.calib_unit,
-                options.calib_init if options.calib_init is not None else options.calib_every is not None,
+                options.calib_init
+                if options.calib_init is not None
+                else options.calib_every is not None,
                 options.steps_per_epoch,
             ),
             _momentum={},
             _metrics={},
             _skipped=0,
             _warned_skip=False,
+            _targets=None,
             _generators={},
             _device_type="cpu",
         )
@@ -103,6 +69,7 @@ class FeedbackModule(nn.Module):
     def _reset(self) -> None:
         """Forget everything compiled."""
         self.__dict__.update(_programs={}, _plan=None, _fingerprint=None, _slots=None, _listed=None)
+        self.__dict__["_leads"] = {}
 
     # the module that users see
 
@@ -113,7 +80,9 @@ class FeedbackModule(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self._original.training = mode
+        original = self.__dict__.get("_original")
+        if original is not None:  # nn.Module.__init__ comes first
+            original.training = mode
 
     def train(self, mode: bool = True) -> FeedbackModule:
         """As the wrapped module's."""
@@ -139,6 +108,13 @@ class FeedbackModule(nn.Module):
             if original is None:
                 raise
             return getattr(original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        original = self.__dict__.get("_original")
+        if original is None or name.startswith("_") or name == "training" or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(original, name, value)
 
     def extra_repr(self) -> str:
         """The method and what wraps what."""
@@ -178,9 +154,9 @@ class FeedbackModule(nn.Module):
         return unflatten_outputs(program.out_spec, self._train(program, inputs))
 
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
-        compiled = program.infer(self._batch_size(inputs))
+        compiled = program.infer(self._batch_size(program, inputs))
         arguments = [self._value(role, ref, inputs, program) for role, ref in compiled.sources]
-        with _autocast_off(self._device_type), torch.no_grad():
+        with autocast_off(self._device_type), torch.no_grad():
             return compiled.forward(arguments)
 
     def _train(self, program: Program, inputs: list[Tensor]) -> Any:
@@ -188,10 +164,10 @@ class FeedbackModule(nn.Module):
         assert plan is not None
         self._schedule.tell_once()
         kind = self._kind(plan)
-        step = program.step(kind, self._batch_size(inputs))
-        noise = self._noise(step, inputs) if step.noise else {}
+        step = program.step(kind, self._batch_size(program, inputs))
+        noise = self._noise(program, step, inputs) if step.noise or step.random else {}
         arguments = [
-            noise[ref] if role == "noise" else self._value(role, ref, inputs, program)
+            noise[ref] if role in ("noise", "random") else self._value(role, ref, inputs, program)
             for role, ref in step.sources
         ]
         slots = self._slots
@@ -200,7 +176,7 @@ class FeedbackModule(nn.Module):
             for role, name in step.gradients
         ]
         owner = Owner(self, program, kind == "calibration")
-        with _autocast_off(self._device_type):
+        with autocast_off(self._device_type):
             return Step.apply(owner, step, arguments, *leaves)
 
     def _kind(self, plan: Plan) -> str:
@@ -228,8 +204,10 @@ class FeedbackModule(nn.Module):
         store, key = self._slots[ref]
         return store[key]
 
-    def _noise(self, step: CompiledStep, inputs: list[Tensor]) -> dict[int, Tensor]:
-        batch = self._batch_size(inputs)
+    def _noise(
+        self, program: Program, step: CompiledStep, inputs: list[Tensor]
+    ) -> dict[int, Tensor]:
+        batch = self._batch_size(program, inputs)
         options = self._options
         rows = max(1, min(batch, round(batch * options.tangent_fraction)))
         device = inputs[0].device
@@ -237,13 +215,18 @@ class FeedbackModule(nn.Module):
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)
         generator.manual_seed(seed_of(options.seed, _rank(), self._schedule.step))
-        shapes = [n.sized(rows) for n in step.noise]
-        tensors = draw(shapes, step.noise[0].dtype, device, generator, options.noise)
-        return {n.index: t for n, t in zip(step.noise, tensors, strict=True)}
+        drawn: dict[int, Tensor] = {}
+        if step.noise:
+            shapes = [n.sized(rows) for n in step.noise]
+            tensors = draw(shapes, step.noise[0].dtype, device, generator, options.noise)
+            drawn = {n.index: t for n, t in zip(step.noise, tensors, strict=True)}
+        for r in step.random:
+            (drawn[r.index],) = draw([r.shape], r.dtype, device, generator, "gaussian")
+        return drawn
 
-    def _batch_size(self, inputs: list[Tensor]) -> int:
-        dim = self._options.batch_dim
-        return next((t.shape[dim] for t in inputs if t.ndim > dim), 1)
+    def _batch_size(self, program: Program, inputs: list[Tensor]) -> int:
+        dim, lead = self._options.batch_dim, inputs[program.lead]
+        return lead.shape[dim] if lead.ndim > dim else 1
 
     # captures
 
@@ -253,47 +236,78 @@ class FeedbackModule(nn.Module):
         fingerprint = self._fingerprint
         if fingerprint is None:
             fingerprint = self.__dict__["_fingerprint"] = Fingerprint(self._original)
-        reading = fingerprint.read()
-        dim = self._options.batch_dim
-        batch = next((t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None)
-        call = tuple([describe_leaf(leaf, batch, dim) for leaf in leaves])
-        device = self._device_type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (reading, call, spec, training, cast)
+        key, batch = self._key(leaves, spec, fingerprint.read(), training)
         found = self._programs.get(key) or self._programs.get((key, batch))
         if found is None:
-            found = self._capture(args, kwargs, leaves, key, reading, batch, training)
+            found = self._capture(args, kwargs, leaves, spec, key[0], training)
         if self._listed is not fingerprint.modules:
             self.__dict__.update(_slots=module_slots(self._original), _listed=fingerprint.modules)
         return found
 
+    def _key(
+        self, leaves: list[Any], spec: Any, reading: Any, training: bool
+    ) -> tuple[tuple[Any, ...], int | None]:
+        """What a program is valid for (but for the batch size), and the batch size."""
+        dim = self._options.batch_dim
+        lead = self._leads.get(spec) if self._leads else None
+        if lead is not None:  # not the first tensor: a table or a mask comes before the batch
+            batch = leaves[lead].shape[dim]
+        else:
+            batch = next(
+                (t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None
+            )
+        call = tuple([describe_leaf(leaf, batch, dim) for leaf in leaves])
+        device = self._device_type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return (reading, call, spec, training, cast), batch
+
     def _capture(
-        self, args: Any, kwargs: Any, leaves: list[Any], key: Any, reading: Any, batch: Any, training: bool
-    ) -> Program:  # fmt: skip
+        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, reading: Any, training: bool
+    ) -> Program:
         self._check_devices(leaves)
         options = self._options
         backend = (options.backend, options.backend_options, options.dynamic)
-        device = self._device_type
-        if torch.is_autocast_enabled(device) != bool(key[4]):  # the device was unknown till now
-            key = (*key[:4], torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
         if training:
-            plan = build_plan(
-                self._original, args, kwargs, method=self._method, options=options
-            )
-            parameter = next(p for p in self._original.parameters() if p.requires_grad)
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self._feedback.ensure(plan.maps if self._method.feedback else (), dtype, parameter.device)
+            plan = build_plan(self._original, args, kwargs, method=self._method, options=options)
             captured = plan.captured
             program = Program(plan, None, captured.out_spec, captured.constants, *backend)
+            program.renamed = self._ensure(plan)
             self.__dict__["_plan"] = plan
             for note in plan.notes:
                 warnings.warn(note, GrapefxWarning, stacklevel=4)
         else:
             captured, step = build_forward(self._original, args, kwargs, options)
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
-        fixed = captured.batch is None
-        self._programs[(key, batch) if fixed else key] = program
+        program.lead = captured.lead
+        restless = self._fingerprint.restless(reading)
+        if restless:
+            warnings.warn(
+                f"the attribute {restless!r} of the model keeps changing, and each new value needs a "
+                "new capture: make it a buffer (a tensor), or pass it as a tensor argument",
+                GrapefxWarning,
+                stacklevel=5,
+            )
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        dim = options.batch_dim
+        if any(leaves[i].ndim > dim for i in tensors[: captured.lead]):
+            self._leads[spec] = tensors[captured.lead]
+        key, batch = self._key(leaves, spec, reading, training)  # with the device and lead known
+        # an input that only happened to be as long as the batch was captured at that length
+        chance = any(
+            leaves[i].ndim > dim and leaves[i].shape[dim] == batch and k not in captured.dynamic
+            for k, i in enumerate(tensors)
+        )
+        self._programs[(key, batch) if captured.batch is None or chance else key] = program
         return program
+
+    def _ensure(self, plan: Plan) -> dict[str, str]:
+        """Feedback tensors for every layer of a plan; returns those that go by another key."""
+        specs = plan.state_specs()
+        if not specs:
+            return {}
+        parameter = next(p for p in self._original.parameters() if p.requires_grad)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return self._feedback.ensure(specs, dtype, parameter.device)
 
     def _check_devices(self, leaves: list[Any]) -> None:
         parameter = next(self._original.parameters(), None)
@@ -367,6 +381,14 @@ class FeedbackModule(nn.Module):
         self._read_flags()
         self._schedule.set_epoch(epoch)
 
+    def targets(self, y: Tensor) -> None:
+        """Give the class targets of the next ``backward``, for methods that read them.
+
+        ``y``: class indices (N, ...) of an output (N, ..., C), negative where there is none, or one
+        row of class probabilities each. They hold for one backward.
+        """
+        self.__dict__["_targets"] = y.detach()
+
     @contextlib.contextmanager
     def calibration(self) -> Iterator[None]:
         """Every training step inside is a calibration step."""
@@ -400,6 +422,7 @@ class FeedbackModule(nn.Module):
         return {
             "version": VERSION,
             "method": self._method.name,
+            "architecture": architecture(self._original),
             "seed": self._options.seed,
             "tensors": {k: v.detach().clone() for k, v in saved["tensors"].items()},
             "schedule": saved["schedule"],
@@ -409,23 +432,47 @@ class FeedbackModule(nn.Module):
 
     def load_feedback_state_dict(self, state: dict[str, Any]) -> None:
         """Take the learning state over. Raises ``StateError`` and changes nothing if it does not fit."""
-        wanted = {"version", "method", "seed", "tensors", "schedule", "momentum", "skipped"}
-        if not isinstance(state, dict) or not wanted <= set(state):
-            raise StateError("this is not a feedback state dict (made by net.feedback_state_dict())")
+        if not isinstance(state, dict) or not _SAVED <= set(state):
+            raise StateError(
+                "this is not a feedback state dict (made by net.feedback_state_dict())"
+            )
         if state["version"] != VERSION:
-            raise StateError(f"feedback state version {state['version']}, this grapefx reads {VERSION}")
+            raise StateError(
+                f"feedback state version {state['version']}, this grapefx reads {VERSION}"
+            )
         if state["method"] != self._method.name:
             raise StateError(
                 f"the feedback state was learned by {state['method']!r}, this module uses "
                 f"{self._method.name!r}"
             )
-        maps = self._plan.maps if self._plan is not None and self._method.feedback else None
-        self._feedback.load(state["tensors"], maps)
+        check_architecture(state["architecture"], self._original)
+        self._feedback.load(state["tensors"])
+        for program in self._programs.values():
+            if program.plan is not None:
+                program.renamed = self._ensure(program.plan)
         self._schedule.load(state["schedule"])
         self.__dict__.update(
             _momentum={k: v.clone() for k, v in state["momentum"].items()},
             _skipped=state["skipped"],
         )
+
+    def explain(self, **choices: Any) -> Report:
+        """What was decided for this model and what it costs, as ``grapefx.inspect`` says it.
+
+        Printed: layers, feedback maps, what runs when, the proof that updates are independent, work,
+        span and critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``.
+
+        Raises:
+            InputError: there is no plan yet, because no training batch has come.
+        """
+        from grapefx.inspection import explain
+
+        if self._plan is None:
+            raise InputError(
+                "nothing to explain yet: the plan is made at the first training call, net(x)\n"
+                "  without one: grapefx.inspect(model, example)"
+            )
+        return explain(self._plan, type(self._original).__name__, **choices)
 
     @property
     def plan(self) -> Plan | None:
@@ -438,7 +485,9 @@ class FeedbackModule(nn.Module):
         return dict(self._feedback.tensors)
 
 
-def _rebuild(model: nn.Module, method: Method, options: Options, saved: dict[str, Any]) -> FeedbackModule:
+def _rebuild(
+    model: nn.Module, method: Method, options: Options, saved: dict[str, Any]
+) -> FeedbackModule:
     new = FeedbackModule(model, method, options)
     new._restore(saved)
     return new
@@ -448,12 +497,3 @@ def _rank() -> int:
     """Noise differs between the ranks of a process group, feedback maps do not."""
     dist = torch.distributed
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-_NOTHING: Callable[[], Any] = contextlib.nullcontext
-
-
-def _autocast_off(device: str) -> Any:
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return _NOTHING()

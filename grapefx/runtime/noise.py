@@ -52,4 +52,3 @@ def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         out.append(flat[start : start + size].view(s))
         start += size
     return out
-

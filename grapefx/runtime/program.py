@@ -34,12 +34,22 @@ class NoiseInput:
 
 
 @dataclass(frozen=True)
+class RandomInput:
+    """A placeholder for N(0, 1) of a fixed shape: noise at a weight."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CompiledStep:
     """One kind of training step: two callables and the wiring between them.
 
     ``sources``: for each input of the forward callable, (role, name or index).
     ``saved_tensors`` and ``saved_sizes``: positions among the saved values.
-    ``late``: for each late input of the update callable, ("cotangent", k) or ("feedback", name).
+    ``late``: for each late input of the update callable, ("cotangent", k), ("target", k)
+    or ("feedback", name).
     ``results``: for each output of the update callable, its slot.
     """
 
@@ -48,6 +58,7 @@ class CompiledStep:
     update: Compiled
     sources: tuple[tuple[str, Any], ...]
     noise: tuple[NoiseInput, ...]
+    random: tuple[RandomInput, ...]
     outputs: int
     saved_tensors: tuple[int, ...]
     saved_sizes: tuple[int, ...]
@@ -78,6 +89,8 @@ class Program:
         self.constants = constants
         self.backend = backend
         self.options = options
+        self.lead = 0  # the input that holds the batch
+        self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
         # by (kind, batch size); batch size None: any
         self.steps: dict[tuple[str, int | None], CompiledStep] = {}
         self.forwards: dict[int | None, CompiledForward] = {}
@@ -141,6 +154,8 @@ def _source(step: StepGraph, index: int) -> tuple[str, Any]:
         return ("input", int(slot.name))
     if slot.role == "noise":
         return ("noise", index)
+    if slot.role == "random":
+        return ("random", index)
     return (slot.role, slot.name)
 
 
@@ -160,14 +175,21 @@ def compile_step(
         for i, s in enumerate(step.inputs)
         if s.role == "noise"
     )
+    random = tuple(
+        RandomInput(i, tuple(val.shape), val.dtype)
+        for i, s in enumerate(step.inputs)
+        if s.role == "random" and (val := placeholders[i].meta["val"]) is not None
+    )
     parts = split(prepare(step, sizes, backend))
     sources = tuple(_source(step, i) for i in parts.forward_inputs)
-    saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][: parts.saved]
+    saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][
+        : parts.saved
+    ]
     cotangents = [i for i, s in enumerate(step.inputs) if s.role == "cotangent"]
     late = tuple(
         ("cotangent", cotangents.index(i))
         if step.inputs[i].role == "cotangent"
-        else ("feedback", step.inputs[i].name)
+        else (step.inputs[i].role, step.inputs[i].name)
         for i in parts.late_inputs
     )
     forward, update = lower_pair(
@@ -184,6 +206,7 @@ def compile_step(
         update=update,
         sources=sources,
         noise=noise,
+        random=random,
         outputs=len(parts.forward_outputs),
         saved_tensors=tuple(i for i, v in enumerate(saved) if isinstance(v, Tensor)),
         saved_sizes=tuple(i for i, v in enumerate(saved) if not isinstance(v, Tensor)),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grapefx.errors import StateError
-from grapefx.maps import FeedbackMap
+from grapefx.maps import StateSpec
 from grapefx.methods import Method
 from grapefx.runtime.noise import seed_of
+from grapefx.torch_compat import new_fake_mode
 
 VERSION = 1
 
@@ -25,54 +24,82 @@ class FeedbackState:
         self.pending: dict[str, Tensor] | None = None  # loaded before the layers were known
 
     def ensure(
-        self, maps: tuple[FeedbackMap, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """State for every layer of ``maps``: loaded, kept, or new (seeded by the layer's name)."""
+        self, specs: tuple[StateSpec, ...], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, str]:
+        """A state for each of ``specs``: loaded, kept, or new (seeded by the layer's name).
+
+        Returns the keys that differ from "layer/name": a map belongs to one sample shape, so inputs
+        of another length or resolution get one of their own, "layer[CxN]/name".
+        """
         if self.pending is not None:
-            self._check(self.pending, maps)
             self.tensors, self.pending = self.pending, None
-        new = dict(self.tensors)
-        for m in maps:
-            generator = torch.Generator(device)
-            generator.manual_seed(seed_of(self.seed, *m.layer.name.encode()))
-            first = f"{m.layer.name}/B"
-            have = self.tensors.get(first)
-            if have is not None and tuple(have.shape) == m.shape:
-                for k, t in self.tensors.items():
-                    if k.startswith(f"{m.layer.name}/") and t.device != device:
-                        new[k] = t.to(device)
-                continue
-            for name, t in self.method.init(m.shape, generator, dtype).items():
-                new[f"{m.layer.name}/{name}"] = t
-        self.tensors = {
-            k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
-            for k, t in new.items()
+        new = {
+            k: t.to(device, dtype if t.is_floating_point() else t.dtype)
+            for k, t in self.tensors.items()
         }
+        renamed: dict[str, str] = {}
+        for m in specs:
+            like = self._like(m.shape)
+            key = plain = m.key
+            if self._fits(new, key, like) is False:
+                key = f"{plain}[{'x'.join(map(str, m.shape))}]"
+                renamed.update({f"{plain}/{k}": f"{key}/{k}" for k in like})
+            if not self._fits(new, key, like):
+                generator = torch.Generator(device)
+                generator.manual_seed(seed_of(self.seed, *key.encode()))
+                for name, t in self.method.init(m.shape, generator, dtype).items():
+                    new[f"{key}/{name}"] = t
+        self.tensors = new
+        return renamed
 
-    def _check(self, loaded: dict[str, Tensor], maps: tuple[FeedbackMap, ...]) -> None:
-        expected: dict[str, tuple[int, ...]] = {}
-        for m in maps:
-            like = self.method.init(m.shape, torch.Generator("cpu"), torch.float32)
-            expected.update({f"{m.layer.name}/{k}": tuple(v.shape) for k, v in like.items()})
-        missing = sorted(set(expected) - set(loaded))
-        extra = sorted(set(loaded) - set(expected))
-        if missing or extra:
-            raise StateError(
-                "the feedback state belongs to another architecture or method: "
-                f"missing {missing[:3]}, unexpected {extra[:3]}"
-            )
-        for k, shape in expected.items():
-            if tuple(loaded[k].shape) != shape:
-                raise StateError(
-                    f"feedback state {k!r} has shape {tuple(loaded[k].shape)}, this model needs {shape}"
-                )
+    def _like(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of one layer's state."""
+        with new_fake_mode():
+            state = self.method.init(shape, torch.Generator(), torch.float32)
+        return {k: tuple(t.shape) for k, t in state.items()}
 
-    def load(self, loaded: dict[str, Tensor], maps: tuple[FeedbackMap, ...] | None) -> None:
+    @staticmethod
+    def _fits(
+        tensors: dict[str, Tensor], layer: str, like: dict[str, tuple[int, ...]]
+    ) -> bool | None:
+        """Whether a layer's state has these shapes; None if there is none."""
+        have = {k: tensors.get(f"{layer}/{k}") for k in like}
+        if any(t is None for t in have.values()):
+            return None
+        return all(tuple(t.shape) == like[k] for k, t in have.items())  # type: ignore[union-attr]
+
+    def load(self, loaded: dict[str, Tensor]) -> None:
         """Take over a checkpoint's tensors; checked first, so a refusal changes nothing."""
-        copy = {k: v.detach().clone() for k, v in loaded.items()}
-        if maps is None or not self.tensors:
-            self.pending = copy
-            return
-        some = next(iter(self.tensors.values()))
-        self._check(copy, maps)
-        self.tensors = {k: v.to(some.device) for k, v in copy.items()}
+        names = set(self._like((1, 1)))
+        layers: dict[str, set[str]] = {}
+        for key in loaded:
+            layer, _, name = key.rpartition("/")
+            layers.setdefault(layer, set()).add(name)
+        for layer, found in layers.items():
+            if found != names:
+                raise StateError(
+                    f"the feedback state of layer {layer!r} holds {sorted(found)}, this method "
+                    f"keeps {sorted(names)}: it was learned with other options"
+                )
+        self.pending = {k: v.detach().clone() for k, v in loaded.items()}
+
+
+def architecture(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What a feedback state belongs to: the parameters' names and shapes."""
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def check_architecture(saved: dict[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Raise ``StateError`` naming a parameter in which the two differ."""
+    have = architecture(model)
+    saved = {k: tuple(v) for k, v in saved.items()}
+    if saved == have:
+        return
+    missing = sorted(set(saved) - set(have))[:3]
+    extra = sorted(set(have) - set(saved))[:3]
+    shapes = [f"{k} {saved[k]} -> {have[k]}" for k in saved if k in have and saved[k] != have[k]]
+    raise StateError(
+        "the feedback state belongs to another architecture: it knows "
+        f"{missing or 'no other parameters'}, this model has {extra or 'no others'}; shapes that "
+        f"differ: {', '.join(shapes[:3]) or 'none'}"
+    )

@@ -11,12 +11,12 @@ from torch.fx import Node
 from grapefx.passes.rules.common import (
     Rule,
     add,
-    unmixed,
     argument,
     cast,
     output,
     refuse,
     scale,
+    unmixed,
     view,
 )
 

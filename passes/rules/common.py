@@ -62,7 +62,7 @@ def statistic(em: Any, node: Node, index: int) -> Node:
 
 def results(em: Any, node: Node, made: Any) -> dict[int, Any]:
     """The items of a tuple-valued tangent that the graph asks for."""
-    wanted = {u.args[1] for u in node.users if u.target is operator.getitem}
+    wanted: set[Any] = {u.args[1] for u in node.users if u.target is operator.getitem}
     return {i: em.get(made, i) for i in sorted(wanted)}
 
 
@@ -112,10 +112,18 @@ def _one(size: Any) -> bool:
 
 def fit(em: Any, t: Any, node: Node) -> Any:
     """``t`` with the dtype and the (broadcast) shape of ``node``."""
+    return None if t is None else _grow(em, cast(em, t, node.meta["val"].dtype), node)
+
+
+def fit_first(em: Any, t: Any, node: Node) -> Any:
+    """The same for result 0 of ``node``, which has the shape of its first argument."""
     if t is None:
         return None
+    return _grow(em, cast(em, t, node.meta["val"][0].dtype), node.args[0])  # type: ignore[arg-type]
+
+
+def _grow(em: Any, t: Any, node: Node) -> Any:
     want, have = node.meta["val"], t.meta["val"]
-    t = cast(em, t, want.dtype)
     lead = want.ndim - have.ndim
     grown = [d for d in range(have.ndim) if _one(have.shape[d]) and not _one(want.shape[d + lead])]
     if not lead and not grown:

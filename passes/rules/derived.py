@@ -91,14 +91,14 @@ def _forward(op: Any, spec: Any, which: list[int]) -> Callable[..., Any]:
             out = op(*a, **k)
 
             def tangent(o: Any) -> Any:
-                if not _floating(o):
-                    return None
-                t = fwAD.unpack_dual(o).tangent
-                if t is None:  # zero, or forward AD stopped without saying so
-                    raise NotImplementedError(f"forward AD of {op} gave no tangent")
-                return t.clone()
+                t = fwAD.unpack_dual(o).tangent if _floating(o) else None
+                return None if t is None else t.clone()
 
-            return pytree.tree_map(tangent, out)
+            made = pytree.tree_map(tangent, out)
+            if all(t is None for t in pytree.tree_flatten(made)[0]):
+                # zero, or forward AD stopped without saying so
+                raise NotImplementedError(f"forward AD of {op} gave no tangent")
+            return made
 
     return fn
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.rules.common import Rule, argument, unmixed, output, view
+from grapefx.passes.rules.common import Rule, argument, output, unmixed, view
 
 aten = torch.ops.aten
 

@@ -10,7 +10,6 @@ from torch.fx import Node
 from grapefx.passes.rules.common import (
     Rule,
     add,
-    unmixed,
     argument,
     cast,
     dense,
@@ -19,6 +18,7 @@ from grapefx.passes.rules.common import (
     results,
     select,
     sizes,
+    unmixed,
     view,
     zero_scalar,
 )
@@ -151,6 +151,16 @@ def fill_index(em: Any, node: Node) -> Any:
     return em.call(node.target, *args, **em.p(dict(node.kwargs)))
 
 
+def nansum(em: Any, node: Node) -> Any:
+    """A NaN counts as the constant 0."""
+    x = node.args[0]
+    t = em.t(x)
+    if t is None:
+        return None
+    kept = em.call(aten.masked_fill.Scalar, t, em.call(aten.isnan.default, em.p(x)), 0)
+    return em.call(node.target, kept, *node.args[1:], **dict(node.kwargs))
+
+
 def nothing(em: Any, node: Node) -> Any:
     """Piecewise constant, random or made from sizes only: no tangent."""
     return None
@@ -160,7 +170,8 @@ _SAME = (
     aten.t.default, aten.transpose.int, aten.permute.default, aten.clone.default,
     aten.alias.default, aten.contiguous.default, aten.slice.Tensor, aten.select.int,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.diagonal.default, aten.unfold.default, aten.repeat.default,  aten.tril.default, aten.triu.default,
+    aten.diagonal.default, aten.unfold.default, aten.repeat.default,
+    aten.tril.default, aten.triu.default,
     aten.trace.default, aten.diag_embed.default, aten.lift_fresh_copy.default,
     aten.mean.default, aten.mean.dim, aten.sum.default, aten.sum.dim_IntList,
     aten._to_copy.default, aten.neg.default,
@@ -190,7 +201,7 @@ _SAME = (
     aten.permute_copy.default, aten.select_copy.int, aten.slice_copy.Tensor,
     aten.squeeze_copy.default, aten.squeeze_copy.dim, aten.t_copy.default,
     aten.transpose_copy.int, aten.unfold_copy.default, aten.unsqueeze_copy.default,
-    aten.max_unpool2d.default, aten.max_unpool3d.default, aten.nansum.default,
+    aten.max_unpool2d.default, aten.max_unpool3d.default,
 )  # fmt: skip
 
 _NOTHING = (
@@ -208,7 +219,11 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_SAME, same),
     **dict.fromkeys(_NOTHING, nothing),
     **dict.fromkeys(
-        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_copy.default), reshape
+        (
+            aten.view.default, aten._unsafe_view.default, aten.reshape.default,
+            aten.view_copy.default,
+        ),
+        reshape,
     ),
     **dict.fromkeys(
         (aten.cumsum.default, aten.flip.default, aten.roll.default, aten.rot90.default), along
@@ -231,6 +246,7 @@ RULES: dict[Any, Rule] = {
     aten.masked_fill.Scalar: masked_fill,
     aten.masked_fill.Tensor: masked_fill,
     aten.copy.default: copy,
+    aten.nansum.default: nansum,
     aten.constant_pad_nd.default: pad,
     aten.index_fill.int_Scalar: fill_index,
     aten.scatter.value: fill_index,

@@ -11,16 +11,17 @@ from torch.fx import Node
 from grapefx.passes.rules.common import (
     Rule,
     add,
-    unmixed,
     argument,
     cast,
     fit,
+    fit_first,
     output,
     refuse,
     scale,
     size_of,
     solid,
     statistic,
+    unmixed,
     view,
 )
 
@@ -45,19 +46,7 @@ def _affine(em: Any, node: Node, core: Any, xhat: Any, w: Any, b: Any, shape: An
 
 
 def _finish(em: Any, node: Node, t: Any) -> Any:
-    """Result 0 with the dtype and shape of the first argument's output."""
-    if t is None:
-        return None
-    val = node.meta["val"][0]
-    t = cast(em, t, val.dtype)
-    if t.meta["val"].ndim < val.ndim or any(
-        not isinstance(a, torch.SymInt) and a == 1 and not (not isinstance(b, torch.SymInt) and b == 1)
-        for a, b in zip(t.meta["val"].shape, val.shape, strict=False)
-    ):
-        x = node.args[0]
-        shape = [size_of(em, x, d) for d in range(val.ndim)]
-        t = em.call(aten.expand.default, t, shape)
-    return {0: t}
+    return None if t is None else {0: fit_first(em, t, node)}
 
 
 def _xhat(em: Any, x: Any, mean: Any, rstd: Any) -> Any:
@@ -71,8 +60,6 @@ def layer_norm(em: Any, node: Node) -> Any:
     mean, rstd = output(em, node, 1), output(em, node, 2)
     core = None
     if t is not None:
-        if t.meta["val"].dtype != mean.meta["val"].dtype and w is not None:
-            t = cast(em, t, em_dtype(x))
         core = em.get(
             em.call(
                 aten.native_layer_norm_backward.default,
@@ -81,11 +68,6 @@ def layer_norm(em: Any, node: Node) -> Any:
             0,
         )  # fmt: skip
     return _finish(em, node, _affine(em, node, core, lambda: _xhat(em, x, mean, rstd), w, b, None))
-
-
-def em_dtype(x: Any) -> torch.dtype:
-    """The dtype of a node's value."""
-    return x.meta["val"].dtype
 
 
 def group_norm(em: Any, node: Node) -> Any:
@@ -201,9 +183,7 @@ def softmax(em: Any, node: Node) -> Any:
     t = cast(em, t, node.meta["val"].dtype)
     dim = argument(node, "dim")
     unmixed(em, node, node, dim)
-    return em.call(
-        aten._softmax_backward_data.default, t, em.p(node), dim, node.meta["val"].dtype
-    )
+    return em.call(aten._softmax_backward_data.default, t, em.p(node), dim, node.meta["val"].dtype)
 
 
 def log_softmax(em: Any, node: Node) -> Any:
@@ -257,9 +237,12 @@ def vector_norm(em: Any, node: Node) -> Any:
         return None
     if order is None:
         order = 2
-    if not isinstance(order, (int, float)) or not math.isclose(order, 2) or argument(
-        node, "dtype"
-    ) or t.meta["val"].is_complex():
+    if (
+        not isinstance(order, (int, float))
+        or not math.isclose(order, 2)
+        or argument(node, "dtype")
+        or t.meta["val"].is_complex()
+    ):
         return reduction(em, node)
     dim, keep = argument(node, "dim"), argument(node, "keepdim", False)
     product = em.call(aten.mul.Tensor, em.p(node.args[0]), t)
@@ -285,9 +268,7 @@ def _ops(*names: str) -> list[Any]:
 
 
 _NO_TRAINING = set(_ops("_native_batch_norm_legit_no_training", "_batch_norm_no_update"))
-_ALWAYS_TRAINING = set(
-    _ops("_batch_norm_with_update", "_batch_norm_with_update_functional")
-)
+_ALWAYS_TRAINING = set(_ops("_batch_norm_with_update", "_batch_norm_with_update_functional"))
 _BATCH_NORMS = [
     *_NO_TRAINING,
     *_ALWAYS_TRAINING,
@@ -310,7 +291,5 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_ops("_log_softmax"), log_softmax),
     **dict.fromkeys(_ops("native_dropout"), dropout),
     **dict.fromkeys(_ops("rrelu_with_noise_functional"), rrelu),
-    **dict.fromkeys(
-        _ops("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar"), vector_norm
-    ),
+    **dict.fromkeys(_ops("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar"), vector_norm),
 }

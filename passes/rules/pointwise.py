@@ -69,9 +69,7 @@ def _gelu(em: Any, t: Any, node: Node) -> Any:
 
 
 def _threshold(em: Any, t: Any, node: Node) -> Any:
-    return em.call(
-        aten.threshold_backward.default, t, _x(em, node), argument(node, "threshold")
-    )
+    return em.call(aten.threshold_backward.default, t, _x(em, node), argument(node, "threshold"))
 
 
 def _square(em: Any, t: Any, node: Node) -> Any:

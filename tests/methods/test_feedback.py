@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from grapefx.runtime.module import FeedbackModule
 from tests.zoo import (
     MLP,
     assert_same_gradients,
@@ -17,9 +20,6 @@ from tests.zoo import (
     make,
     train_step,
 )
-from torch import Tensor, nn
-
-from grapefx.runtime.module import FeedbackModule
 
 
 def linear_net(*sizes: int) -> nn.Sequential:

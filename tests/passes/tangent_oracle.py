@@ -1,21 +1,32 @@
-"""Oracle for tangents: forward AD of the captured graph with noise added at the cuts."""
+"""Oracles for tangents: whole models with noise at the cuts, and single calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grapefx.capture import capture
-from grapefx.ir import Captured
+from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes.joint import trace_joint
 from grapefx.passes.partition import CutPoint, Placement, place
-from grapefx.passes.tangent import Tangents, add_tangents
-from grapefx.torch_compat import batch_symbol
+from grapefx.passes.tangent import TangentEmitter, Tangents, add_tangents, propagate
+from grapefx.torch_compat import (
+    batch_symbol,
+    fake_tensor,
+    functionalized,
+    make_fx,
+    new_fake_mode,
+    python_dispatcher,
+    pytree,
+)
+
+aten = torch.ops.aten
 
 
 class _Noisy(Interpreter):
@@ -67,7 +78,7 @@ class Case:
         )
 
     def _batch(self) -> Any:
-        first = [n for _, n in self.joint.select("input")][0]
+        first = next(n for _, n in self.joint.select("input"))
         return batch_symbol(first.meta["val"].shape[self.batch_dim])
 
     @property
@@ -188,3 +199,85 @@ def make_case(
         for i, shape in probe.shapes.items()
     }
     return case
+
+
+def is_float(x: Any) -> bool:
+    """What can carry a tangent."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    return [x for x in pytree.tree_flatten(tree)[0] if isinstance(x, Tensor)]
+
+
+def trace(
+    fn: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor], which: Sequence[int]
+) -> tuple[StepGraph, list[Tensor]]:
+    """A function as a functional ATen graph on fake values, and the constants it uses.
+
+    ``which`` inputs require a gradient, as in a joint graph.
+    """
+    mode = new_fake_mode()
+    fakes = [fake_tensor(mode, t) for t in tensors]
+
+    def wrapped(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = list(tensors)
+        for i in which:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        with torch.enable_grad():
+            return tensors_of(fn(leaves))
+
+    with mode, python_dispatcher():
+        try:
+            gm = make_fx(functionalized(wrapped), tracing_mode="real")(fakes)
+        except AssertionError:  # operators with side effects (linalg's error checks)
+            gm = make_fx(wrapped, tracing_mode="real")(fakes)
+    graph = gm.graph
+    constants: list[Tensor] = []
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            value = getattr(gm, str(node.target))
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(constants)}")
+            last.meta["val"] = mode.from_tensor(value)
+            constants.append(value)
+            node.replace_all_uses_with(last)
+            graph.erase_node(node)
+        elif node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    out = graph.output_node()
+    out.args = (tuple(pytree.tree_flatten(out.args[0])[0]),)
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    slots = tuple(Slot("input", n.name) for n in graph.nodes if n.op == "placeholder")
+    outputs = tuple(Slot("output", str(i)) for i in range(len(out.args[0])))
+    return StepGraph(GraphModule(gm, graph), slots, outputs), constants
+
+
+def differentiate(step: StepGraph, which: Sequence[int], batch_stats: str = "full") -> list[str]:
+    """Add tangents of the inputs ``which``, behind the outputs; returns what was derived."""
+    graph, places = step.gm.graph, step.placeholders()
+    em = TangentEmitter(step, None, 0, None, batch_stats)
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    last = places[-1]
+    for i in which:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"tangent_{i}")
+        with em.mode:
+            last.meta["val"] = torch.empty_like(places[i].meta["val"])
+        em.tangents[places[i]] = last
+    derived: dict[str, None] = {}
+    propagate(em, nodes, {}, derived)
+    for node, t in em.tangents.items():
+        if isinstance(t, Node):
+            assert t.meta["val"].shape == node.meta["val"].shape, node
+            assert t.meta["val"].dtype == node.meta["val"].dtype, node
+    out = graph.output_node()
+    primal = list(out.args[0])  # type: ignore[arg-type]
+    tangents = [em.tangents.get(o) if isinstance(o, Node) else None for o in primal]
+    out.args = ((*primal, *tangents),)
+    graph.lint()
+    step.gm.recompile()
+    return list(derived)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.passes.tangent_oracle import Case, first_rows, make_case
 from torch import Tensor, nn
 
 from grapefx.errors import TangentError
+from tests.passes.tangent_oracle import Case, first_rows, make_case
 
 aten = torch.ops.aten
 
@@ -145,7 +145,7 @@ class _UNet(nn.Module):
         a = F.leaky_relu(self.a(x))
         b = F.elu(self.b(F.max_pool2d(a, 2)))
         up = F.interpolate(b, scale_factor=2, mode="bilinear")
-        c = self.c(torch.cat([a, F.pad(up[..., 1:], (1, 0), mode="reflect")], 1))
+        c = self.c(torch.cat([a, F.pad(up[..., 1:], (1, 0, 0, 0), mode="reflect")], 1))
         return self.o(self.up(F.layer_norm(c, c.shape[1:])))
 
 
@@ -241,13 +241,16 @@ def test_full_statistics_refuse_a_sub_batch() -> None:
 
 def test_a_fixed_batch_of_one_size_can_be_cut_down_too() -> None:
     """Without a batch symbol, shapes in the graph are numbers."""
-    case = case_of("encoder")
-    layers = tuple(c.layer for c in case.placed.cuts)
-    assert all(x.fold == (0, 1, 1) for x in layers)
+    case = case_of("branches")
     fixed = make_fixed(case)
     whole = case.run(case.tangents())
     part = fixed.run(fixed.tangents(rows=3), 3)
     close(part, whole[:3], 1e-12)
+
+
+def test_a_fixed_batch_folded_into_another_dim_is_refused() -> None:
+    with pytest.raises(TangentError, match="tangent_fraction"):
+        make_fixed(case_of("gru")).tangents(rows=3)
 
 
 def make_fixed(case: Case) -> Case:
@@ -290,17 +293,6 @@ def test_relu_and_linear_layers_need_no_other_node() -> None:
     assert [n.target for n in made] == [aten.mm.default]
 
 
-class _Dropped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.o = nn.Linear(8, 24), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (z.view(-1, 5, 2, 4).transpose(1, 2) for z in self.q(x).chunk(3, -1))
-        z = F.scaled_dot_product_attention(q, k, v)
-        return self.o(z.transpose(1, 2).flatten(2))
-
-
 def test_attention_dropout_in_a_fused_kernel_is_refused() -> None:
     """The mask is inside the kernel: a second draw would be another mask."""
     from grapefx.passes.rules import rules
@@ -318,12 +310,11 @@ def test_attention_dropout_in_a_fused_kernel_is_refused() -> None:
 class _Centred(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.a, self.b = nn.Linear(6, 7), nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.a(x))
-        h = self.b(h - h.mean(0, keepdim=True))
-        return self.c(torch.tanh(h))
+        h = self.b(torch.tanh(self.a(x)))
+        return h - h.mean(0, keepdim=True)
 
 
 def test_samples_that_mix_refuse_a_sub_batch() -> None:
@@ -340,9 +331,9 @@ def test_an_operator_without_derivative_is_named_with_a_remedy() -> None:
             self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.a(x))
-            index = torch.zeros(4, dtype=torch.long)
-            return self.b(h.index_reduce(1, index, h, "prod"))
+            h = self.b(torch.tanh(self.a(x)))
+            index = torch.zeros(3, dtype=torch.long)
+            return h.index_reduce(1, index, h, "prod")
 
     with pytest.raises(TangentError, match=r"index_reduce[\s\S]*remedy"):
         make_case(Model(), torch.randn(6, 6)).tangents()

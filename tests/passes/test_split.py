@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.zoo import METHODS, ZOO, make, plan_of, step_inputs
 
 from grapefx.errors import VerifyError
 from grapefx.passes import markers
-from grapefx.passes.feedback import Feedback, _Builder, replace_cuts
+from grapefx.passes.feedback import Builder, Feedback, replace_cuts
 from grapefx.passes.split import split
 from grapefx.passes.verify import independence
 from grapefx.plan import Plan
+from tests.zoo import METHODS, ZOO, make, plan_of, step_inputs
 
 SOME = ("mlp", "cnn", "encoder", "lstm", "tied", "inplace")
 
@@ -65,7 +65,7 @@ def test_no_update_depends_on_another_layer(name: str) -> None:
 def _leaky(plan: Plan, index: int) -> object:
     """The method's update graph with one cut left to the chain rule."""
     feedback = Feedback(plan.method, plan.maps, plan.error_rows, plan.states())
-    b = _Builder(plan.joint, feedback, ())
+    b = Builder(plan.joint, feedback, ())
     b.add_states()
     cotangents = b.cotangents(b.state_nodes)
     chain = markers.find(b.graph, markers.CUT_BACKWARD)[index].args[0]

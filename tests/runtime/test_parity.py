@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tests.zoo import (
     MLP,
     ZOO,
@@ -15,7 +17,6 @@ from tests.zoo import (
     make,
     train_step,
 )
-from torch import Tensor, nn
 
 
 @pytest.mark.parametrize("method", ["bp", "grape"])

@@ -1,0 +1,38 @@
+"""What a user asks for: a method, a preset and options, resolved and checked together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grapefx.errors import OptionError, nearest
+from grapefx.methods import Method, get_method, option_names, preset_options
+from grapefx.options import OPTION_NAMES, Options
+
+
+def resolve(
+    method: str | Method, choices: dict[str, Any], preset: str = "recommended"
+) -> tuple[Method, Options]:
+    """The method and the options: the preset's first, then ``choices``, which win.
+
+    Raises ``OptionError`` for an unknown method, preset or option, a value out of range, or two
+    that do not go together.
+    """
+    chosen = {**preset_options(method, preset), **choices}
+    own = {k: v for k, v in chosen.items() if k in OPTION_NAMES}
+    rest = {k: v for k, v in chosen.items() if k not in OPTION_NAMES}
+    valid = OPTION_NAMES | option_names(method) | {"preset"}
+    for key in rest:
+        if key not in valid and not (isinstance(method, Method) or not option_names(method)):
+            raise OptionError(f"unknown option {key!r}.{nearest(key, valid)}")
+    found, options = get_method(method, rest), Options(**own)
+    check_together(found, options)
+    return found, options
+
+
+def check_together(method: Method, options: Options) -> None:
+    """Refuse options that are fine alone but not with this method."""
+    if method.full_tangents and options.tangent_fraction < 1:
+        raise OptionError(
+            f"tangent_fraction={options.tangent_fraction!r}: method {method.name!r} needs the "
+            "tangent of every sample for its gradient\n  remedy: tangent_fraction=1"
+        )

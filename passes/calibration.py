@@ -1,0 +1,118 @@
+"""Calibration pass: a step with true gradients, from which the feedback maps are refitted.
+
+In: a joint graph. Out: the whole step as one graph, markers erased. The true gradient passes every
+cut; feedback maps are refitted by ridge regression from the pairs (e, delta_l), and the feedback
+gradient is computed beside the true one for its cosine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from grapefx.ir import StepGraph
+from grapefx.methods.base import State
+from grapefx.passes import markers
+from grapefx.passes.feedback import Builder, Feedback, replace_cuts
+from grapefx.passes.restride import differs
+
+
+def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
+    """True gradients, refitted maps, and the cosine of what the method would give."""
+    b = Builder(step, feedback, ())
+    method = feedback.method
+    fitted = method.feedback and method.refits and feedback.refit
+    compare = method.feedback and not method.needs_tangents() and not method.sequential
+    if method.feedback and (fitted or compare or not feedback.true_gradients):
+        b.add_states()
+        if fitted:
+            refit(b)
+    if compare and b.state_nodes:
+        old = _feedback_gradients(b, b.cotangents(b.state_nodes))
+        _compare(b, old)
+    backward = markers.find(b.graph, markers.CUT_BACKWARD)
+    if not feedback.true_gradients and compare:
+        # this batch only re-fits the maps: its update is the method's own, with the new maps
+        replace_cuts(b, b.cotangents(b.new_states or b.state_nodes))
+    else:
+        replace_cuts(b, {i: n.args[0] for i, n in backward.items()})  # type: ignore[misc]
+    return b.finish()
+
+
+def refit(b: Builder) -> None:
+    """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2)."""
+    backward = markers.find(b.graph, markers.CUT_BACKWARD)
+    inverse: dict[str, Node] = {}
+    ridge, method = b.fb.ridge, b.fb.method
+
+    def gram(e: Tensor) -> Tensor:
+        e = e.to(torch.promote_types(e.dtype, torch.float32))
+        # rows are scaled by 1/N and by any loss scale: normalise before the solve
+        e = e / e.abs().amax().clamp_min(1e-30)
+        g = e.t() @ e
+        c = g.shape[0]
+        g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
+        return torch.linalg.solve(g, e.t())
+
+    def fit(solved: Tensor, e: Tensor, delta: Tensor, state: State, m: Any) -> State:
+        top = e.to(solved.dtype).abs().amax().clamp_min(1e-30)
+        fitted = solved @ (m.value_rows(delta).to(solved.dtype) / top)
+        new = method.refit(state, fitted.to(state["B"].dtype))
+        ok = torch.isfinite(fitted.abs().sum())
+        return {k: torch.where(ok, new[k], state[k]) for k in state}
+
+    for m, state in zip(b.fb.maps, b.state_nodes, strict=True):
+        node = backward.get(m.layer.index)
+        if node is None:
+            b.new_states.append(state)
+            continue
+        e = b.error(m.kind)
+        if m.kind not in inverse:
+            inverse[m.kind] = b.emit(gram, e, phase="refit")
+        new = b.emit(
+            lambda s, e, d, st, m=m: fit(s, e, d, st, m),
+            inverse[m.kind], e, node.args[0], state,
+            phase="refit", layer=m.layer.name,
+        )  # fmt: skip
+        b.new_states.append(new)
+    b.finite = b.all_finite() if b.fb.maps else None
+
+
+def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, Node]:
+    """A second copy of what lies behind the cuts, fed with the method's cotangents."""
+    twin: dict[Node, Node] = {}
+    for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
+        twin[node] = cotangents[index]
+        if differs(node, twin[node]):
+            b.moved.append(twin[node])
+    for node in list(b.graph.nodes):
+        if node.op != "call_function" or node in twin:
+            continue
+        if node.target is markers.CUT_BACKWARD or not any(a in twin for a in node.all_input_nodes):
+            continue
+        if node.meta.get("grapefx_phase") in ("refit", "metric"):
+            continue
+        with b.graph.inserting_before(b.output):
+            new = b.graph.node_copy(node, lambda a: twin.get(a, a))
+        new.meta = {**node.meta, "grapefx_phase": "metric"}
+        twin[node] = new
+    return {s.name: twin.get(n, n) for s, n in b.step.produced("gradient") if isinstance(n, Node)}
+
+
+def _compare(b: Builder, twins: dict[str, Node]) -> None:
+    true = {s.name: n for s, n in b.step.produced("gradient") if isinstance(n, Node)}
+    for m in b.fb.maps:
+        names = [p for p in m.layer.parameters if p in true and p in twins]
+        if not names:
+            continue
+
+        def cos(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+            xs, ys = [x.float() for x in xs], [y.float() for y in ys]
+            dot = sum((x * y).sum() for x, y in zip(xs, ys, strict=True))
+            size = sum((x * x).sum() for x in xs) * sum((y * y).sum() for y in ys)
+            return dot / size.sqrt().clamp_min(1e-30)  # type: ignore[union-attr]
+
+        b.metric("cos_gradient", m, cos, [true[p] for p in names], [twins[p] for p in names])

@@ -1,0 +1,196 @@
+"""When a step calibrates, and what a calibration does."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import grapefx
+from grapefx.errors import GrapefxWarning
+from grapefx.runtime.module import FeedbackModule
+from grapefx.runtime.schedule import CalibrationSchedule
+from tests.zoo import MLP, compiled, eager_twin, gradients, loss_of, make, train_step
+
+
+def due(epochs: int, per_epoch: int, announce: bool = True, **options: Any) -> list[int]:
+    """The steps that calibrate, by the schedule alone."""
+    given: dict[str, Any] = {"every": 1, "unit": "epoch", "at_start": True, "steps_per_epoch": None}
+    schedule = CalibrationSchedule(**{**given, **options})
+    found = []
+    for step in range(epochs * per_epoch):
+        if announce and step % per_epoch == 0:
+            schedule.set_epoch(step // per_epoch)
+        if schedule.due():
+            found.append(step)
+        schedule.done(schedule.due())
+    return found
+
+
+def test_schedules() -> None:
+    assert due(4, 3) == [0, 3, 6, 9]
+    assert due(4, 3, every=2) == [0, 6]
+    assert due(4, 3, at_start=False) == [3, 6, 9]
+    assert due(4, 3, every=None, at_start=False) == []
+    assert due(4, 3, every=None, at_start=True) == [0]
+    assert due(4, 3, announce=False, steps_per_epoch=3) == [0, 3, 6, 9]
+    assert due(4, 3, announce=False, steps_per_epoch=3, every=3) == [0, 9]
+    assert due(4, 3, announce=False, unit="step", every=5) == [0, 5, 10]
+    assert due(2, 3, announce=False, unit="step", every=1) == [0, 1, 2, 3, 4, 5]
+    assert due(4, 3, announce=False) == [0]
+
+
+def exact_steps(net: FeedbackModule, model: Any, args: Any, count: int) -> list[int]:
+    """The steps whose gradients were exact, seen from outside."""
+    twin = eager_twin(model)
+    found = []
+    for k in range(count):
+        net.set_epoch(k // 3)
+        train_step(net, args)
+        train_step(twin, args)
+        a, b = gradients(net), gradients(twin)
+        if all(torch.allclose(a[n], b[n], rtol=1e-6) for n in a):  # type: ignore[arg-type]
+            found.append(k)
+    return found
+
+
+def test_the_first_step_of_each_epoch_is_exact() -> None:
+    model, args = make("mlp")
+    # with calib_refit="weights" the maps stay random: only calibration steps are exact
+    net = compiled(model, "dfa", calib_every=1, calib_refit="weights")
+    assert exact_steps(net, model, args, 7) == [0, 3, 6]
+
+
+def test_context_manager_and_never() -> None:
+    model, args = make("mlp")
+    net = compiled(model, "dfa", calib_every=None, calib_refit="weights")
+    assert exact_steps(net, model, args, 4) == []
+    with net.calibration():
+        assert exact_steps(net, model, args, 2) == [0, 1]
+    assert exact_steps(net, model, args, 2) == []
+
+
+def test_refit_variants() -> None:
+    """ "weights" leaves the maps, "feedback" leaves the update to the method, "both" does both."""
+    args = make("mlp")[1]
+    twin, _ = make("mlp")
+    train_step(twin, args)
+    true = gradients(twin)
+    for refit, exact, moves in (
+        ("weights", True, False),
+        ("feedback", False, True),
+        ("both", True, True),
+    ):
+        model, _ = make("mlp")
+        net = compiled(model, "dfa", calib_refit=refit)
+        net(*args)
+        before = net.feedback
+        train_step(net, args)
+        after = net.feedback
+        assert any(not torch.equal(before[k], after[k]) for k in after) is moves, refit
+        found = gradients(net)
+        same = all(torch.allclose(found[k], true[k], rtol=1e-6) for k in true)  # type: ignore[arg-type]
+        assert same is exact, refit
+        if refit == "feedback":  # the refitted maps already made this step's update
+            again = compiled(make("mlp")[0], "dfa", calib_every=None)
+            again(*args)
+            again._feedback.tensors = after
+            train_step(again, args)
+            for k, v in gradients(again).items():
+                torch.testing.assert_close(v, found[k])
+
+
+def test_calibration_by_its_own_sgd() -> None:
+    """001 appendix E: SGD(0.01, momentum 0.9) inside backward; the user's optimizer sees None."""
+    model, args = make("mlp")
+    twin = eager_twin(model)
+    net = compiled(model, "dfa", calib_every=1, calib_unit="step", calib_update="sgd")
+    optimizer = torch.optim.SGD(net.parameters(), 123.0)
+    theirs = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
+    for _ in range(3):
+        train_step(net, args)
+        assert all(p.grad is None for p in net.parameters())
+        optimizer.step()
+        train_step(twin, args)
+        theirs.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_epochs_that_are_never_announced_are_mentioned_once() -> None:
+    def told(**options: Any) -> list[str]:
+        model, args = make("mlp")
+        net = grapefx.compile(model, method="bp", backend="eager", **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                train_step(net, args)
+        return [str(w.message) for w in caught if issubclass(w.category, GrapefxWarning)]
+
+    (message,) = told()
+    assert "set_epoch" in message and "steps_per_epoch" in message and "step 0" in message
+    assert told(calib_every=None) == []
+    assert told(steps_per_epoch=3) == []
+    assert told(calib_unit="step", calib_every=5) == []
+
+
+@pytest.mark.parametrize("method", ["dfa", "fdfa", "grape"])
+def test_a_forward_without_a_backward_changes_nothing(method: str) -> None:
+    model, args = make("mlp")
+    net = compiled(model, method)
+    net(*args)
+    for _ in range(2):
+        before = net.feedback_state_dict()
+        alignment = net.alignment()
+        net(*args)
+        loss_of(net(*args))
+        with torch.no_grad():
+            net(*args)
+        after = net.feedback_state_dict()
+        assert before["schedule"] == after["schedule"]
+        assert all(torch.equal(before["tensors"][k], v) for k, v in after["tensors"].items())
+        assert net.alignment() == alignment
+        train_step(net, args)
+    assert net.feedback_state_dict()["schedule"]["step"] == 2
+
+
+def test_align_every() -> None:
+    """Maps learn on every k-th step only; the steps between carry no tangents."""
+    model, args = make("mlp")
+    net = compiled(model, "grape", calib_every=None, align_every=3)
+    changed = []
+    for k in range(7):
+        net(*args)
+        before = net.feedback
+        train_step(net, args)
+        if any(not torch.equal(before[n], v) for n, v in net.feedback.items()):
+            changed.append(k)
+    assert changed == [0, 3, 6]
+    assert {k for k in net.plan._graphs} == {"align", "update"}  # type: ignore[union-attr]
+
+
+def test_graphs_are_built_when_first_needed() -> None:
+    model, args = make("mlp")
+    net = compiled(model, "grape", calib_every=None)
+    assert net.plan is None and net.alignment() == {} and net.feedback == {}
+    net(*args)
+    assert list(net.plan._graphs) == ["align"]  # type: ignore[union-attr]
+    with net.calibration():
+        net(*args)
+    assert list(net.plan._graphs) == ["align", "calibration"]  # type: ignore[union-attr]
+
+
+def test_dead_units_keep_a_defined_alignment() -> None:
+    """DESIGN 3.5: a column of J^ that is zero has cosine 0 and does not move or poison B."""
+    model = MLP(6, 2).double()
+    with torch.no_grad():
+        model.layers[1].bias[2] = -1e9  # type: ignore[index]
+        model.out.weight[:, 3] = 0
+    net = compiled(model, "grape")
+    args = (torch.randn(5, 8).double(),)
+    for _ in range(4):
+        train_step(net, args)
+    assert all(v.isfinite().all() for v in net.feedback.values())
+    assert all(v == v for d in net.alignment().values() for v in d.values())

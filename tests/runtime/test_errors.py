@@ -1,0 +1,256 @@
+"""Bad input: a clear error of a documented class, and nothing changed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grapefx
+from grapefx.errors import (
+    BackwardError,
+    BudgetError,
+    CaptureError,
+    GrapefxError,
+    GrapefxWarning,
+    InputError,
+    OptionError,
+    PlacementError,
+)
+from grapefx.methods import DFA
+from tests.zoo import MLP, compiled, loss_of, make, train_step
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"method": "grap"}, "unknown method 'grap'.*Did you mean 'grape'"),
+        ({"method": 3}, "unknown method 3"),
+        ({"calib_evry": 2}, "unknown option 'calib_evry'.*Did you mean 'calib_every'"),
+        ({"method": "grape", "momentun": 0.5}, "'momentun'.*Did you mean 'momentum'"),
+        ({"method": "dfa", "alpha": 0.5}, "alpha"),
+        ({"calib_every": 0}, "calib_every=0 must be a positive integer"),
+        ({"calib_every": 1.5}, "calib_every=1.5"),
+        ({"calib_every": True}, "calib_every=True"),
+        ({"calib_unit": "epochs"}, "calib_unit='epochs'.*Did you mean 'epoch'"),
+        ({"calib_refit": "all"}, "calib_refit='all'"),
+        ({"noise": "gauss"}, "Did you mean 'gaussian'"),
+        ({"granularity": "layers"}, "Did you mean 'layer'"),
+        ({"backend": "inductr"}, "Did you mean 'inductor'"),
+        ({"tangent_fraction": 0}, r"tangent_fraction=0 must be in \(0, 1\]"),
+        ({"tangent_fraction": 1.2}, "tangent_fraction=1.2"),
+        ({"align_every": 0}, "align_every=0"),
+        ({"ridge": 0}, "ridge=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"batch_dim": -1}, "batch_dim=-1"),
+        ({"feedback_budget": 0}, "feedback_budget=0"),
+        ({"method": "grape", "eta": -1}, "eta=-1"),
+        ({"method": "grape", "momentum": 1.0}, "momentum=1.0"),
+        ({"method": "fdfa", "alpha": 0}, "alpha=0"),
+        ({"method": "dfa", "init_b": "hee"}, "Did you mean 'he'"),
+        ({"method": DFA(), "init_b": "he"}, "init_b"),
+    ],
+)
+def test_options(kwargs: dict[str, Any], message: str) -> None:
+    model = MLP()
+    with pytest.raises(OptionError, match=message) as caught:
+        grapefx.compile(model, **kwargs)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, GrapefxError)
+
+
+def test_not_a_module() -> None:
+    with pytest.raises(OptionError, match=r"nn.Module, not function"):
+        grapefx.compile(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_data_dependent_branch_names_the_line_and_the_way_out() -> None:
+    class Branch(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:  # the user's line
+                x = x * 2
+            return super().forward(x)
+
+    net = compiled(Branch())
+    for _ in range(2):
+        with pytest.raises(CaptureError) as caught:
+            net(torch.randn(4, 8))
+        text = str(caught.value)
+        assert "if x.sum() > 0" in text and "test_errors.py" in text and "torch.where" in text
+    assert net.plan is None
+
+
+def test_a_forward_that_raises_keeps_its_own_message() -> None:
+    net = compiled(MLP())
+    with pytest.raises((CaptureError, RuntimeError), match="4x9 and 8x12|shapes"):
+        net(torch.randn(4, 9))
+    train_step(net, (torch.randn(4, 8),))  # and does no harm
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 7
+
+
+def test_custom_autograd_function_is_refused_by_name() -> None:
+    """Trap: export loses a user's backward, silently."""
+
+    class Uses(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Double.apply(x))
+
+    net = compiled(Uses())
+    with pytest.raises(CaptureError, match=r"'Double'(.|\n)*detach"):
+        net(torch.randn(4, 8))
+    x = torch.ones(2, requires_grad=True)
+    Double.apply(x).sum().backward()  # and it works again outside
+    assert x.grad is not None and x.grad[0] == 7
+
+
+def test_no_trainable_parameter() -> None:
+    model = MLP().requires_grad_(False)
+    with pytest.raises(PlacementError, match="no trainable parameter"):
+        compiled(model)(torch.randn(4, 8))
+    with torch.no_grad():  # inference is fine
+        compiled(model)(torch.randn(4, 8))
+
+    class Empty(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    with pytest.raises(PlacementError, match="no trainable parameter"):
+        compiled(Empty())(torch.randn(4, 8))
+
+
+def test_no_feedback_point() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+    x = torch.randn(4, 2, 4)
+    with pytest.raises(PlacementError, match=r"no feedback point(.|\n)*method='bp'"):
+        compiled(model, "dfa")(x)
+    train_step(compiled(model, "bp"), (x,))
+
+
+def test_an_output_that_does_not_require_grad() -> None:
+    class Detached(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    net = compiled(Detached(), "dfa")
+    with pytest.raises(GrapefxError, match="requires? grad|detached|trainable"):
+        net(torch.randn(4, 8))
+    assert net.feedback == {}
+
+
+def test_no_tensor_argument() -> None:
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, n: int) -> Tensor:
+            return self.w * n
+
+    with pytest.raises(CaptureError, match="no tensor argument"):
+        compiled(Nothing())(3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["fdfa", "grape"])
+def test_a_non_finite_loss_is_skipped_counted_and_mentioned_once(method: str, bad: float) -> None:
+    model, args = make("mlp", torch.float32)
+    net = compiled(model, method, calib_unit="step", calib_every=3)
+    train_step(net, args)
+    before = net.feedback
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):  # aligned steps and a calibration
+            (net(*args).sum() * bad).backward()
+            for k, v in net.feedback.items():
+                assert torch.equal(v, before[k]), k
+    assert net.skipped_updates == 4
+    ours = [w for w in caught if issubclass(w.category, GrapefxWarning)]
+    assert len(ours) == 1 and "skipped_updates" in str(ours[0].message)
+    net.zero_grad()
+    train_step(net, args)
+    assert all(v.isfinite().all() for v in net.feedback.values())
+    assert net.feedback_state_dict()["skipped"] == 4
+
+
+def test_a_non_finite_input_keeps_the_maps_finite() -> None:
+    model, (x,) = make("mlp", torch.float32)
+    net = compiled(model, "grape", calib_unit="step", calib_every=2)
+    bad = x.clone()
+    bad[0, 0] = float("inf")
+    with pytest.warns(GrapefxWarning, match="not finite"):
+        for _ in range(4):
+            train_step(net, (bad,))
+    assert all(v.isfinite().all() for v in net.feedback.values())
+    assert net.skipped_updates == 4
+
+
+def test_budget() -> None:
+    net = compiled(MLP(), "grape", feedback_budget=100)
+    with pytest.raises(BudgetError, match=r"budget(.|\n)*layers\.\d(.|\n)*feedback_budget="):
+        net(torch.randn(4, 8))
+    assert net.feedback == {}
+    train_step(compiled(MLP(), "bp", feedback_budget=100), (torch.randn(4, 8),))
+
+
+@pytest.mark.parametrize("method", ["bp", "grape"])
+def test_double_backward(method: str) -> None:
+    model, args = make("mlp")
+    net = compiled(model, method, calib_every=None)
+    net(*args)
+    before = net.feedback_state_dict()
+    with pytest.raises(BackwardError, match="double backward"):
+        loss_of(net(*args)).backward(create_graph=True)
+    with pytest.raises(BackwardError, match="double backward"):
+        torch.autograd.grad(loss_of(net(*args)), list(net.parameters()), create_graph=True)
+    after = net.feedback_state_dict()
+    assert after["schedule"] == before["schedule"]
+    assert all(torch.equal(v, before["tensors"][k]) for k, v in after["tensors"].items())
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_backward_twice(retain: bool) -> None:
+    model, args = make("mlp")
+    net = compiled(model, "grape", calib_every=None)
+    loss = net(*args).sum()
+    loss.backward(retain_graph=retain)
+    before = net.feedback_state_dict()
+    with pytest.raises(BackwardError, match="twice"):
+        loss.backward()
+    after = net.feedback_state_dict()
+    assert after["schedule"] == before["schedule"]
+    assert all(torch.equal(v, before["tensors"][k]) for k, v in after["tensors"].items())
+
+
+def test_another_device() -> None:
+    net = compiled(MLP(), "grape")
+    with pytest.raises(InputError, match="on meta, the parameters are on cpu"):
+        net(torch.randn(4, 8, device="meta"))
+    train_step(net, (torch.randn(4, 8),))
+    with pytest.raises(InputError, match="on meta"):
+        net(torch.randn(4, 8, device="meta"))
+    with pytest.raises(InputError, match="on meta"), torch.no_grad():
+        net(torch.randn(4, 8, device="meta"))
+
+
+def test_no_batch_dimension_left() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)).sum(0))
+
+    with pytest.raises(PlacementError, match="batch"):
+        compiled(Mixes(), "dfa")(torch.randn(4, 8))

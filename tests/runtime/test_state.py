@@ -1,0 +1,258 @@
+"""Drop-in: state. ``state_dict`` is the plain model's; resuming is never having stopped."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grapefx.errors import OptionError, StateError
+from grapefx.runtime.module import FeedbackModule
+from tests.zoo import MLP, compiled, eager_twin, loss_of, make, train_step
+
+
+def test_keys_are_the_plain_models_both_ways() -> None:
+    model, args = make("cnn")
+    plain = eager_twin(model)
+    net = compiled(model, "grape")
+    train_step(net, args)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(net.state_dict())
+    net.load_state_dict(plain.state_dict())
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in net.named_buffers()] == [n for n, _ in plain.named_buffers()]
+    assert [n for n, _ in net.named_modules()] == [n for n, _ in plain.named_modules()]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        net.load_state_dict({})
+
+
+def test_inside_a_parent_module() -> None:
+    """Keys stay plain in a parent too; modes, moves and gradients pass through it."""
+
+    class Parent(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+            self.head = nn.Linear(5, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.body(x)))
+
+    torch.manual_seed(0)
+    model, args = make("cnn")
+    plain = Parent(eager_twin(model))
+    parent = Parent(compiled(model, "dfa"))
+    parent.head.load_state_dict(plain.head.state_dict())
+    assert list(parent.state_dict()) == list(plain.state_dict())
+    parent.load_state_dict(plain.state_dict())
+    for m in (parent, plain):
+        m.zero_grad()
+        torch.manual_seed(0)
+        loss_of(m(*args)).backward()
+    for p, q in zip(parent.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)  # step 0 calibrates
+    parent.eval()
+    assert not any(m.training for m in model.modules())
+    parent.train()
+    assert all(m.training for m in model.modules())
+    parent.float()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert list(copy.deepcopy(parent).state_dict()) == list(plain.state_dict())
+
+
+def test_wrapping_changes_nothing_of_the_model() -> None:
+    model, _ = make("cnn")
+    model.eval()
+    net = compiled(model)
+    assert not net.training and not any(m.training for m in model.modules())
+    assert "Sequential trained by grape" in repr(net)
+    with pytest.raises(OptionError, match="already"):
+        compiled(net)
+
+
+def test_methods_and_attributes_are_reachable() -> None:
+    class Speaks(MLP):
+        factor = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gain", torch.tensor(2.0))
+
+        def generate(self, n: int) -> int:
+            return n * self.factor
+
+    net = compiled(Speaks())
+    assert net.generate(2) == 6 and net.factor == 3 and net.gain == 2 and len(net.layers) == 3
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = net.nothing_such
+
+
+def steps(net: FeedbackModule, optimizer: Any, args: Any, first: int, last: int) -> None:
+    """Steps ``first`` to ``last`` of a run with two steps an epoch."""
+    for k in range(first, last):
+        if k % 2 == 0:
+            net.set_epoch(k // 2)
+        train_step(net, args, seed=k)
+        optimizer.step()
+
+
+def everything(net: FeedbackModule) -> dict[str, Tensor]:
+    return {**net.state_dict(), **{f"feedback/{k}": v for k, v in net.feedback.items()}}
+
+
+def assert_equal(a: FeedbackModule, b: FeedbackModule) -> None:
+    left, right = everything(a), everything(b)
+    assert left.keys() == right.keys()
+    for k, v in left.items():
+        assert torch.equal(v, right[k]), k
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("cnn", "grape", {"calib_every": 2}),
+        ("mlp", "fdfa", {"calib_every": 1, "tangent_fraction": 0.5, "align_every": 2}),
+        ("mlp", "grape", {"calib_every": 2, "calib_update": "sgd"}),
+    ],
+)
+def test_resume_is_bit_exact(name: str, method: str, options: dict[str, Any]) -> None:
+    """Stop in the middle of epoch 1, save, reload in a fresh process-like copy, go on to epoch 4."""
+    model, args = make(name)
+    fresh = eager_twin(model)
+    net = compiled(model, method, **options)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    steps(net, optimizer, args, 0, 3)
+    file = io.BytesIO()
+    torch.save(
+        {"m": net.state_dict(), "f": net.feedback_state_dict(), "o": optimizer.state_dict()}, file
+    )
+    steps(net, optimizer, args, 3, 9)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = compiled(fresh, method, **options)
+    other.load_state_dict(saved["m"])
+    other.load_feedback_state_dict(saved["f"])
+    optimizer = torch.optim.Adam(other.parameters(), 1e-2)
+    optimizer.load_state_dict(saved["o"])
+    steps(other, optimizer, args, 3, 9)
+    assert_equal(net, other)
+    assert net.feedback_state_dict()["schedule"] == other.feedback_state_dict()["schedule"]
+    assert net.alignment() == other.alignment()
+
+
+def test_going_back_in_one_process_is_exact_too() -> None:
+    """Loading an earlier state into a module that has run on."""
+    model, args = make("mlp")
+    net = compiled(model, "grape")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    steps(net, optimizer, args, 0, 3)
+    weights = copy.deepcopy(net.state_dict())
+    feedback = net.feedback_state_dict()
+    steps(net, optimizer, args, 3, 6)
+    first = {k: v.clone() for k, v in everything(net).items()}
+    net.load_state_dict(weights)
+    net.load_feedback_state_dict(feedback)
+    steps(net, optimizer, args, 3, 6)
+    for k, v in everything(net).items():
+        assert torch.equal(v, first[k]), k
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_copies_go_their_own_way(how: str) -> None:
+    model, args = make("cnn")
+    net = compiled(model, "grape")
+    train_step(net, args)
+    train_step(net, args)
+    if how == "deepcopy":
+        other = copy.deepcopy(net)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(net))
+    else:
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert isinstance(other, FeedbackModule)
+    assert_equal(net, other)
+    before = {k: v.clone() for k, v in everything(net).items()}
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    steps(other, optimizer, args, 2, 4)
+    for k, v in everything(net).items():
+        assert torch.equal(v, before[k]), k
+    steps(net, torch.optim.SGD(net.parameters(), 0.1), args, 2, 4)
+    assert_equal(net, other)
+
+
+def test_a_copy_before_the_first_call() -> None:
+    model, args = make("mlp")
+    net = compiled(model, "grape", seed=3)
+    other = pickle.loads(pickle.dumps(net))
+    train_step(net, args)
+    train_step(other, args)
+    assert_equal(net, other)
+
+
+def test_progressive_unfreezing_and_resume() -> None:
+    """A checkpoint may hold maps of layers that are not cut now, and lack some that will be."""
+    model, args = make("mlp")
+    fresh = eager_twin(model)
+
+    def phase(net: FeedbackModule, trainable: bool) -> None:
+        net.layers[0].requires_grad_(trainable)
+        net.layers[1].requires_grad_(trainable)
+        train_step(net, args)
+
+    net = compiled(model, "grape", calib_every=None)
+    phase(net, False)
+    early = net.feedback_state_dict()
+    phase(net, True)
+    late = net.feedback_state_dict()
+    assert len(late["tensors"]) > len(early["tensors"])
+    for saved, later in ((early, True), (late, False)):
+        other = compiled(copy.deepcopy(fresh), "grape", calib_every=None)
+        other.load_feedback_state_dict(saved)
+        phase(other, later)
+    other = compiled(fresh, "grape", calib_every=None)
+    other.load_feedback_state_dict(early)
+    phase(other, True)
+    assert_equal(net, other)
+
+
+def test_the_feedback_state_of_something_else_is_refused_and_nothing_changes() -> None:
+    model, args = make("mlp")
+    net = compiled(model, "grape")
+    train_step(net, args)
+    good = net.feedback_state_dict()
+    before = net.feedback
+
+    def other(method: str = "grape", **kwargs: Any) -> dict[str, Any]:
+        made = compiled(MLP(**kwargs).double(), method)
+        train_step(made, args)
+        return made.feedback_state_dict()
+
+    unit = compiled(MLP().double(), "grape", norm="unit")
+    train_step(unit, args)
+    bad: list[tuple[Any, str]] = [
+        (other("dfa"), "learned by 'dfa'"),
+        (other(width=16), r"another architecture.*layers.0.weight \(16, 8\) -> \(12, 8\)"),
+        (other(depth=2), "another architecture"),
+        (unit.feedback_state_dict(), "other options"),
+        ({**good, "version": 99}, "version 99"),
+        ({"tensors": {}}, "not a feedback state dict"),
+        (model.state_dict(), "not a feedback state dict"),
+        ("x", "not a feedback state dict"),
+    ]
+    for state, message in bad:
+        with pytest.raises(StateError, match=message):
+            net.load_feedback_state_dict(state)
+        assert all(torch.equal(v, before[k]) for k, v in net.feedback.items())
+    fresh = compiled(MLP().double(), "grape")
+    with pytest.raises(StateError):  # before its first call as well
+        fresh.load_feedback_state_dict(bad[1][0])
+    net.load_feedback_state_dict(good)

@@ -1,0 +1,112 @@
+"""Makes docs/img/*.png: what grapefx-inspect shows, in headless Chromium and by graphviz.
+
+python tools/inspect_pictures.py [--only NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from grapefx.report.cli import main as inspect_main
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "img"
+MODEL = f"{ROOT / 'tools' / 'inspect_models.py'}:mlp"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
+
+# name -> (page, width, height, dark)
+SHOTS = {
+    "inspect-wide": ("mlp", 1280, 1560, False),
+    "inspect-wide-dark": ("resnet18", 1280, 1100, True),
+    "inspect-phone": ("mlp", 390, 1500, False),
+    "inspect-phone-dark": ("mlp", 390, 900, True),
+}
+
+
+def browser() -> str | None:
+    """The path of a Chromium, or None."""
+    return next((path for b in BROWSERS if (path := shutil.which(b))), None)
+
+
+def screenshot(page: Path, to: Path, width: int, height: int, dark: bool) -> None:
+    """A picture of a page. Narrow pages are shown in a frame: a window is never under 500 px."""
+    program = browser()
+    if program is None:
+        raise SystemExit("no Chromium is installed")
+    with tempfile.TemporaryDirectory() as profile:
+        theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+        if width < 500:
+            frame = Path(profile) / "frame.html"
+            frame.write_text(
+                f'<body style="margin:0"><iframe src="{page.resolve().as_uri()}" '
+                f'style="width:{width}px;height:{height}px;border:0;display:block"></iframe>'
+            )
+            page = frame
+        flags = [*FLAGS, *theme, "--allow-file-access-from-files", f"--user-data-dir={profile}/p"]
+        subprocess.run(
+            [
+                program,
+                *flags,
+                f"--window-size={max(width, 500)},{height}",
+                f"--screenshot={to.resolve()}",
+                page.resolve().as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+    if width < 500:
+        _crop(to, width, height)
+
+
+def _crop(picture: Path, width: int, height: int) -> None:
+    from PIL import Image
+
+    with Image.open(picture) as whole:
+        whole.crop((0, 0, width, height)).save(picture, optimize=True)
+
+
+def _inspect(*arguments: str) -> None:
+    if inspect_main(arguments) != 0:
+        raise SystemExit(f"grapefx-inspect {' '.join(arguments)} failed")
+
+
+def main() -> None:
+    """Write every picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=[*SHOTS, "inspect-graph"])
+    only = parser.parse_args().only
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pages = {"mlp": Path(folder) / "mlp.html", "resnet18": Path(folder) / "resnet18.html"}
+        wanted = {n: s for n, s in SHOTS.items() if only in (None, n)}
+        calibration = ["--calib-every", "1", "--steps-per-epoch", "390"]
+        sources = {"mlp": MODEL, "resnet18": "torchvision:resnet18"}
+        for key in {s[0] for s in wanted.values()}:
+            _inspect(sources[key], *calibration, "-o", str(pages[key]))
+        for name, (key, width, height, dark) in wanted.items():
+            screenshot(pages[key], IMAGES / f"{name}.png", width, height, dark)
+        if only in (None, "inspect-graph"):
+            _inspect(MODEL, "--method", "dfa", "-o", str(IMAGES / "inspect-graph.png"))
+    for path in sorted(IMAGES.glob("inspect-*.png")):
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1024} KiB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
