@@ -123,7 +123,10 @@ def capture(
     batch = next(iter(sizes.values()), 1)
 
     failure: Exception | None = None
+    reduced: Captured | None = None
     for dynamic in [*attempts, []]:
+        if not dynamic and reduced is not None:
+            return reduced  # every output is reduced over the batch: the first guess stands
         try:
             exported = _export(flat, tensors, dynamic, batch_dim, model)
         except CaptureError:
@@ -135,6 +138,8 @@ def capture(
             continue
         captured = _read(exported, flat, model, dynamic, batch_dim, notes)
         if dynamic and not _keeps_batch(captured):
+            if captured.batch is not None and reduced is None:
+                reduced = captured
             continue
         if not dynamic and batch > 1:
             why = f" ({_first_line(failure)})" if failure is not None else ""
@@ -274,11 +279,16 @@ def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
         module.recompile()
 
 
-def _off_meta(gm: torch.fx.GraphModule) -> None:
-    """A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``."""
+def _tidy(gm: torch.fx.GraphModule) -> None:
+    """Drop assertions on dtypes and devices: each call is compared with the capture anyway.
+
+    A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``.
+    """
     meta, cpu = torch.device("meta"), torch.device("cpu")
-    for node in gm.graph.nodes:
-        if meta in node.args or meta in node.kwargs.values():
+    for node in list(gm.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+        elif meta in node.args or meta in node.kwargs.values():
             node.args = tuple(cpu if a == meta else a for a in node.args)
             node.kwargs = {k: cpu if a == meta else a for k, a in node.kwargs.items()}
 
@@ -292,7 +302,7 @@ def _read(
     notes: list[str],
 ) -> Captured:
     gm = exported.graph_module
-    _off_meta(gm)
+    _tidy(gm)
     signature = exported.graph_signature
     buffers = dict(model.named_buffers(remove_duplicate=False))
     # tied parameters go by the name that named_parameters() gives them

@@ -15,7 +15,7 @@ from grapefx.errors import CaptureError, GrapefxWarning, InputError, OptionError
 from grapefx.methods import Method, get_method, names, option_names
 from grapefx.options import OPTION_NAMES, Options
 from grapefx.plan import Plan, build_plan
-from grapefx.torch_compat import new_fake_mode, pytree
+from grapefx.torch_compat import FakeTensorMode, pytree
 
 if TYPE_CHECKING:
     from grapefx.analysis import DeviceModel
@@ -219,7 +219,7 @@ def _dry(args: Any, kwargs: Any) -> Iterator[Any]:
     if any(isinstance(t, torch.Tensor) and t.is_meta for t in leaves):
         mode: Any = contextlib.nullcontext()
     else:
-        mode = new_fake_mode()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # sizes stay numbers
         args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
     with mode, torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         yield args, kwargs

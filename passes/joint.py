@@ -187,7 +187,8 @@ def _finish(
     out = next(n for n in reversed(graph.nodes) if n.op == "output")
     flat, _ = pytree.tree_flatten(out.args[0])
     # make_fx drops None outputs into the spec; put them back in place
-    results = pytree.tree_unflatten(flat, gm._out_spec) if hasattr(gm, "_out_spec") else flat
+    spec = getattr(gm, "_out_spec", None)
+    results = flat if spec is None else pytree.tree_unflatten(flat, spec)
     out.args = (tuple(results),)
     graph.set_codegen(torch.fx.graph.CodeGen())
     for node in list(graph.nodes):

@@ -164,7 +164,7 @@ class _Sweep:
                 self._visit(node)
 
     def _fold_parameters(self) -> None:
-        """A function of parameters only (a cast, a weight norm) is a parameter; the rest is data."""
+        """A function of parameters only (a cast, a weight norm) is one; the rest is data."""
         for node in self.nodes:
             if node.op != "call_function":
                 continue
@@ -402,9 +402,26 @@ def place(
         cut_segments = blocks(cut_segments, sweep, taps)
     # the segment in front of the tap may have been closed at the tap itself: that is the head
     cut_segments = [s for s in cut_segments if s.closed not in taps]
+    if granularity == "block":
+        _absorb(cut_segments, sweep)
     cuts = _name_layers(cut_segments, sweep)
     covered = {p for c in cuts for p in c.layer.parameters}
     return Placement(cuts, tuple(taps), tuple(sorted(sweep.all_params() - covered)))
+
+
+def _absorb(segments: list[_Segment], sweep: _Sweep) -> None:
+    """Where segments were dropped, the next ones hold their parameters: all that reach the cut."""
+    closing = {s.closed: s for s in segments}
+    reach: dict[Node, set[str]] = {}
+    for node in sweep.nodes:
+        if node in sweep.param_of:
+            reach[node] = sweep.param_of[node]
+        elif node in sweep.live and node.target is not aten.detach.default:
+            found = set().union(*(reach.get(a, set()) for a in node.all_input_nodes))
+            if node in closing:
+                closing[node].params = found
+            else:
+                reach[node] = found
 
 
 def _taps(sweep: _Sweep) -> list[Node]:

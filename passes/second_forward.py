@@ -234,12 +234,13 @@ def _again(em: Emitter, output: Node, data: list[Node], x: Node, changed: Node) 
         with em.before(output, grapefx_phase="forward", grapefx_layer=layer):
             if node.target is aten.native_dropout.default:
                 below, p, train = node.args
+                assert isinstance(below, Node)
                 mask = em.get(node, 1)
                 scale = 1.0 / (1.0 - p) if train and p < 1 else 1.0  # type: ignore[operator]
                 twin[node] = em.trace(
                     lambda v, m, scale=scale: v * m * scale,
                     twin[below],
-                    mask,  # type: ignore[index]
+                    mask,
                 )
                 continue
             source = node.args[0] if node.args else None

@@ -1,10 +1,11 @@
-"""Small models for tests: one of each kind that the core must train, and a loss that uses it all."""
+"""Small models for tests: one of each kind that the core must train, and a loss for each."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,9 +32,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [8, *[width] * depth]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.act = act()
         self.out = nn.Linear(width, out)
 
@@ -208,7 +207,7 @@ ZOO: dict[str, Callable[[], Model]] = {
     "residual": lambda: (Residual(), (_x(5, 2, 6, 6),)),
     "branches": lambda: (Branches(), (_x(6, 8),)),
     "encoder": lambda: (Masked(0.2, depth=1), (_x(4, 5, 8), torch.ones(5, 5).tril() == 0)),
-    "encoder-prenorm": lambda: (Masked(0.0, True), (_x(4, 5, 8), torch.ones(5, 5).tril() == 0)),
+    "encoder-prenorm": lambda: (Masked(0.0, True, 1), (_x(4, 5, 8), torch.ones(5, 5).tril() == 0)),
     "lstm": lambda: (Recurrent(), (_x(4, 5, 6),)),
     "gru": lambda: (Recurrent(nn.GRU), (_x(4, 5, 6),)),
     "tied": lambda: (Tied(), (_tokens(4, 5),)),

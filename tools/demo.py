@@ -64,8 +64,8 @@ class Task:
 
 
 TASKS = {
-    "mlp": Task("MLP, 8 layers x 512", epochs=6, lr=3e-4, width=512),
-    "cnn": Task("CNN, 3 conv blocks", epochs=3, lr=1e-3, width=8),
+    "mlp": Task("MLP, 8 layers x 512", epochs=4, lr=3e-4, width=512),
+    "cnn": Task("CNN, 3 conv blocks", epochs=2, lr=1e-3, width=8),
 }
 QUICK_TASKS = {
     "mlp": Task("MLP, 8 layers x 64", epochs=1, lr=1e-3, width=64),

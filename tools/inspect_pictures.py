@@ -30,8 +30,11 @@ FLAGS = [
     "--hide-scrollbars",
 ]
 
+# what is kept of a picture: its rows
+ROWS = {"inspect-chain-and-fan": (744, 1396)}
 # name -> (page, width, height, dark)
 SHOTS = {
+    "inspect-chain-and-fan": ("mlp", 1280, 1400, False),
     "inspect-wide": ("mlp", 1280, 1560, False),
     "inspect-wide-dark": ("resnet18", 1280, 1100, True),
     "inspect-phone": ("mlp", 390, 1500, False),
@@ -72,14 +75,14 @@ def screenshot(page: Path, to: Path, width: int, height: int, dark: bool) -> Non
             timeout=120,
         )
     if width < 500:
-        _crop(to, width, height)
+        _crop(to, (0, 0, width, height))
 
 
-def _crop(picture: Path, width: int, height: int) -> None:
+def _crop(picture: Path, box: tuple[int, int, int, int]) -> None:
     from PIL import Image
 
     with Image.open(picture) as whole:
-        whole.crop((0, 0, width, height)).save(picture, optimize=True)
+        whole.crop(box).save(picture, optimize=True)
 
 
 def _inspect(*arguments: str) -> None:
@@ -101,7 +104,10 @@ def main() -> None:
         for key in {s[0] for s in wanted.values()}:
             _inspect(sources[key], *calibration, "-o", str(pages[key]))
         for name, (key, width, height, dark) in wanted.items():
-            screenshot(pages[key], IMAGES / f"{name}.png", width, height, dark)
+            picture = IMAGES / f"{name}.png"
+            screenshot(pages[key], picture, width, height, dark)
+            if name in ROWS:
+                _crop(picture, (0, ROWS[name][0], width, ROWS[name][1]))
         if only in (None, "inspect-graph"):
             _inspect(MODEL, "--method", "dfa", "-o", str(IMAGES / "inspect-graph.png"))
     for path in sorted(IMAGES.glob("inspect-*.png")):

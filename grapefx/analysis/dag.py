@@ -50,8 +50,9 @@ class Task:
     """One unit of work: a node, or a group of nodes.
 
     ``flops``, ``matmul_flops`` and ``bytes`` count each op alone; ``moved`` are the bytes and
-    ``seconds`` the roofline time on one worker after pointwise fusion. ``nodes`` are the graph's node names. ``weight_flops`` is
-    what an input-gradient op spends on parameter gradients, see ``OpCost``.
+    ``seconds`` the roofline time on one worker after pointwise fusion. ``nodes`` are the graph's
+    node names. ``weight_flops`` is what an input-gradient op spends on parameter gradients, see
+    ``OpCost``.
     """
 
     name: str

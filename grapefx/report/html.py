@@ -29,6 +29,7 @@ def render_html(report: Report) -> str:
             *(panels.chain_and_fan(report, m, m.method != method) for m in methods),
             panels.schedules(report, methods, method, workers),
             *(panels.critical_path(report, m, m.method != method) for m in methods),
+            *(panels.phases(m, m.method != method) for m in methods),
             *(panels.layer_table(report, m, m.method != method) for m in methods),
             *(panels.plan(m, m.method != method) for m in methods),
             _notes(report),

@@ -135,7 +135,8 @@ def _module(name: str, factory: str) -> Loaded:
 
 def _file(path: Path, name: str | None) -> Loaded:
     module = _imported(path)
-    return _chosen(module, name or _only(module, path), path.stem)
+    chosen = name or _only(module, path)
+    return _chosen(module, chosen, path.stem if chosen in USUAL else f"{path.stem}: {chosen}")
 
 
 def _imported(path: Path) -> types.ModuleType:
@@ -236,7 +237,7 @@ def _chosen(module: types.ModuleType, name: str, shown: str) -> Loaded:
     if not isinstance(value, nn.Module):
         raise ModelError(f"{name}() returns a {type(value).__name__}, not an nn.Module")
     example = _example(module, value)
-    return Loaded(value, f"{shown}: {name}" if name not in shown else shown, example)
+    return Loaded(value, shown, example)
 
 
 def _example(module: types.ModuleType, model: nn.Module) -> Any:

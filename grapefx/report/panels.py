@@ -337,6 +337,22 @@ def _meter(value: float, base: float, peak: float) -> str:
     )
 
 
+def phases(m: MethodReport, hidden: bool) -> str:
+    """One row a phase: FLOPs, and bytes with and without fusion."""
+    rows = [
+        f'<tr><td><b class="dot {css_class(p.phase)}"></b>{escape(label(p.phase))}</td>'
+        f"<td>{p.nodes}</td><td>{units.flops(p.flops)}</td><td>{units.size(p.bytes)}</td>"
+        f"<td>{units.size(p.moved)}</td><td>{units.seconds(p.seconds)}</td></tr>"
+        for p in m.shown.phases
+    ]
+    heads = ["Phase", "Nodes", "FLOPs", "Bytes op by op", "Bytes fused", "Time on one worker"]
+    return (
+        f"<section {_if(m, hidden)}><h2>Phases</h2><p class='lead'>Fused: pointwise ops are "
+        "computed inside their consumers of the same layer and phase; times assume this.</p>"
+        f"{_table(heads, rows)}</section>"
+    )
+
+
 def plan(m: MethodReport, hidden: bool) -> str:
     """Feedback points and their maps, what runs when, the proof of independence."""
     return plan_section(m, _if(m, hidden))

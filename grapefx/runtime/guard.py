@@ -78,7 +78,7 @@ class Fingerprint:
         return self.structure, modes, layouts, scalars
 
     def restless(self, reading: tuple[Any, ...]) -> str:
-        """The attribute that has caused a capture for the eighth time, or ''. Asked at a capture."""
+        """At a capture: the attribute that has caused one for the eighth time, or ''."""
         last, self._last = self._last, reading
         if last is None or last[:3] != reading[:3] or len(last[3]) != len(reading[3]):
             return ""

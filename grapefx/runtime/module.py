@@ -282,8 +282,8 @@ class FeedbackModule(nn.Module):
         restless = self._fingerprint.restless(reading)
         if restless:
             warnings.warn(
-                f"the attribute {restless!r} of the model keeps changing, and each new value needs a "
-                "new capture: make it a buffer (a tensor), or pass it as a tensor argument",
+                f"the attribute {restless!r} of the model keeps changing, and each new value needs "
+                "a new capture: make it a buffer (a tensor), or pass it as a tensor argument",
                 GrapefxWarning,
                 stacklevel=5,
             )
@@ -417,7 +417,7 @@ class FeedbackModule(nn.Module):
         return out
 
     def feedback_state_dict(self) -> dict[str, Any]:
-        """The learning state: feedback maps, their optimizer, counters. Goes beside ``state_dict``."""
+        """The learning state: feedback maps, their optimizer, counters; beside ``state_dict``."""
         saved = self._saved()
         return {
             "version": VERSION,
@@ -431,8 +431,8 @@ class FeedbackModule(nn.Module):
         }
 
     def load_feedback_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the learning state over. Raises ``StateError`` and changes nothing if it does not fit."""
-        if not isinstance(state, dict) or not _SAVED <= set(state):
+        """Take the learning state over; ``StateError``, and nothing changed, if it does not fit."""
+        if not isinstance(state, dict) or _SAVED - set(state):
             raise StateError(
                 "this is not a feedback state dict (made by net.feedback_state_dict())"
             )
@@ -459,8 +459,8 @@ class FeedbackModule(nn.Module):
     def explain(self, **choices: Any) -> Report:
         """What was decided for this model and what it costs, as ``grapefx.inspect`` says it.
 
-        Printed: layers, feedback maps, what runs when, the proof that updates are independent, work,
-        span and critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``.
+        Printed: layers, feedback maps, what runs when, the proof that updates are independent,
+        work, span, critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``.
 
         Raises:
             InputError: there is no plan yet, because no training batch has come.

@@ -176,9 +176,10 @@ def make_case(
     torch.manual_seed(seed)
     model = model.double().train(train)
     args = tuple(a.double() if a.is_floating_point() else a for a in args)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad():  # no weight of 1, no bias or mean of 0: they would hide errors
+        for v in (*model.parameters(), *model.buffers()):
+            if v.is_floating_point():
+                v.add_(torch.rand_like(v) * 0.3)
     cap = capture(model, args, {}, batch_dim=batch_dim)
     names = dict(model.named_parameters(remove_duplicate=False))
     placed = place(cap, trainable=set(names), batch_size=args[0].shape[batch_dim])
@@ -272,12 +273,15 @@ def differentiate(step: StepGraph, which: Sequence[int], batch_stats: str = "ful
     propagate(em, nodes, {}, derived)
     for node, t in em.tangents.items():
         if isinstance(t, Node):
-            assert t.meta["val"].shape == node.meta["val"].shape, node
-            assert t.meta["val"].dtype == node.meta["val"].dtype, node
+            made, primal = t.meta["val"], node.meta["val"]
+            assert made.dtype == primal.dtype, node
+            assert made.ndim == primal.ndim, node
+            for a, b in zip(made.shape, primal.shape, strict=True):
+                assert a == b if isinstance(a, int) and isinstance(b, int) else True, node
     out = graph.output_node()
-    primal = list(out.args[0])  # type: ignore[arg-type]
-    tangents = [em.tangents.get(o) if isinstance(o, Node) else None for o in primal]
-    out.args = ((*primal, *tangents),)
+    outputs = list(out.args[0])  # type: ignore[arg-type]
+    tangents = [em.tangents.get(o) if isinstance(o, Node) else None for o in outputs]
+    out.args = ((*outputs, *tangents),)
     graph.lint()
     step.gm.recompile()
     return list(derived)

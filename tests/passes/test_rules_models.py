@@ -149,6 +149,19 @@ class _UNet(nn.Module):
         return self.o(self.up(F.layer_norm(c, c.shape[1:])))
 
 
+class _Folded(nn.Module):
+    """Works on all positions of all samples as on so many samples, in either order of the two."""
+
+    def __init__(self, back: tuple[int, int]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3)
+        self.back = back
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.b(F.silu(self.a(x.flatten(0, 1)))))
+        return torch.sigmoid(self.c(h)).view(*self.back, 3)
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 5), nn.Mish(),
@@ -179,10 +192,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gru": lambda: make_case(_Recurrent(nn.GRU), torch.randn(6, 4, 4)),
     "gate": lambda: make_case(_Gate(), torch.randn(6, 2, 7, 7)),
     "grouped": lambda: make_case(_Grouped(), torch.randn(6, 5, 8)),
+    "folded": lambda: make_case(_Folded((-1, 4)), torch.randn(6, 4, 6)),
+    "folded-batch-second": lambda: make_case(_Folded((4, -1)), torch.randn(4, 6, 6), batch_dim=1),
     "unet": lambda: make_case(_UNet(), torch.randn(6, 1, 6, 6)),
 }
 BATCH_STATISTICS = {"conv", "residual"}
-TAP_DIM = {"encoder-sequence-first": 1}
+TAP_DIM = {"encoder-sequence-first": 1, "folded-batch-second": 1}
 _CACHE: dict[str, Case] = {}
 
 

@@ -78,7 +78,7 @@ def _leaky(plan: Plan, index: int) -> object:
 def test_a_leak_is_found(name: str) -> None:
     plan = plan_of(name, "dfa")
     for index in (0, len(plan.layers) - 2):
-        with pytest.raises(VerifyError, match="depends on the cotangent of layer|waits for layer"):
+        with pytest.raises(VerifyError, match=r"depends on the cotangent of layer|waits for layer"):
             independence(_leaky(plan, index), plan.layers)  # type: ignore[arg-type]
 
 

@@ -84,7 +84,7 @@ def test_data_dependent_branch_names_the_line_and_the_way_out() -> None:
 
 def test_a_forward_that_raises_keeps_its_own_message() -> None:
     net = compiled(MLP())
-    with pytest.raises((CaptureError, RuntimeError), match="4x9 and 8x12|shapes"):
+    with pytest.raises(CaptureError, match=r"reduction dim(.|\n)*layer\(x\)"):
         net(torch.randn(4, 9))
     train_step(net, (torch.randn(4, 8),))  # and does no harm
 
@@ -143,7 +143,7 @@ def test_an_output_that_does_not_require_grad() -> None:
             return super().forward(x).detach()
 
     net = compiled(Detached(), "dfa")
-    with pytest.raises(GrapefxError, match="requires? grad|detached|trainable"):
+    with pytest.raises(GrapefxError, match="requires grad"):
         net(torch.randn(4, 8))
     assert net.feedback == {}
 
@@ -252,5 +252,5 @@ def test_no_batch_dimension_left() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(torch.tanh(self.a(x)).sum(0))
 
-    with pytest.raises(PlacementError, match="batch"):
+    with pytest.raises(PlacementError, match=r"no feedback point(.|\n)*keeps the batch"):
         compiled(Mixes(), "dfa")(torch.randn(4, 8))

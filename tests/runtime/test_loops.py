@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -125,12 +124,12 @@ def test_an_overflowing_scale_skips_the_optimizer_and_the_maps() -> None:
     assert net.skipped_updates == 1
 
 
-@pytest.mark.parametrize("method", ["bp", "dfa", "grape"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder-prenorm"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mlp", "bp"), ("mlp", "grape"), ("cnn", "grape"), ("encoder-prenorm", "dfa")],
+)
 def test_autocast_bf16(name: str, method: str) -> None:
     """Trap: autocast is baked into a capture, and must not act on the graph a second time."""
-    if name != "mlp" and method == "dfa":
-        pytest.skip("covered by the others")
     model, args = make(name, torch.float32)
     if name == "cnn":
         model[9].p = 0.0  # type: ignore[index,assignment]
@@ -147,6 +146,8 @@ def test_autocast_bf16(name: str, method: str) -> None:
     assert_same_gradients(net, twin, 0.1)
     for p in net.parameters():
         assert p.grad is not None and p.grad.dtype == torch.float32
+    if name != "mlp":
+        return
     # without autocast another graph is used; with it again, the first
     train_step(net, args)
     with torch.no_grad():
@@ -212,8 +213,6 @@ def test_learns() -> None:
 
 def test_global_random_stream_is_untouched_without_dropout() -> None:
     net, _, x = both("grape")
-    with contextlib.suppress(Exception):
-        torch.manual_seed(3)
     for _ in range(3):
         before = torch.random.get_rng_state()
         loss_of(net(x)).backward()

@@ -121,7 +121,7 @@ def assert_equal(a: FeedbackModule, b: FeedbackModule) -> None:
     ],
 )
 def test_resume_is_bit_exact(name: str, method: str, options: dict[str, Any]) -> None:
-    """Stop in the middle of epoch 1, save, reload in a fresh process-like copy, go on to epoch 4."""
+    """Stop in the middle of epoch 1, save, reload into a fresh model, go on to epoch 4."""
     model, args = make(name)
     fresh = eager_twin(model)
     net = compiled(model, method, **options)
