@@ -170,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         warnings.simplefilter("ignore", grapefx.GrapefxWarning)
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.out.exists() and not args.out.read_bytes().endswith(b"\n"):
+            with args.out.open("a") as log:  # a kill tore the last line: the next starts afresh
+                log.write("\n")
         done = {key(c["variant"], c["options"], c["seed"], c["setting"]) for c in read(args.out)}
         todo = [
             (label, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class DFA(Method):
     name: ClassVar[str] = "dfa"
     reads: ClassVar[frozenset[str]] = frozenset({"error"})
     refits: ClassVar[bool] = True
+    paper: ClassVar[dict[str, Any]] = {"calib_every": None}
 
     def __post_init__(self) -> None:
         if self.init_b not in ("he", "unit"):

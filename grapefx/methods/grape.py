@@ -51,8 +51,13 @@ class GrAPE(Method):
     learns_from: ClassVar[frozenset[str]] = frozenset({"tangent"})
     refits: ClassVar[bool] = True
     paper: ClassVar[dict[str, Any]] = {
-        "norm": "unit", "noise": "gaussian", "calib_init": False, "calib_refit": "weights",
-    }  # fmt: skip
+        "step": "mean",
+        "norm": "unit",
+        "noise": "gaussian",
+        "calib_init": False,
+        "calib_refit": "weights",
+        "calib_update": "sgd",
+    }
 
     def __post_init__(self) -> None:
         positive("eta", self.eta)

@@ -44,6 +44,7 @@ def test_forward_gradients_are_unbiased(method: str, options: dict[str, Any]) ->
     twin = eager_twin(model)
     F.cross_entropy(twin(x), y).backward()
     found = draws(model, method, x, y, **options)
+    scores = []
     for name, p in twin.named_parameters():
         assert p.grad is not None
         g = found[name]
@@ -52,7 +53,8 @@ def test_forward_gradients_are_unbiased(method: str, options: dict[str, Any]) ->
             continue
         z = (g.mean(0) - p.grad) / (g.std(0) / math.sqrt(STEPS))
         assert z.abs().max() < 4.5, name
-        assert 0.3 < z.pow(2).mean() < 2.0, name
+        scores.append(z.flatten())
+    assert 0.5 < torch.cat(scores).pow(2).mean() < 1.6
 
 
 def test_weight_perturbation_is_unbiased_through_batch_norm() -> None:
@@ -62,11 +64,10 @@ def test_weight_perturbation_is_unbiased_through_batch_norm() -> None:
     x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
     twin = eager_twin(model)
     F.cross_entropy(twin(x), y).backward()
-    for name, p in twin.named_parameters():
-        g = draws(model, "fg-w", x, y)[name] if name == "0.weight" else None
-        if g is not None and p.grad is not None:
-            z = (g.mean(0) - p.grad) / (g.std(0) / math.sqrt(STEPS))
-            assert z.abs().max() < 4.5
+    true = twin[0].weight.grad  # type: ignore[union-attr,index]
+    g = draws(model, "fg-w", x, y)["0.weight"]
+    z = (g.mean(0) - true) / (g.std(0) / math.sqrt(STEPS))
+    assert z.abs().max() < 4.5
 
 
 def test_more_directions_have_less_variance() -> None:
