@@ -18,7 +18,7 @@ def compile(
     *,
     method: str | Method = "grape",
     preset: str = "recommended",
-    calib_every: int | None | EllipsisType = ...,
+    calib_every: int | EllipsisType | None = ...,
     **options: Any,
 ) -> FeedbackModule:
     """Wrap ``model`` so that ``loss.backward()`` fills gradients without a backward chain.

@@ -93,9 +93,7 @@ class Plan:
         dtype = torch.promote_types(like.dtype, torch.float32)
         generator = torch.Generator(like.device)
         with new_fake_mode():
-            return tuple(
-                self.method.init(s.shape, generator, dtype) for s in self.state_specs()
-            )
+            return tuple(self.method.init(s.shape, generator, dtype) for s in self.state_specs())
 
     def for_method(self, method: str | Method, options: Options) -> Plan:
         """The same capture, with its feedback points, for another method; no budget is checked.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from grapefx.passes.trace_key import trace_key
+from grapefx.passes.trace_key import call_key, trace_key
 from grapefx.torch_compat import FakeTensorMode, fake_mode_of, make_fx, python_dispatcher, pytree
 
 aten = torch.ops.aten
@@ -32,6 +32,7 @@ class Emitter:
         self.mode = graph_mode(graph)
         self.meta = meta
         self._traced: dict[Any, tuple[Graph, Any]] = {}
+        self._called: dict[Any, Any] = {}
 
     @contextlib.contextmanager
     def before(self, node: Node, **meta: Any) -> Iterator[None]:
@@ -53,8 +54,14 @@ class Emitter:
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
         """One call; arguments are nodes or plain values."""
-        with self.mode, python_dispatcher(), torch.no_grad():
-            val = op(*values(args), **values(kwargs))  # first: a call that fails leaves no node
+        key = call_key(op, args, kwargs)
+        if key is None or key not in self._called:
+            with self.mode, python_dispatcher(), torch.no_grad():
+                val = op(*values(args), **values(kwargs))  # first: a call that fails leaves no node
+            if key is not None:
+                self._called[key] = val
+        else:
+            val = self._called[key]
         node = self.graph.call_function(op, args, kwargs)
         node.meta.update(self.meta)
         node.meta["val"] = val

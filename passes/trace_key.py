@@ -1,4 +1,4 @@
-"""When two traces of a Python function give the same nodes: the key of ``Emitter``'s cache.
+"""When two traces of a Python function give the same nodes: the keys of ``Emitter``'s caches.
 
 Layers of one shape get the same alignment, projection and refit nodes; tracing a function costs
 about 20 ms, splicing a graph that is known already less than one.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.torch_compat import batch_symbol
+from grapefx.torch_compat import batch_symbol, pytree
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -45,6 +45,18 @@ def trace_key(fn: Callable[..., Any], spec: Any, flat: Sequence[Any], nodes: Seq
         call = tuple(("node", slots[a]) if isinstance(a, Node) else _constant(a) for a in flat)
         return (_function(fn), repr(spec), call, tuple(_value(n.meta["val"]) for n in nodes))
     except (_UnknownError, ValueError):  # ValueError: a closure's cell is still empty
+        return None
+
+
+def call_key(op: Any, args: Any, kwargs: Any) -> Any:
+    """A key that is equal for calls of one operator whose results have equal metadata, or None."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    try:
+        call = tuple(
+            ("node", _value(a.meta["val"])) if isinstance(a, Node) else _constant(a) for a in flat
+        )
+        return (_Same(op), spec, call)
+    except _UnknownError:
         return None
 
 

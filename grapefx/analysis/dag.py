@@ -228,9 +228,7 @@ def build_dag(
     return Dag(tuple(tasks), tuple(preds))
 
 
-def _times(
-    nodes: Sequence[Node], costs: GraphCost, device: DeviceModel
-) -> list[tuple[float, int]]:
+def _times(nodes: Sequence[Node], costs: GraphCost, device: DeviceModel) -> list[tuple[float, int]]:
     return fused(nodes, costs.nodes, costs.sizes, device, _group_key)
 
 

@@ -167,9 +167,7 @@ def _schedule(dag: Dag, s: Schedule, critical: set[int]) -> ScheduleRow:
     if len(bars) > MAX_BARS:
         longest = sorted(bars, key=lambda b: b.start - b.end)[:MAX_BARS]
         bars = sorted(longest, key=lambda b: b.start)
-    return ScheduleRow(
-        s.workers, s.used, s.makespan, s.lower_bound, s.brent_bound, tuple(bars)
-    )
+    return ScheduleRow(s.workers, s.used, s.makespan, s.lower_bound, s.brent_bound, tuple(bars))
 
 
 def _bars(dag: Dag, s: Schedule, critical: set[int], gap: float) -> list[Bar]:

@@ -21,7 +21,7 @@ def test_the_new_method_of_the_docs_works() -> None:
     assert len(cls.strip().splitlines()) <= 40
     space: dict[str, Any] = {"__name__": "extending"}
     torch.manual_seed(0)
-    exec(compile(code, "extending.md", "exec"), space)
+    exec(compile(code, "extending.md", "exec", dont_inherit=True), space)
     net, x = space["net"], space["x"]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     before = net.feedback

@@ -23,7 +23,7 @@ CLASSES = SIZES[-1]
 
 @dataclass
 class Seen:
-    """One training step as the oracle sees it: values, error, noise, targets, the module's state."""
+    """One training step as the oracle sees it, with the state of each layer before it."""
 
     net: FeedbackModule
     h: list[Tensor]  # x, hidden values, output

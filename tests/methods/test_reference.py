@@ -66,6 +66,7 @@ def reference_of(net: FeedbackModule, method: str, options: dict[str, Any]) -> R
 def follow(method: str, options: dict[str, Any], backend: str, steps: int = 7) -> None:
     """Train by Adam, two epochs, and compare gradients and maps after every step."""
     torch.manual_seed(0)
+    options = {"noise": "gaussian", **options}
     net = grapefx.compile(stack(), method=method, backend=backend, steps_per_epoch=4, **options)
     opt = torch.optim.Adam(net.parameters(), lr=0.01)
     net(torch.randn(ROWS, SIZES[0], dtype=torch.float64))  # a forward alone changes nothing

@@ -61,9 +61,9 @@ def test_a_registered_method_is_found_by_name(registered: None) -> None:
 
 
 def test_a_broken_entry_point_says_which(registered: None) -> None:
-    with pytest.raises(MethodError, match="absent.*no_such_package:Method.*cannot be loaded"):
+    with pytest.raises(MethodError, match=r"absent.*no_such_package:Method.*cannot be loaded"):
         grapefx.compile(MLP(), method="absent")
-    with pytest.raises(MethodError, match="nothing.*not a subclass"):
+    with pytest.raises(MethodError, match=r"nothing.*not a subclass"):
         grapefx.compile(MLP(), method="nothing")
 
 
@@ -78,7 +78,7 @@ def test_a_declaration_without_sense_is_refused() -> None:
     class Wrong(Signs):
         reads = frozenset({"errors"})
 
-    with pytest.raises(MethodError, match="reads 'errors'.*Did you mean 'error'"):
+    with pytest.raises(MethodError, match=r"reads 'errors'.*Did you mean 'error'"):
         grapefx.compile(MLP(), method=Wrong())
 
     class Nameless(Signs):

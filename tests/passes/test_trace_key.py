@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -12,15 +14,24 @@ from grapefx.plan import build_plan
 
 def model():
     widths = [12, 16, 16, 16, 8, 16, 3]
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(m for a, b in pairs for m in (nn.Linear(a, b), nn.Tanh())))
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers)
+
+
+def described(node, place):
+    """What a node computes and from which nodes; its name does not matter."""
+    arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda a: place[a])
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return str(node.target), str(arguments), str(tuple(shape))
 
 
 def listing(plan):
-    return {
-        kind: [(n.name, str(n.target), str(n.args), str(n.meta.get("val"))) for n in gm.graph.nodes]
-        for kind, gm in plan.graphs.items()
-    }
+    """Every node of every graph."""
+    out = {}
+    for kind, gm in plan.graphs.items():
+        place = {n: i for i, n in enumerate(gm.graph.nodes)}
+        out[kind] = [described(n, place) for n in gm.graph.nodes if n.op == "call_function"]
+    return out
 
 
 @pytest.mark.parametrize("method", ["dfa", "fdfa", "grape"])

@@ -6,40 +6,37 @@ import pytest
 import torch
 from torch import nn
 
-from tests.zoo import MLP, assert_same_gradients, compiled, eager_twin, make, train_step
+from tests.zoo import MLP, assert_same_gradients, compiled, eager_twin, train_step
 
 pytestmark = pytest.mark.slow
 
 
 def test_inductor_equals_the_uncompiled_graphs() -> None:
-    """Calibration, aligned and later steps; a batch of another size; inference."""
+    """A calibration step, an aligned one, inference, an expanded cotangent."""
     x = torch.randn(6, 8)
     torch.manual_seed(0)
-    model = MLP(depth=2)
+    model = MLP(depth=1)
     eager, twin = compiled(eager_twin(model), "grape"), eager_twin(model)
     net = compiled(model, "grape", backend="inductor")
-    for step, n in enumerate((6, 6, 4)):
-        part = x[:n]
-        train_step(net, (part,))
-        train_step(eager, (part,))
+    for step in range(2):
+        train_step(net, (x,))
+        train_step(eager, (x,))
         if step == 0:
-            train_step(twin, (part,))
+            train_step(twin, (x,))
             assert_same_gradients(net, twin, 1e-4)
         assert_same_gradients(net, eager, 1e-3)
         for k, v in net.feedback.items():
             torch.testing.assert_close(v, eager.feedback[k], rtol=1e-3, atol=1e-5)
     with torch.no_grad():
-        for n in (6, 3, 1):
-            torch.testing.assert_close(net(x[:n]), model(x[:n]))
-    y = net(x)
-    y.sum().backward()  # an expanded cotangent
+        torch.testing.assert_close(net(x), model(x))
+    net(x).sum().backward()
 
 
 def test_inductor_batch_sizes_and_buffers() -> None:
     """Any batch size through at most two compiled variants; batch norm written once a step."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
     )
     twin = eager_twin(model)
     net = compiled(model, "bp", backend="inductor")
@@ -55,13 +52,13 @@ def test_inductor_batch_sizes_and_buffers() -> None:
 
 
 def test_inductor_autocast_and_channels_last() -> None:
-    model, (x,) = make("cnn", torch.float32)
-    model[9].p = 0.0  # type: ignore[index,assignment]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     twin = eager_twin(model)
     net = compiled(model, "dfa", backend="inductor")
-    x = x.to(memory_format=torch.channels_last)
+    x = torch.randn(5, 3, 6, 6).to(memory_format=torch.channels_last)
     for m in (net, twin):
         with torch.autocast("cpu", torch.bfloat16):
             loss = m(x).float().pow(2).mean()
         loss.backward()
-    assert_same_gradients(net, twin, 0.15)
+    assert_same_gradients(net, twin, 0.1)
