@@ -1,12 +1,13 @@
 # make demo   trains the demo networks and prints a table (a few minutes on 2 cores)
 # make test   lint, types, tests
+# make test-all   the same with the long tests (every operator of torch's database, trainings)
 # Both create .venv when it is missing. Another Python: make PYTHON=python3.13 demo
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types pytest clean
+.PHONY: demo test test-all lint types pytest clean
 .DEFAULT_GOAL := test
 
 # The stamp is touched last: an interrupted install is done again.
@@ -30,6 +31,9 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 pytest: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" --durations=10 $(ARGS)
+
+test-all: lint types
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
 clean:
