@@ -31,26 +31,31 @@ from load_data import DataError, ImageData, load_images  # noqa: E402
 from train_classifier import accuracy, mlp  # noqa: E402
 
 NEVER: dict[str, Any] = {"calib_every": None}
-EIGHTH: dict[str, Any] = {"tangent_fraction": 1 / 8}
+NORMAL: dict[str, Any] = {"noise": "gaussian"}  # as in the papers; random signs are the default
+EIGHTH: dict[str, Any] = NORMAL | {"tangent_fraction": 1 / 8}
 
 # label -> (method, options); the table follows this order
 MAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "bp": ("bp", NEVER),
     "dfa": ("dfa", NEVER),
-    "grape": ("grape", NEVER | {"norm": "unit"}),
-    "fdfa": ("fdfa", NEVER),
+    "grape": ("grape", NEVER | NORMAL | {"norm": "unit"}),
+    "fdfa": ("fdfa", NEVER | NORMAL),
     "dfa, calibrated": ("dfa", {}),
-    "grape, calibrated": ("grape", {}),
-    "grape, calibrated, unit columns": ("grape", {"norm": "unit"}),
-    "fdfa, calibrated": ("fdfa", {}),
+    "grape, calibrated": ("grape", NORMAL),
+    "grape, calibrated, unit columns": ("grape", NORMAL | {"norm": "unit"}),
+    "fdfa, calibrated": ("fdfa", NORMAL),
     "grape, tangents on 1/8": ("grape", NEVER | EIGHTH),
     "fdfa, tangents on 1/8": ("fdfa", NEVER | EIGHTH | {"alpha": 0.003}),
     "grape, calibrated, tangents on 1/8": ("grape", EIGHTH | {"eta": 0.003}),
     "fdfa, calibrated, tangents on 1/8": ("fdfa", EIGHTH | {"alpha": 0.003}),
+    "grape, random signs": ("grape", NEVER),
+    "fdfa, random signs": ("fdfa", NEVER),
+    "grape, calibrated, random signs (the default)": ("grape", {}),
+    "fdfa, calibrated, random signs": ("fdfa", {}),
 }
 RIDGE: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{method}, calibrated, ridge {ridge:g}": (method, {"ridge": ridge})
-    for method in ("dfa", "grape")
+    f"{method}, calibrated, ridge {ridge:g}": (method, options | {"ridge": ridge})
+    for method, options in (("dfa", {}), ("grape", NORMAL))
     for ridge in (1e-3, 1e-2, 1e-1)
 }
 GRIDS = {"main": MAIN, "ridge": RIDGE}
