@@ -159,8 +159,11 @@ def inductor_decompose(
 
 
 def concrete(vals: Sequence[Any], sizes: dict[Any, int]) -> list[Any]:
-    """Fake values with their symbols replaced by numbers, under a fake mode of their own."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    """Fake values with their symbols replaced by numbers, under a fake mode of their own.
+
+    The mode has a (here unused) shape environment: without one Inductor skips its cache on disk.
+    """
+    mode = new_fake_mode()
 
     def number(size: Any) -> int:
         expr = batch_symbol(size)
