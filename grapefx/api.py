@@ -18,7 +18,7 @@ def compile(
     *,
     method: str | Method = "grape",
     preset: str = "recommended",
-    calib_every: int | EllipsisType | None = ...,
+    calib_every: int | str | EllipsisType | None = ...,
     **options: Any,
 ) -> FeedbackModule:
     """Wrap ``model`` so that ``loss.backward()`` fills gradients without a backward chain.
@@ -34,7 +34,10 @@ def compile(
             ...) are given here too; see ``grapefx.methods``.
         preset: "recommended" (the defaults: what measured best) or "paper" (the method's literal
             form). Options that are given win over the preset's.
-        calib_every: T, calibrate once every T epochs (001 section 3.4; default 1); None for never.
+        calib_every: T, calibrate once every T epochs (001 section 3.4; default 1); None for never;
+            "auto": when the gradients' alignment asks for it. A calibration that finds their mean
+            cosine with the true ones under ``calib_threshold`` halves the gap to the next, another
+            doubles it; at most a part ``calib_budget`` of the steps calibrates.
         calib_unit: "epoch", or "step" to count training steps.
         calib_init: calibrate at step 0 as well (default: whenever calib_every is not None).
         calib_refit: what a calibration batch does: "weights" (exact gradients only, 001),
@@ -45,6 +48,7 @@ def compile(
         ridge: ridge of the refit, relative to the mean eigenvalue of e^T e.
         tangent_fraction: the part of each batch that carries tangents (1: all, 001 algorithm 1).
         align_every: learn from tangents every k-th step.
+        align_warmup: in the first steps only the feedback maps learn: weight gradients are zeros.
         streams: whose noise shares one tangent pass: "shared" (all layers, 002 and 003 algorithm 1;
             default), "per_layer" (001 algorithm 1 read literally: one pass each), or a number of
             groups of consecutive layers.

@@ -36,3 +36,8 @@ def check_together(method: Method, options: Options) -> None:
             f"tangent_fraction={options.tangent_fraction!r}: method {method.name!r} needs the "
             "tangent of every sample for its gradient\n  remedy: tangent_fraction=1"
         )
+    if options.align_warmup and not method.aligns():
+        raise OptionError(
+            f"align_warmup={options.align_warmup!r}: method {method.name!r} learns no feedback "
+            "from tangents, so there is nothing to align first\n  remedy: leave align_warmup out"
+        )

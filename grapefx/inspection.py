@@ -156,7 +156,9 @@ def explain(
         device=device,
         workers=workers,
         batch=batch,
-        calib_every=o.calib_every if o.calib_unit == "epoch" else None,
+        calib_every=(
+            o.calib_every if isinstance(o.calib_every, int) and o.calib_unit == "epoch" else None
+        ),
         steps_per_epoch=o.steps_per_epoch,
         name=name,
     )

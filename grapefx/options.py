@@ -24,15 +24,18 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class Options:
     """Options that are not a method's own; see ``grapefx.compile`` for each."""
 
-    calib_every: int | None = 1
+    calib_every: int | str | None = 1
     calib_unit: str = "epoch"
     calib_init: bool | None = None
     calib_refit: str = "both"
     calib_update: str = "grad"
+    calib_threshold: float = 0.6
+    calib_budget: float = 0.02
     steps_per_epoch: int | None = None
     ridge: float = 1e-2
     tangent_fraction: float = 1.0
     align_every: int = 1
+    align_warmup: int = 0
     streams: str | int = "shared"
     directions: int = 1
     noise: str = "rademacher"
@@ -51,9 +54,12 @@ class Options:
                 raise OptionError(f"{name}={value!r}.{nearest(str(value), valid)}")
         for name in ("calib_every", "steps_per_epoch", "feedback_budget"):
             value = getattr(self, name)
+            if name == "calib_every" and value == "auto":
+                continue
             if value is not None and (not _whole(value) or value < 1):
-                raise OptionError(f"{name}={value!r} must be a positive integer or None")
-        least_of = {"align_every": 1, "directions": 1, "batch_dim": 0, "seed": 0}
+                or_auto = ", 'auto'" if name == "calib_every" else ""
+                raise OptionError(f"{name}={value!r} must be a positive integer{or_auto} or None")
+        least_of = {"align_every": 1, "align_warmup": 0, "directions": 1, "batch_dim": 0, "seed": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             if not _whole(value) or value < least:
@@ -68,6 +74,10 @@ class Options:
             raise OptionError(f"dynamic={self.dynamic!r} must be None, True or False")
         if not 0 < self.tangent_fraction <= 1:
             raise OptionError(f"tangent_fraction={self.tangent_fraction!r} must be in (0, 1]")
+        if not -1 <= self.calib_threshold <= 1:
+            raise OptionError(f"calib_threshold={self.calib_threshold!r} is a cosine: in [-1, 1]")
+        if not 0 < self.calib_budget <= 1:
+            raise OptionError(f"calib_budget={self.calib_budget!r} must be in (0, 1]")
         if not self.ridge > 0:
             raise OptionError(f"ridge={self.ridge!r} must be positive")
 

@@ -120,7 +120,9 @@ def _calibrations(o: Options) -> str:
     start = o.calib_init if o.calib_init is not None else o.calib_every is not None
     if start:
         times.append("at step 0")
-    if o.calib_every is not None:
+    if o.calib_every == "auto":
+        times.append(f"when alignment asks for it, in {o.calib_budget:.0%} of the steps at most")
+    elif o.calib_every is not None:
         unit = o.calib_unit if o.calib_every == 1 else f"{o.calib_every} {o.calib_unit}s"
         times.append(f"once every {unit}")
     if not times:

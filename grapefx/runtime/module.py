@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ class FeedbackModule(nn.Module):
                 if options.calib_init is not None
                 else options.calib_every is not None,
                 options.steps_per_epoch,
+                options.calib_threshold,
+                options.calib_budget,
             ),
             _momentum={},
             _metrics={},
@@ -185,8 +188,9 @@ class FeedbackModule(nn.Module):
             return "calibration"
         if self._schedule.due():
             return "calibration"
+        step, options = self._schedule.step, self._options
         if "align" in kinds and (
-            "update" not in kinds or self._schedule.step % self._options.align_every == 0
+            "update" not in kinds or step < options.align_warmup or step % options.align_every == 0
         ):
             return "align"
         return "update"
@@ -324,7 +328,10 @@ class FeedbackModule(nn.Module):
     # after a step
 
     def _after_step(self, calibrated: bool) -> None:
-        self._schedule.done(calibrated)
+        cosine = math.nan
+        if calibrated and self._options.calib_every == "auto" and "cos_gradient" in self._metrics:
+            cosine = float(self._metrics["cos_gradient"][0].nanmean())
+        self._schedule.done(calibrated, cosine)
         finite = self._metrics.pop("finite", None)
         if finite is not None:
             # reading a flag on an accelerator would wait for it: it is read with the metrics

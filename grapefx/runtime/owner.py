@@ -67,6 +67,12 @@ class Owner:
         found = [gradients.get(slot) for slot in step.gradients]
         if learned:
             module._feedback.tensors = {**module._feedback.tensors, **learned}
+        if not self.calibration and module._schedule.step < module._options.align_warmup:
+            # zeros, not None: DistributedDataParallel and GradScaler wait for a gradient
+            found = [
+                torch.zeros_like(g) if role == "gradient" and g is not None else g
+                for (role, _), g in zip(step.gradients, found, strict=True)
+            ]
         module._after_step(self.calibration)
         if self.calibration and module._options.calib_update == "sgd":
             found = module._own_sgd(step, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,15 +17,22 @@ class CalibrationSchedule:
     A step counts when its backward has finished, so a forward alone changes nothing. In units of
     epochs the first step of every ``every``-th epoch calibrates; a shuffled loader makes it a
     uniform draw (001 section 3.4). ``at_start`` adds step 0.
+
+    ``every="auto"``: a calibration that finds the mean cosine of the gradients under ``threshold``
+    halves the gap to the next one, any other doubles it; no gap is under 1 / ``budget`` steps.
     """
 
-    every: int | None
+    every: int | str | None
     unit: str
     at_start: bool
     steps_per_epoch: int | None
+    threshold: float = 0.0
+    budget: float = 1.0
     step: int = 0
     epoch: int | None = None
     calibrated_at: int = -1  # the last epoch (or step) that was calibrated
+    calibrations: int = 0
+    gap: int = 0  # "auto": steps between the last calibration and the next
     forced: int = 0
     told: bool = False
 
@@ -34,7 +42,7 @@ class CalibrationSchedule:
 
     def now(self) -> int:
         """The current epoch, or the step when the unit is steps."""
-        if self.unit == "step":
+        if self.unit == "step" or self.every == "auto":
             return self.step
         if self.epoch is not None:
             return self.epoch
@@ -49,17 +57,30 @@ class CalibrationSchedule:
             return self.at_start and self.calibrated_at < 0
         if self.every is None:
             return False
+        if self.every == "auto":
+            return now >= max(self.calibrated_at, 0) + max(self.gap, self._least())
+        assert isinstance(self.every, int)
         return now > 0 and now % self.every == 0 and self.calibrated_at != now
 
-    def done(self, calibrated: bool) -> None:
-        """A step's backward has finished."""
+    def done(self, calibrated: bool, cosine: float = math.nan) -> None:
+        """A step's backward has finished; ``cosine``: of the gradients, if it calibrated."""
         if calibrated:
+            if self.calibrated_at < 0 or cosine != cosine:  # nothing learned to judge yet
+                self.gap = max(self.gap, self._least())
+            elif cosine < self.threshold:
+                self.gap = max(self.gap // 2, self._least())
+            else:
+                self.gap *= 2
             self.calibrated_at = self.now()
+            self.calibrations += 1
         self.step += 1
+
+    def _least(self) -> int:
+        return math.ceil(1 / self.budget)
 
     def tell_once(self) -> None:
         """Say that epochs are not announced, if calibration depends on them."""
-        if self.told or self.every is None or self.unit == "step":
+        if self.told or self.every in (None, "auto") or self.unit == "step":
             return
         if self.epoch is None and self.steps_per_epoch is None:
             start = "only at step 0" if self.at_start else "never"
@@ -74,10 +95,11 @@ class CalibrationSchedule:
 
     def state(self) -> dict[str, Any]:
         """Counters, for a checkpoint."""
-        keep = ("step", "epoch", "calibrated_at")
+        keep = ("step", "epoch", "calibrated_at", "calibrations", "gap")
         return {k: v for k, v in asdict(self).items() if k in keep}
 
     def load(self, state: dict[str, Any]) -> None:
         """Counters from a checkpoint."""
         self.step, self.epoch = state["step"], state["epoch"]
-        self.calibrated_at = state["calibrated_at"]
+        self.calibrated_at, self.gap = state["calibrated_at"], state["gap"]
+        self.calibrations = state["calibrations"]

@@ -194,3 +194,63 @@ def test_dead_units_keep_a_defined_alignment() -> None:
         train_step(net, args)
     assert all(v.isfinite().all() for v in net.feedback.values())
     assert all(v == v for d in net.alignment().values() for v in d.values())
+
+
+def test_auto_halves_and_doubles_its_gap() -> None:
+    """A low cosine brings the next calibration nearer, never nearer than the budget allows."""
+    schedule = CalibrationSchedule("auto", "epoch", True, None, threshold=0.6, budget=0.1)
+    cosines = iter([float("nan"), 0.9, 0.9, 0.5, 0.1, 0.1, 0.9, 0.9])
+    found = []
+    for step in range(150):
+        calibrated = schedule.due()
+        if calibrated:
+            found.append(step)
+        schedule.done(calibrated, next(cosines) if calibrated else float("nan"))
+    # gaps: 10 (first), 20, 40 (two good ones), 20, 10, 10 (bad ones, then the floor), 20
+    assert found == [0, 10, 30, 70, 90, 100, 110, 130]
+
+
+def test_auto_reads_the_cosine_and_resumes() -> None:
+    """The gap is moved by the measured cosine, and is part of the state."""
+    for threshold, gap in ((1.0, 2), (-1.0, 4)):
+        model, args = make("mlp")
+        net = compiled(
+            model, "dfa", calib_every="auto", calib_budget=0.5, calib_threshold=threshold
+        )
+        for _ in range(3):  # calibrates at steps 0 and 2
+            train_step(net, args)
+        assert net._schedule.calibrations == 2
+        assert net._schedule.gap == gap
+        again = compiled(make("mlp")[0], "dfa", calib_every="auto", calib_budget=0.5)
+        again.load_feedback_state_dict(net.feedback_state_dict())
+        assert again._schedule.gap == gap
+
+
+def test_warmup_moves_only_the_maps() -> None:
+    """In the first steps the weights stay, bit for bit, while the feedback maps learn."""
+    model, args = make("mlp")
+    net = compiled(model, "fdfa", calib_every=None, align_warmup=2, align_every=4)
+    opt = torch.optim.Adam(net.parameters())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    train_step(net, args)  # makes the maps
+    for step in range(1, 3):
+        maps = {k: v.clone() for k, v in net.feedback.items()}
+        train_step(net, args)
+        opt.step()
+        moved = any(not torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        learned = any(not torch.equal(v, maps[k]) for k, v in net.feedback.items())
+        assert (moved, learned) == ((False, True) if step < 2 else (True, False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dfa", "align_warmup": 3},
+        {"calib_every": "often"},
+        {"calib_every": "auto", "calib_budget": 0.0},
+        {"calib_threshold": 2.0},
+    ],
+)
+def test_refused_schedules(options: dict[str, Any]) -> None:
+    with pytest.raises(grapefx.errors.OptionError):
+        grapefx.compile(torch.nn.Linear(2, 2), **options)
