@@ -1,5 +1,7 @@
 # make demo   trains the demo networks and prints a table (a few minutes on 2 cores)
 # make test   lint, types, tests
+# make perf   the compiler's deterministic figures against those recorded
+# make figures   the papers' claims, measured and drawn
 # make test-all   the same with the long tests (every operator of torch's database, trainings)
 # Both create .venv when it is missing. Another Python: make PYTHON=python3.13 demo
 
@@ -7,7 +9,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all lint types pytest clean
+.PHONY: demo test test-all lint types pytest perf figures clean
+# One thread a worker: tests are small, and workers share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DEFAULT_GOAL := test
 
 # The stamp is touched last: an interrupted install is done again.
@@ -31,10 +35,16 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --durations=10 $(ARGS)
+	$(PYTEST) -m "not slow" --durations=10 $(ARGS)
 
 test-all: lint types
-	$(BIN)/python -m pytest --durations=10 $(ARGS)
+	$(PYTEST) --durations=10 $(ARGS)
+
+perf: $(STAMP)
+	$(BIN)/python tools/perf/perf_gate.py $(ARGS)
+
+figures: $(STAMP)
+	$(BIN)/python tools/figures.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

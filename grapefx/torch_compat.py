@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "forget_guards",
     "functionalized",
     "inductor_compile",
+    "inductor_counts",
     "inductor_decompose",
     "make_fx",
     "min_cut_partition",
@@ -122,6 +124,37 @@ def inductor_compile(
         compiled = compile_fx_inner(gm, list(example), is_backward=is_backward, is_inference=False)
     current: Callable[[list[Any]], Any] = getattr(compiled, "current_callable", None) or compiled
     return current, list(strides or [])
+
+
+@dataclass
+class Counts:
+    """Kernels that Inductor generated (library calls left out), and bytes that they move."""
+
+    kernels: int = 0
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def inductor_counts() -> Iterator[Counts]:
+    """What Inductor generates inside, counted; its caches are off, so that it does generate."""
+    from torch._inductor import compile_fx, config, metrics
+
+    counts = Counts()
+    kernels, moved = metrics.generated_kernel_count, metrics.num_bytes_accessed
+    log = compile_fx.inductor_metrics_log  # bytes are only counted when this log listens
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(quiet := logging.NullHandler())
+    try:
+        with config.patch({"force_disable_caches": True}):
+            yield counts
+    finally:
+        log.setLevel(level)
+        log.propagate = propagate
+        log.removeHandler(quiet)
+    counts.kernels = metrics.generated_kernel_count - kernels
+    counts.bytes = metrics.num_bytes_accessed - moved
 
 
 def inductor_decompose(

@@ -174,6 +174,22 @@ def run_model(
     return rows
 
 
+def paired(name: str, variants: list[str], *, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Each variant's step times over those of compiled BP in the same round."""
+    shape = MODELS[name][1]
+    torch.manual_seed(1)
+    x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    steps = {v: make_step(build(name, v, x), x, y) for v in ["compiled", *variants]}
+    times: dict[str, list[float]] = {v: [] for v in steps}
+    for i in range(rounds + 5):
+        for v in random.sample(list(steps), len(steps)):
+            start = time.perf_counter()
+            steps[v]()
+            if i >= 5:
+                times[v].append(time.perf_counter() - start)
+    return {v: [a / b for a, b in zip(times[v], times["compiled"], strict=True)] for v in variants}
+
+
 def memory_of(name: str, variant: str, batch: int, steps: int = 5) -> float:
     """Peak resident MiB above the process's level before the first step."""
     shape = MODELS[name][1]

@@ -302,6 +302,9 @@ class FeedbackModule(nn.Module):
             for k, i in enumerate(tensors)
         )
         self._programs[(key, batch) if captured.batch is None or chance else key] = program
+        if key in self._programs:
+            # a first batch of one sample was captured as it was; from now on this serves it too
+            self._programs.pop((key, 1), None)
         return program
 
     def _ensure(self, plan: Plan) -> dict[str, str]:

@@ -40,7 +40,7 @@ def test_inductor_batch_sizes_and_buffers() -> None:
     )
     twin = eager_twin(model)
     net = compiled(model, "bp", backend="inductor")
-    for n in (4, 2, 9, 64, 4):
+    for n in (1, 4, 2, 1, 9, 64, 4):
         x = torch.randn(n, 2, 6, 6)
         train_step(net, (x,))
         train_step(twin, (x,))

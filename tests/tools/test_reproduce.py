@@ -1,0 +1,217 @@
+"""tools/reproduce.py: what it refuses, how it goes on after a kill, what its table says."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reproduce
+from load_data import load_images
+from reproduce import ConfigError, load_config
+
+CONFIGS = sorted((Path(reproduce.__file__).parent / "reproduce").glob("*.yaml"))
+SMALL = """
+title: small
+source: nobody
+dataset: mnist
+train: 256
+test: 100
+normalise: half
+model: {kind: mlp, depth: 3, width: 16, activation: relu, batch_norm: true}
+init: he_uniform
+epochs: 3
+batch_size: 64
+optimizer: {name: adam, lr: 1.0e-3, betas: [0.9, 0.999], eps: 1.0e-8, weight_decay: 0.0}
+schedule: {name: exponential, gamma: 0.95}
+metric: last
+alignment_batches: 1
+differs: [it is small]
+methods:
+  bp: {method: bp, options: {calib_every: null}, published: [50.0, 0.1]}
+  fdfa: {method: fdfa, options: {optimizer: adam, calib_every: null}, published: [50.0, 40.0]}
+  dfa: {method: dfa, options: {calib_every: null}}
+  drtp: {method: drtp, options: {calib_every: null}}
+  pepita: {method: pepita, options: {calib_every: null}, published: [1.0, null]}
+  grape+calibration: {method: grape, options: {calib_every: 1}, note: ours}
+"""
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(autouse=True)
+def bundled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled subset stands for every image set."""
+    monkeypatch.setattr(reproduce, "load_images", lambda *_: load_images())
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def call(config: Path, tmp_path: Path, *more: str, runs: str = "runs") -> int:
+    where = ["--runs", str(tmp_path / runs), "--results", str(tmp_path / "docs")]
+    return reproduce.main([str(config), "--backend", "eager", "--seeds", "0", *where, *more])
+
+
+def cells(tmp_path: Path, runs: str = "runs") -> dict[str, dict[str, Any]]:
+    text = (tmp_path / runs / "small" / "results.jsonl").read_text()
+    return {c["row"]: c for c in map(json.loads, text.splitlines())}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.rows and config.differs and config.name == path.stem
+    if "subset" in path.stem:  # a subset's numbers cannot be judged by the full set's
+        assert not any(r.published for r in config.rows.values())
+
+
+def test_the_started_configs_keep_their_hashes() -> None:
+    """Long runs were made under these: another hash would refuse to go on."""
+    known = {
+        "b6_mnist": "e9412d9b6a0d",
+        "b6_fashion": "594fa23b01a9",
+        "t1_mnist_mlp": "e67825af77a1",
+        "t1_mnist_cnn": "62017e3fa9b5",
+        "cifar10_subset_cnn": "ea85cd74eeca",
+    }
+    assert {p.stem: load_config(p).hash for p in CONFIGS if p.stem in known} == known
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs: 3", "epoch: 3", "unknown key 'epoch'. Did you mean 'epochs'?"),
+        ("width: 16", "widht: 16", "unknown key 'widht'. Did you mean 'width'?"),
+        ("method: fdfa", "method: fdaf", "Did you mean 'fdfa'?"),
+        ("options: {optimizer: adam,", "options: {optimiser: adam,", "Did you mean 'optimizer'?"),
+        ("metric: last", "metric: lats", "Did you mean 'last'?"),
+        ("batch_size: 64\n", "", "'batch_size' is missing"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(small: Path, old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    small.write_text(SMALL.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load_config(small)
+    assert message in str(caught.value)
+
+
+def test_a_base_is_inherited_and_set_changes_the_name(small: Path) -> None:
+    child = small.with_name("child.yaml")
+    child.write_text("base: small.yaml\nmodel: {width: 8}\nmethods: {bp: null, fdfa: {note: x}}\n")
+    config = load_config(child)
+    assert config.setting["model"]["width"] == 8 and config.setting["model"]["depth"] == 3
+    assert "bp" not in config.rows and config.rows["fdfa"].options["calib_every"] is None
+    other = load_config(child, ("model.width=16",))
+    assert other.name == "child+model.width=16" and other.hash == load_config(small).hash
+
+
+def test_missing_data_folder(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "load_images", load_images)
+    assert call(small, tmp_path, "--data-dir", str(tmp_path / "nowhere")) == 2
+    assert "no such data folder" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "small" / "results.jsonl").exists()
+
+
+def test_unknown_row(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(small, tmp_path, "--only", "fdaf") == 2
+    assert "Did you mean 'fdfa'?" in capsys.readouterr().err
+
+
+def test_a_killed_run_ends_as_one_that_was_not(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ("fdfa", "grape+calibration")
+    save, weights = reproduce.Folder.save, {}
+
+    def watch(tag: str, kill_after: int) -> None:
+        def saved(self: Any, row: Any, seed: int, state: dict[str, Any]) -> None:
+            save(self, row, seed, state)
+            weights[tag, row.name] = {k: v.clone() for k, v in state["model"].items()}
+            if len(state["curve"]) == kill_after:
+                raise Killed
+
+        monkeypatch.setattr(reproduce.Folder, "save", saved)
+
+    watch("whole", 0)
+    assert call(small, tmp_path, "--only", *rows, runs="whole") == 0
+    watch("killed", 2)
+    for row in rows:
+        with pytest.raises(Killed):
+            call(small, tmp_path, "--only", row, runs="killed")
+    watch("killed", 0)
+    assert call(small, tmp_path, "--only", *rows, runs="killed") == 0
+    whole, killed = cells(tmp_path, "whole"), cells(tmp_path, "killed")
+    for row in rows:
+        a, b = weights["whole", row], weights["killed", row]
+        assert all(torch.equal(a[k], b[k]) for k in a), row
+        scores = [[(c["score"], c["cosine"]) for c in run[row]["curve"]] for run in (whole, killed)]
+        assert scores[0] == scores[1] and len(scores[0]) == 3, row
+    assert not list((tmp_path / "killed").rglob("*.pt"))
+
+
+def test_a_torn_line_is_done_again_and_finished_cells_are_not(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(small, tmp_path, "--only", "bp", "dfa") == 0
+    results = tmp_path / "runs" / "small" / "results.jsonl"
+    first = results.read_text()
+    results.write_text(first[:-40])
+    assert call(small, tmp_path, "--only", "bp", "dfa") == 0
+    out = capsys.readouterr().out
+    assert "[1/1] dfa" in out.split("[2/2]")[-1]
+    lines = results.read_text().splitlines()
+    assert lines[0] == first.splitlines()[0] and json.loads(lines[2])["row"] == "dfa"
+
+
+def test_a_cell_of_another_process_is_left_alone(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    with (folder / "bp-0.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert call(small, tmp_path, "--only", "bp") == 0
+    assert "another process" in capsys.readouterr().out and not (folder / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("old, new", [("lr: 1.0e-3", "lr: 1.0e-2"), ("adam, calib", "ema, calib")])
+def test_results_of_another_config_are_refused(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str
+) -> None:
+    assert call(small, tmp_path, "--only", "fdfa", "--set", "epochs=1") == 0
+    (tmp_path / "runs" / "small").mkdir()
+    done = next((tmp_path / "runs").rglob("results.jsonl"))
+    cell = json.loads(done.read_text()) | {"config": load_config(small).hash}
+    results = tmp_path / "runs" / "small" / "results.jsonl"
+    results.write_text(json.dumps(cell) + "\n")
+    before = results.read_bytes()
+    small.write_text(SMALL.replace(old, new))
+    for more in ([], ["--table"]):
+        assert call(small, tmp_path, *more) == 2
+        assert "of another config" in capsys.readouterr().err
+    assert results.read_bytes() == before and not (tmp_path / "docs" / "small.md").exists()
+
+
+def test_the_table(small: Path, tmp_path: Path) -> None:
+    assert call(small, tmp_path, "--only", "bp", "fdfa", "pepita", "--set", "epochs=1") == 0
+    assert call(small, tmp_path, "--table", "--set", "epochs=1") == 0
+    text = (tmp_path / "docs" / "small+epochs=1.md").read_text()
+    verdicts = text.partition("Cosine between")[0]
+    rows = {line.split("|")[1].strip(): line for line in verdicts.splitlines() if line[:1] == "|"}
+    assert "50.00 ± 0.10" in rows["bp"] and "fail" in rows["bp"] and "(n = 1)" in rows["bp"]
+    assert "pass" in rows["fdfa"] and "not published" in rows["drtp"]
+    assert "not defined here" in rows["pepita"]  # batch norm has parameters
+    assert "not run" in rows["grape+calibration"] and "ours" in rows["grape+calibration"]
+    assert "it is small" in text and "torch" in text and "--set epochs=1" in text
