@@ -76,17 +76,21 @@ def lower_pair(
     update: GraphModule,
     outputs: int,
     saved: int,
+    donated: tuple[int, ...],
     backend: str,
     options: dict[str, Any] | None = None,
 ) -> tuple[Compiled, Compiled]:
-    """Compile a forward graph (``outputs`` for the user, then ``saved``) and its update graph."""
+    """Compile a forward graph (``outputs`` for the user, then ``saved``) and its update graph.
+
+    The update may overwrite the ``donated`` ones of the saved values.
+    """
     first, strides = _lower(forward, backend, options, _examples(forward), outputs, False)
     examples = _examples(update)
     kept = strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
     for i, stride in enumerate(kept):
         if isinstance(examples[i], FakeTensor):
             examples[i] = restrided(examples[i], stride, fake_mode_of(examples[i]))
-    second, _ = _lower(update, backend, options, examples, _outputs(update), True)
+    second, _ = _lower(update, backend, options, examples, _outputs(update), True, donated)
     return first, second
 
 
@@ -109,6 +113,7 @@ def _lower(
     examples: list[Any],
     user_outputs: int,
     is_backward: bool,
+    donated: tuple[int, ...] = (),
 ) -> tuple[Compiled, list[Any]]:
     if backend == "eager" or not any(n.op == "call_function" for n in gm.graph.nodes):
         gm.recompile()
@@ -116,5 +121,10 @@ def _lower(
         return (lambda inputs: run(*inputs)), []
     with torch.autocast(_device(examples), enabled=False), torch.no_grad():
         return inductor_compile(
-            gm, examples, user_outputs=user_outputs, is_backward=is_backward, options=options
+            gm,
+            examples,
+            user_outputs=user_outputs,
+            is_backward=is_backward,
+            donated=donated,
+            options=options,
         )

@@ -37,8 +37,8 @@ from grapefx.errors import (  # noqa: E402
     nearest,
 )
 from load_data import DataError, load_images, load_text  # noqa: E402
+from networks import IMAGE_MODELS, Transformer, initialise  # noqa: E402
 from repro_config import IMAGES, Config, ConfigError, Row, load_config  # noqa: E402
-from repro_models import IMAGE_MODELS, Transformer, initialise  # noqa: E402
 from repro_table import render  # noqa: E402
 
 FORMAT = 1  # of a checkpoint

@@ -197,6 +197,7 @@ def compile_step(
         parts.update,
         len(parts.forward_outputs),
         parts.saved,
+        parts.donated,
         backend,
         options,
     )

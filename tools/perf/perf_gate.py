@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 
 import torch  # noqa: E402
 
-import bench_step  # noqa: E402
+from bench_measure import paired  # noqa: E402
 from perf_measure import METHODS, MODELS, Figures, measure  # noqa: E402
 
 MARGINS = {"pass_calls": 0.05}  # everything else must be equal
@@ -92,8 +92,12 @@ def bootstrap(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float,
 
 def wall(rounds: int = 60) -> dict[str, tuple[float, float, float]]:
     """Step time over compiled BP's, interleaved in this process."""
-    found = bench_step.paired("mlp3x1024", ["dfa", "grape"], batch=128, rounds=rounds)
-    return {f"mlp3x1024/{v}": bootstrap(r) for v, r in found.items()}
+    found = paired("mlp3x1024", ["compiled", "dfa", "grape"], batch=128, rounds=rounds)
+    base = found.pop("compiled")["step"]
+    return {
+        f"mlp3x1024/{v}": bootstrap([a / b for a, b in zip(t["step"], base, strict=True)])
+        for v, t in found.items()
+    }
 
 
 def markdown(changes: Sequence[Change]) -> str:

@@ -146,7 +146,12 @@ def step_figures(plan: Plan, kind: str, lowered: bool) -> dict[str, Any]:
     if lowered:
         with inductor_counts() as counts:
             lower_pair(
-                parts.forward, parts.update, len(parts.forward_outputs), parts.saved, "inductor"
+                parts.forward,
+                parts.update,
+                len(parts.forward_outputs),
+                parts.saved,
+                parts.donated,
+                "inductor",
             )
         figures |= {"kernels": counts.kernels, "bytes_moved": counts.bytes}
     return figures

@@ -10,7 +10,7 @@ import yaml
 
 from grapefx.choices import resolve
 from grapefx.errors import OptionError, nearest
-from repro_models import ACTIVATIONS, INITS, MODEL_KEYS
+from networks import ACTIVATIONS, INITS, MODEL_KEYS
 
 IMAGES = ("mnist", "fashion-mnist", "cifar10", "cifar100")
 TEXT = "tinyshakespeare"

@@ -1,0 +1,204 @@
+"""Interleaved step times, floors, peak memory and compile time."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench_models import MODELS, PLAIN, VARIANTS, Step, build
+
+Row = dict[str, Any]
+
+
+def make(name: str, variant: str, batch: int) -> Step:
+    """A step, with the same batch for every variant."""
+    torch.manual_seed(1)
+    x, y = MODELS[name].example(batch)
+    return Step(build(name, variant), x, y)
+
+
+def period(variant: str) -> int:
+    """Steps that make up one measurement."""
+    return VARIANTS[variant][1] if variant in VARIANTS else 1
+
+
+def paired(
+    name: str,
+    variants: Sequence[str],
+    *,
+    batch: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    steps: dict[str, Step] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each variant in each round: "step", "forward", "update" and "calibration".
+
+    In a round every variant runs once, in shuffled order; ``steps`` receives the steps. The two
+    halves are timed apart only where one step is a period.
+    """
+    own = steps if steps is not None else {}
+    for v in variants:
+        own[v] = make(name, v, batch)
+        for _ in range(2 * period(v) + 1):
+            own[v]()
+    times: dict[str, dict[str, list[float]]] = {
+        v: {"step": [], "forward": [], "update": [], "calibration": []} for v in variants
+    }
+    for v in variants:
+        if _calibrates(v):
+            with own[v].net.calibration():  # type: ignore[operator]
+                own[v]()
+    for i in range(rounds + 2):
+        for v in random.sample(list(variants), len(variants)):
+            found = times[v]
+            start = clock()
+            if period(v) > 1:
+                for _ in range(period(v)):
+                    own[v]()
+                found["step"].append((clock() - start) / period(v))
+            else:
+                loss = own[v].forward()
+                middle = clock()
+                loss.backward()
+                end = clock()
+                found["step"].append(end - start)
+                found["forward"].append(middle - start)
+                found["update"].append(end - middle)
+            if _calibrates(v):
+                start = clock()
+                with own[v].net.calibration():  # type: ignore[operator]
+                    own[v]()
+                found["calibration"].append(clock() - start)
+        if i < 2:
+            for kinds in times.values():
+                for values in kinds.values():
+                    values.clear()
+    return times
+
+
+def _calibrates(variant: str) -> bool:
+    return variant == "grape"  # once is enough: a calibration step is the same for all
+
+
+def products(net: Any, batch: int) -> dict[str, float]:
+    """FLOPs of the products in a step of each kind, counted on the step graph itself."""
+    plan = net.plan
+    out = {}
+    for kind in plan.kinds():
+        step = plan.graph(kind)
+        inputs = []
+        for node in step.placeholders():
+            val = node.meta["val"]
+            # every symbolic dim stands for the batch, or for the samples that carry tangents
+            rows = plan.rows(batch) if node.meta.get("grapefx_role") == "noise" else batch
+            shape = [rows if isinstance(s, torch.SymInt) else s for s in val.shape]
+            inputs.append(torch.zeros(shape, dtype=val.dtype))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            step.gm(*inputs)
+        out[kind] = float(counter.get_total_flops())
+    return out
+
+
+def variant_products(net: Any, variant: str, batch: int) -> float:
+    """FLOPs of products in a mean step."""
+    flops = products(net, batch)
+    if variant == "grape k=8":
+        return flops["align"] / 8 + flops["update"] * 7 / 8
+    return next(flops[k] for k in ("align", "update", "calibration") if k in flops)
+
+
+def peak_memory(step: Step, count: int) -> float:
+    """MiB above the level at the start of a step, from the allocator's own events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            for _ in range(count):
+                step()
+        prof.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted(
+        (e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]" and "ts" in e
+    )
+    level = peak = 0
+    for _, change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak / 2**20
+
+
+def compile_seconds(name: str, variant: str, batch: int) -> dict[str, float]:
+    """Seconds to the end of the first step of each kind, caches off."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    out = {}
+    with config.patch(force_disable_caches=True):
+        step = make(name, variant, batch)
+        start = time.perf_counter()
+        step()
+        kind = "step" if variant in PLAIN or variant == "bp" else "first kind"
+        out[kind] = time.perf_counter() - start
+        if variant not in (*PLAIN, "bp"):
+            start = time.perf_counter()
+            with step.net.calibration():  # type: ignore[operator]
+                step()
+            out["calibration"] = time.perf_counter() - start
+    return out
+
+
+def run_model(
+    name: str,
+    variants: Sequence[str],
+    batch: int,
+    rounds: int,
+    *,
+    clock: Callable[[], float],
+    memory: bool,
+    compile_time: bool,
+) -> list[Row]:
+    """One row a variant."""
+    steps: dict[str, Step] = {}
+    everything = [*PLAIN, *variants]
+    times = paired(name, everything, batch=batch, rounds=rounds, clock=clock, steps=steps)
+    reference = None
+    rows = []
+    for v in everything:
+        ratios = sorted(
+            a / b for a, b in zip(times[v]["step"], times["compiled"]["step"], strict=True)
+        )
+        row: Row = {"model": name, "variant": v, "batch": batch}
+        for key, values in times[v].items():
+            row[f"{key}_ms"] = 1e3 * statistics.median(values) if values else None
+        row |= {
+            "ratio": statistics.median(ratios),
+            "low": ratios[len(ratios) // 4],
+            "high": ratios[(3 * len(ratios)) // 4],
+            "floor": None,
+        }
+        if v in VARIANTS:
+            mine = variant_products(steps[v].net, v, batch)
+            reference = mine if v == "bp" else reference
+            row["floor"] = mine / reference if reference else None
+            net: Any = steps[v].net
+            maps = net.plan.maps if v != "bp" else ()
+            row["maps_mib"] = sum(m.bytes for m in maps) / 2**20
+        if memory:
+            row["peak_mib"] = peak_memory(steps[v], period(v))
+        rows.append(row)
+    steps.clear()
+    if compile_time:
+        for row in rows:
+            if row["variant"] != "eager":
+                row["compile_s"] = compile_seconds(name, row["variant"], batch)
+    return rows
