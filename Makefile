@@ -3,13 +3,15 @@
 # make perf   the compiler's deterministic figures against those recorded
 # make figures   the papers' claims, measured and drawn
 # make test-all   the same with the long tests (every operator of torch's database, trainings)
-# Both create .venv when it is missing. Another Python: make PYTHON=python3.13 demo
+# make coverage   which architectures of torchvision, timm and transformers work (hours)
+# make fuzz   2,000 random models against eager gradients
+# All create .venv when it is missing. Another Python: make PYTHON=python3.13 demo
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all lint types pytest perf figures clean
+.PHONY: demo test test-all lint types pytest perf figures coverage fuzz clean
 # One thread a worker: tests are small, and workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DEFAULT_GOAL := test
@@ -45,6 +47,14 @@ perf: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python tools/figures.py $(ARGS)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[zoo]'
+	for zoo in other transformers timm torchvision; do $(BIN)/python tools/coverage.py --zoo $$zoo; done
+	$(BIN)/python tools/coverage.py --table
+
+fuzz: $(STAMP)
+	GRAPEFX_FUZZ_CASES=2000 $(PYTEST) tests/fuzz
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """grapefx: train neural networks without a sequential backward pass."""
 
-from grapefx.api import compile
+from grapefx.api import compile, restore
 from grapefx.errors import (
     BackwardError,
     BudgetError,
@@ -38,4 +38,5 @@ __all__ = [
     "build_plan",
     "compile",
     "inspect",
+    "restore",
 ]

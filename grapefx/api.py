@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
 
 from grapefx.choices import resolve
 from grapefx.errors import OptionError
 from grapefx.methods import Method
+from grapefx.runtime import inplace as in_place
 from grapefx.runtime.module import FeedbackModule
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def compile(
+    model: nn.Module,
+    *,
+    method: str | Method = ...,
+    preset: str = ...,
+    calib_every: int | str | EllipsisType | None = ...,
+    inplace: Literal[False] = ...,
+    **options: Any,
+) -> FeedbackModule: ...
+
+
+@overload
+def compile(
+    model: M,
+    *,
+    method: str | Method = ...,
+    preset: str = ...,
+    calib_every: int | str | EllipsisType | None = ...,
+    inplace: Literal[True],
+    **options: Any,
+) -> M: ...
 
 
 def compile(
@@ -19,8 +46,9 @@ def compile(
     method: str | Method = "grape",
     preset: str = "recommended",
     calib_every: int | str | EllipsisType | None = ...,
+    inplace: bool = False,
     **options: Any,
-) -> FeedbackModule:
+) -> nn.Module:
     """Wrap ``model`` so that ``loss.backward()`` fills gradients without a backward chain.
 
     Compiled lazily at the first call; any loss, optimizer and training loop. Sources: 001 is the
@@ -38,6 +66,11 @@ def compile(
             "auto": when the gradients' alignment asks for it. A calibration that finds their mean
             cosine with the true ones under ``calib_threshold`` halves the gap to the next, another
             doubles it; at most a part ``calib_budget`` of the steps calibrates.
+        inplace: for code that cannot take a wrapper: return ``model`` itself, which from now on
+            trains through grapefx (as ``nn.Module.compile`` changes what a call runs). Its class,
+            attributes, hooks and state dict stay; ``model.grapefx`` is the module for set_epoch,
+            alignment, feedback_state_dict, explain; ``grapefx.restore(model)`` undoes it. Calls
+            without gradients run the model's own forward. Copies and pickles are plain models.
         calib_unit: "epoch", or "step" to count training steps.
         calib_init: calibrate at step 0 as well (default: whenever calib_every is not None).
         calib_refit: what a calibration batch does: "weights" (exact gradients only, 001),
@@ -55,7 +88,17 @@ def compile(
         directions: K tangent passes with noise of their own for each stream; estimates average.
         noise: "rademacher" (random signs: the same expectation, a fifth of the cost; default) or
             "gaussian" (001, 003).
-        granularity: "layer" (a feedback point behind each weight layer) or "block".
+        granularity: a feedback point behind each weight "layer" (default), "sublayer" (micro: each
+            value that every path crosses) or "block" (macro); "auto": the finest of these whose
+            full maps fit ``feedback_budget``. See docs/feedback.md for this and the next four.
+        points: feedback points of your own: module names or globs, module classes, a function of
+            the captured graph's node, or a list of these.
+        error_at: likewise, where the error is taken; "output" for the output whatever its width
+            (default: in front of an output layer of 1,024 entries or more).
+        residual: "cut", or "leak": feedback at the inputs of weight layers, past which shortcuts
+            carry the true gradient (as libraries that replace each layer's input gradient).
+        feedback: kind of the maps: "dense", "pooled:G", "low-rank:R", "sparse:G", "seeded", or
+            "auto" (default): dense while they fit ``feedback_budget``.
         feedback_budget: most bytes of feedback maps (default: 25 % of the parameters' or 256 MiB).
         batch_dim: the dim of the inputs that holds the batch.
         dynamic: None compiles the first batch size on its own and one graph for all others, True
@@ -65,7 +108,7 @@ def compile(
         backend_options: Inductor options.
 
     Returns:
-        A module that shares parameters, buffers and children with ``model``.
+        A module that shares parameters, buffers and children with ``model``; ``model`` if in place.
 
     Raises:
         OptionError: unknown method or option, or a value out of range. Errors of capture and
@@ -76,6 +119,24 @@ def compile(
         raise OptionError(f"grapefx.compile takes an nn.Module, not {type(model).__name__}")
     if isinstance(model, FeedbackModule):
         raise OptionError("this module is compiled by grapefx already")
+    if in_place.installed(model) is not None:
+        raise OptionError(
+            "this model is compiled by grapefx in place already\n"
+            "  remedy: grapefx.restore(model) first"
+        )
     if calib_every is not ...:
         options["calib_every"] = calib_every
-    return FeedbackModule(model, *resolve(method, options, preset))
+    net = FeedbackModule(model, *resolve(method, options, preset))
+    if not inplace:
+        return net
+    in_place.install(model, net)
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo ``compile(model, inplace=True)``: the model runs its own forward again.
+
+    Raises ``OptionError`` if it was not compiled in place.
+    """
+    in_place.uninstall(model)
+    return model

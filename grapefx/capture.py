@@ -20,7 +20,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from grapefx.errors import CaptureError, GrapefxWarning
 from grapefx.ir import Captured, Slot
-from grapefx.torch_compat import batch_symbol, pytree, quiet_export, unwrap_for_export
+from grapefx.torch_compat import (
+    batch_symbol,
+    plain_calls,
+    pytree,
+    quiet_export,
+    unwrap_for_export,
+)
 
 aten = torch.ops.aten
 
@@ -226,7 +232,7 @@ def _export(
     else:
         examples = list(tensors)
     shapes = tuple({batch_dim: Dim.AUTO} if i in dynamic else {} for i in range(len(examples)))
-    with _watch_functions(), quiet_export(), warnings.catch_warnings():
+    with _watch_functions(), plain_calls(model), quiet_export(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
@@ -243,8 +249,15 @@ def _watch_functions() -> Iterator[None]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == "torch.utils.checkpoint":
+            # it runs its function under no_grad: a capture would cut every gradient
+            raise CaptureError(
+                "the model calls torch.utils.checkpoint with use_reentrant=True, whose backward a "
+                "capture would lose\n  remedy: checkpoint(..., use_reentrant=False); it changes "
+                "nothing here, since a step graph decides by itself what to recompute"
+            )
         if cls.__module__.startswith("torch."):
-            return original.__func__(cls, *args, **kwargs)
+            return original.__get__(None, cls)(*args, **kwargs)
         raise CaptureError(
             f"the model calls the custom autograd function {cls.__qualname__!r}, whose backward "
             "a capture would lose\n  remedy: write it with torch ops and .detach() "
@@ -345,6 +358,8 @@ def _read(
             [k for k, s in enumerate(slots) if s.role == "input"][dynamic[0]]
         ]
         symbol = batch_symbol(carrier.meta["val"].shape[batch_dim])
+        if symbol is not None and not symbol.free_symbols:
+            symbol = None  # the model made a number of it (len(x), int(n)): it holds for this size
     return Captured(
         gm=gm,
         inputs=tuple(slots),

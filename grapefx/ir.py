@@ -50,7 +50,8 @@ class Layer:
     """One feedback point and the segment behind it.
 
     ``sample_shape`` is one sample's part of h_l; ``fold`` says where the batch is in h_l: the dim
-    whose size is outer * N * inner, as (dim, outer, inner).
+    whose size is outer * N * inner, as (dim, outer, inner). ``channel``: the sample's dim that
+    holds channels, None where that is not known.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Layer:
     fold: tuple[int, int, int]
     parameters: tuple[str, ...]
     source: str = ""
+    channel: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,61 +1,173 @@
 """Feedback maps: how an error becomes a cotangent at a feedback point.
 
-A map sees everything as rows: the error as (R, C), the value as (R, n), with R = N samples for a
-``dense`` map, and R = N x T tokens for a ``token`` map, which one matrix serves (Launay et al.
-2020). ``B`` is (C, n), shaped like the Jacobian d yhat / d h_l (docs/method.md).
+A map sees everything as rows: the error as (R, C), the value as (R, n), with R = N samples, or
+R = N x T tokens where one matrix serves all tokens (Launay et al. 2020). ``B`` is (C, n), shaped
+like the Jacobian d yhat / d h_l (docs/method.md). What makes a map smaller changes the rows alone,
+so that every method works on them as they are:
+
+- pooled: n entries stand for blocks of the value, whose cotangent is constant (channel-shared where
+  the block is the whole plane). The mean over a block of J^'s columns is its projection onto that.
+- low-rank: the error is projected on r fixed random directions P (signs / sqrt r; C becomes r), so
+  the dense map is P B with B (r, n).
+- sparse: the columns fall into G groups, each of which reads a seeded C / G of the error's entries.
+- seeded: a fixed B is computed anew in every step and never stored.
+
+Which kind a layer gets is decided in ``grapefx.map_choice``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grapefx.ir import Layer
+from grapefx.methods.base import Rows, State
+from grapefx.seeded import signs
 
 
 @dataclass(frozen=True)
 class FeedbackMap:
-    """One layer's map. ``kind`` is "dense" or "token"."""
+    """One layer's map.
+
+    ``rows``: "dense" (a row a sample) or "token" (a row a token), the key of its ``ErrorRows``.
+    ``error_dim``: C as the method sees it. ``pool``: the block's size in each dim of the sample.
+    ``groups``: G. ``seed``: of a B that is never stored.
+    """
 
     layer: Layer
-    kind: str
+    rows: str
     error_dim: int
     value_dim: int
     classes: int | None = None  # the last dim of the output where a row holds several positions
+    pool: tuple[int, ...] = ()
+    rank: int | None = None
+    groups: int = 1
+    seed: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What a reader is told, "dense" or "token" and what makes it smaller."""
+        parts = [] if self.rows == "dense" else [self.rows]
+        if self.pool:
+            sizes = zip(self.layer.sample_shape, self.pool, strict=True)
+            parts.append("pooled " + "x".join(str(s // b) for s, b in sizes))
+        if self.rank is not None:
+            parts.append(f"low-rank {self.rank}")
+        if self.groups > 1:
+            parts.append(f"sparse 1/{self.groups}")
+        if self.seed is not None:
+            parts.append("seeded")
+        return ", ".join(parts) or "dense"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(C, n): the shape of B."""
-        return (self.error_dim, self.value_dim)
+        """(C, n): the shape of B; C / G rows in a sparse map."""
+        return (-(-self.error_dim // self.groups), self.value_dim)
 
     @property
     def tokens(self) -> int | None:
         """Rows of one sample where there is one a token, else None."""
-        return self.layer.sample_shape[0] if self.kind == "token" else None
+        return self.layer.sample_shape[0] if self.rows == "token" else None
 
     @property
     def trace_key(self) -> tuple[object, ...]:
         """All that a traced computation depends on (see ``passes.trace_key``)."""
         sizes = (self.error_dim, self.value_dim, self.tokens, self.classes)
-        return (self.kind, sizes, self.layer.fold)
+        offset = self.layer.index if self.groups > 1 else 0
+        return (self.rows, sizes, self.layer.fold, self.pool, self.groups, offset, self.seed)
 
     @property
     def bytes(self) -> int:
-        """Bytes of one float32 matrix of this shape."""
-        return 4 * self.error_dim * self.value_dim
+        """Bytes of one float32 matrix of this shape; 0 if it is never stored."""
+        return 0 if self.seed is not None else 4 * math.prod(self.shape)
+
+    # values
 
     def value_rows(self, h: Tensor) -> Tensor:
         """A value (or noise, or cotangent) at the feedback point, as rows (R, n)."""
-        return to_samples(h, self.layer.fold).reshape(-1, self.value_dim)
+        x = to_samples(h, self.layer.fold)
+        for dim, block in self._blocks():
+            x = x.unflatten(dim, (-1, block)).mean(dim + 1)
+        return x.reshape(-1, self.value_dim)
 
     def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """The inverse of ``value_rows``, in the shape and dtype of ``like``."""
+        """Back from rows (a block's entries are equal), in the shape and dtype of ``like``."""
         fold = self.layer.fold
         shape = to_samples(like, fold).shape
-        return from_samples(rows.reshape(shape), fold).to(like.dtype)
+        blocks = dict(self._blocks())
+        small = [s if d not in blocks else s // blocks[d] for d, s in enumerate(shape)]
+        x = rows.reshape(small)
+        for dim, block in blocks.items():
+            x = x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], block, *x.shape[dim + 1 :])
+            x = x.flatten(dim, dim + 1)
+        return from_samples(x, fold).to(like.dtype)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        return [(d + 1, b) for d, b in enumerate(self.pool) if b > 1]
+
+    # groups
+
+    def columns(self, g: int) -> slice:
+        """The columns of a group."""
+        n = self.value_dim
+        return slice(g * n // self.groups, (g + 1) * n // self.groups)
+
+    def pick(self, e: Tensor, g: int) -> Tensor:
+        """The error's entries that a group reads: an affine permutation of them, cut in G parts."""
+        if self.groups == 1:
+            return e
+        c, own = self.error_dim, self.shape[0]
+        step = next(a for a in range(int(0.618 * c) | 1, 2 * c + 3) if math.gcd(a, c) == 1)
+        places = torch.arange(g * own, (g + 1) * own, device=e.device)
+        return e.index_select(1, (places * step + self.layer.index) % c)
+
+    def outer(self, e: Tensor, x: Tensor) -> Tensor:
+        """e^T x as this map keeps it: (C, n)."""
+        if self.groups == 1:
+            return e.t() @ x
+        parts = [self.pick(e, g).t() @ x[:, self.columns(g)] for g in range(self.groups)]
+        return torch.cat(parts, 1)
+
+    def part(self, rows: Rows, g: int) -> Rows:
+        """What a method reads of one group."""
+        cut = self.columns(g)
+        wide = {k: getattr(rows, k) for k in ("error", "target", "output", "tangent")}
+        own = {k: getattr(rows, k) for k in ("incoming", "value", "noise", "estimate")}
+        fields: dict[str, Any] = {
+            **{k: None if t is None else self.pick(t, g) for k, t in wide.items()},
+            **{k: None if t is None else t[:, cut] for k, t in own.items()},
+        }
+        return replace(rows, state=self.state_part(rows.state, g), **fields)
+
+    def state_part(self, state: State, g: int) -> State:
+        """A group's columns of a state."""
+        cut, n = self.columns(g), self.value_dim
+        return {k: t[..., cut] if t.shape[-1] == n else t for k, t in state.items()}
+
+    def cotangent(self, method: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
+        """``method`` on every group, (R, n)."""
+        if self.groups == 1:
+            return method(rows)
+        return torch.cat([method(self.part(rows, g)) for g in range(self.groups)], 1)
+
+    def learned(self, method: Callable[[Rows], State], rows: Rows) -> State:
+        """``method`` on every group, and the state put together again."""
+        if self.groups == 1:
+            return method(rows)
+        return self.joined([method(self.part(rows, g)) for g in range(self.groups)], rows.state)
+
+    def joined(self, parts: list[State], like: State) -> State:
+        """The state of all groups."""
+        n = self.value_dim
+        return {
+            k: torch.cat([p[k] for p in parts], -1) if t.shape[-1] == n else parts[0][k]
+            for k, t in like.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -68,17 +180,23 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class ErrorRows:
-    """How the cotangents of the error taps become rows (R, C)."""
+    """How the cotangents of the error taps become rows (R, C); with ``rank``, C random sums."""
 
     kind: str
     folds: tuple[tuple[int, int, int], ...]
     dim: int
+    rank: int | None = None
+    seed: int = 0
 
     def __call__(self, taps: list[Tensor]) -> Tensor:
         if self.kind == "token":
-            return to_samples(taps[0], self.folds[0]).flatten(0, 1)
-        rows = [to_samples(t, f).flatten(1) for t, f in zip(taps, self.folds, strict=True)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+            e = to_samples(taps[0], self.folds[0]).flatten(0, 1)
+        else:
+            rows = [to_samples(t, f).flatten(1) for t, f in zip(taps, self.folds, strict=True)]
+            e = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        if self.rank is None:
+            return e
+        return e @ (signs((self.dim, self.rank), self.seed, e.device, e.dtype) * self.rank**-0.5)
 
 
 def to_samples(x: Tensor, fold: tuple[int, int, int]) -> Tensor:
@@ -99,12 +217,12 @@ def from_samples(x: Tensor, fold: tuple[int, int, int]) -> Tensor:
     return x.movedim(0, dim) if dim else x
 
 
-def plan_maps(
+def plain_maps(
     layers: tuple[Layer, ...],
     tap_shapes: list[tuple[int, ...]],
     tap_folds: list[tuple[int, int, int]],
 ) -> tuple[tuple[FeedbackMap, ...], dict[str, ErrorRows]]:
-    """Choose a kind for each layer: one map a token where value and error share the tokens.
+    """Full maps: one a token where value and error share the tokens, else dense.
 
     ``tap_shapes`` are the sample shapes of the error taps.
     """
@@ -119,8 +237,7 @@ def plan_maps(
     for layer in layers:
         shape = layer.sample_shape
         if tokens is not None and len(shape) > 1 and shape[0] == tokens:
-            kind = "token"
-            maps.append(FeedbackMap(layer, kind, rows[kind].dim, math.prod(shape[1:])))
+            maps.append(FeedbackMap(layer, "token", rows["token"].dim, math.prod(shape[1:])))
         else:
             maps.append(FeedbackMap(layer, "dense", total, math.prod(shape), classes))
     return tuple(maps), rows

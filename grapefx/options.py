@@ -8,14 +8,17 @@ from typing import Any
 
 from grapefx.errors import OptionError, nearest
 from grapefx.lowering import BACKENDS
+from grapefx.map_choice import parse_kind
 from grapefx.passes.partition import GRANULARITIES
+from grapefx.passes.points import check_choice
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "calib_unit": ("epoch", "step"),
     "calib_refit": ("weights", "feedback", "both"),
     "calib_update": ("grad", "sgd"),
     "noise": ("gaussian", "rademacher"),
-    "granularity": GRANULARITIES,
+    "granularity": (*GRANULARITIES, "auto"),
+    "residual": ("cut", "leak"),
     "backend": BACKENDS,
 }
 
@@ -40,6 +43,10 @@ class Options:
     directions: int = 1
     noise: str = "rademacher"
     granularity: str = "layer"
+    points: Any = None
+    error_at: Any = None
+    residual: str = "cut"
+    feedback: str = "auto"
     feedback_budget: int | None = None
     batch_dim: int = 0
     seed: int = 0
@@ -72,6 +79,13 @@ class Options:
             )
         if self.dynamic not in (None, True, False):
             raise OptionError(f"dynamic={self.dynamic!r} must be None, True or False")
+        parse_kind(self.feedback)
+        check_choice("points", self.points if self.points is not None else "*")
+        check_choice("error_at", self.error_at if self.error_at is not None else "output")
+        if self.residual == "leak" and (self.points is not None or self.granularity != "layer"):
+            raise OptionError(
+                "residual='leak' chooses its own points: leave points and granularity out"
+            )
         if not 0 < self.tangent_fraction <= 1:
             raise OptionError(f"tangent_fraction={self.tangent_fraction!r} must be in (0, 1]")
         if not -1 <= self.calib_threshold <= 1:

@@ -15,7 +15,8 @@ from grapefx.capture import capture, flatten_call, pick_hint
 from grapefx.choices import check_together, resolve
 from grapefx.errors import BudgetError, CaptureError, PlacementError
 from grapefx.ir import Captured, Layer, StepGraph
-from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plan_maps
+from grapefx.map_choice import choose_maps
+from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
 from grapefx.passes import markers
@@ -24,17 +25,19 @@ from grapefx.passes.batch import batch_folds
 from grapefx.passes.calibration import build_calibration
 from grapefx.passes.feedback import Feedback, build_update
 from grapefx.passes.joint import trace_joint
+from grapefx.passes.leak import is_edge, with_edges
 from grapefx.passes.order import dead_code
-from grapefx.passes.partition import Placement, place, sample_shape
+from grapefx.passes.partition import GRANULARITIES, HEAVY, Placement, place, sample_shape
 from grapefx.passes.perturbed import build_perturbed
 from grapefx.passes.prune import prune_masks
 from grapefx.passes.second_forward import build_two_forwards, input_size
 from grapefx.passes.tangent import add_tangents
 from grapefx.passes.verify import check, independence
 from grapefx.passes.weights import stand_in, weight_shapes
-from grapefx.torch_compat import batch_symbol, new_fake_mode
+from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
 
 KINDS = ("update", "align", "calibration")
+READS_CLASSES = {"target", "output"}
 
 
 @dataclass
@@ -45,8 +48,8 @@ class Plan:
     placement: Placement
     joint: StepGraph
     layers: tuple[Layer, ...]
-    maps: tuple[FeedbackMap, ...]
-    error_rows: dict[str, ErrorRows]
+    full_maps: tuple[FeedbackMap, ...]
+    full_rows: dict[str, ErrorRows]
     method: Method
     options: Options
     batch: Any
@@ -55,7 +58,25 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     derived: tuple[str, ...] = ()
     independent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    maps: tuple[FeedbackMap, ...] = field(init=False)
+    error_rows: dict[str, ErrorRows] = field(init=False)
     _graphs: dict[str, StepGraph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        calibrates = options.calib_every is not None and options.calib_refit != "weights"
+        self.maps, self.error_rows, said = choose_maps(
+            self.full_maps,
+            self.full_rows,
+            feedback=options.feedback,
+            budget=default_budget(options, self.captured),
+            method=self.method,
+            seed=options.seed,
+            refits=self.method.refits and calibrates,
+        )
+        self.notes = [*self.captured.notes, *said]
+        if self.placement.note and self.method.feedback:
+            self.notes.append(self.placement.note)
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of step that this method uses."""
@@ -85,7 +106,7 @@ class Plan:
         if self.method.state_at == "input":
             size = input_size(self.joint, self.method.name)
             return (StateSpec("input", (size, self.error_rows["dense"].dim)),)
-        return tuple(StateSpec(m.layer.name, m.shape) for m in self.maps)
+        return tuple(StateSpec(m.layer.name, m.shape) for m in self.maps if m.seed is None)
 
     def states(self) -> tuple[dict[str, torch.Tensor], ...]:
         """Fake tensors of each state in ``state_specs`` (shape, dtype, device; no memory)."""
@@ -95,13 +116,27 @@ class Plan:
         with new_fake_mode():
             return tuple(self.method.init(s.shape, generator, dtype) for s in self.state_specs())
 
+    def _point_states(self) -> tuple[dict[str, torch.Tensor], ...]:
+        """The state of each map, empty where it keeps none."""
+        if self.method.state_at != "point" or not self.method.keeps_state:
+            return tuple({} for _ in self.maps)
+        kept = dict(zip((s.key for s in self.state_specs()), self.states(), strict=True))
+        return tuple(kept.get(m.layer.name, {}) for m in self.maps)
+
     def for_method(self, method: str | Method, options: Options) -> Plan:
         """The same capture, with its feedback points, for another method; no budget is checked.
 
         ``options`` may differ where the capture does not (granularity and batch dim must agree).
         """
         chosen = get_method(method, {})
-        plan = replace(self, method=chosen, options=options, derived=(), independent={}, _graphs={})
+        plan = replace(
+            self, method=chosen, options=options, derived=(), independent={}, notes=[], _graphs={}
+        )
+        if self.placement.note and READS_CLASSES & (chosen.reads | chosen.learns_from):
+            raise PlacementError(
+                f"method {chosen.name!r} reads class targets at the model's output, but "
+                f"{self.placement.note}\n  remedy: error_at='output'"
+            )
         if chosen.feedback and not plan.maps:
             _check_feedback(plan)
         return plan
@@ -109,10 +144,7 @@ class Plan:
     def over_budget(self) -> str:
         """Why the feedback maps do not fit into ``feedback_budget``; empty when they do."""
         have = sum(m.bytes for m in self.maps)
-        budget = self.options.feedback_budget
-        if budget is None:
-            own = [n.meta["val"] for _, n in self.joint.select("parameter")]
-            budget = max(256 * 2**20, sum(p.numel() * p.element_size() for p in own) // 4)
+        budget = default_budget(self.options, self.captured)
         if not self.method.feedback or have <= budget:
             return ""
         worst = max(self.maps, key=lambda m: m.bytes)
@@ -120,7 +152,7 @@ class Plan:
             f"the feedback maps need {have / 2**20:.0f} MiB, the budget is "
             f"{budget / 2**20:.0f} MiB "
             f"(largest: layer {worst.layer.name!r}, {worst.error_dim} x {worst.value_dim})\n"
-            "  remedy: feedback_budget=, or fewer points with granularity='block'"
+            "  remedy: feedback_budget=, feedback='auto', or fewer points with granularity='block'"
         )
 
     def _build(self, kind: str) -> StepGraph:
@@ -130,7 +162,7 @@ class Plan:
             method,
             self.maps,
             self.error_rows,
-            self.states() if method.state_at == "point" else tuple({} for _ in self.maps),
+            self._point_states(),
             ridge=self.options.ridge,
             refit=self.options.calib_refit != "weights",
             true_gradients=self.options.calib_refit != "feedback",
@@ -172,6 +204,12 @@ class Plan:
             step = build_update(joint, feedback)
         else:
             raise ValueError(kind)
+        fixed = fixed_size(self.batch, self.joint.placeholders()[0].meta["val"])
+        if fixed is not None:
+            raise CaptureError(
+                f"the batch size became fixed at {fixed} while the {kind!r} graph was built (a "
+                "rule of ours assumed it)\n  remedy: please report this model"
+            )
         prune_masks(step.gm.graph)
         dead_code(step.gm.graph)
         annotate(step, layers)
@@ -231,9 +269,9 @@ def build_plan(
     trainable = {n for n, p in parameters.items() if p.requires_grad}
     lead = examples[captured.lead]
     batch_size = lead.shape[options.batch_dim] if lead.ndim > options.batch_dim else 1
-    placement = place(
-        captured, trainable=trainable, granularity=options.granularity, batch_size=batch_size
-    )
+    if options.residual == "leak":
+        captured = with_edges(captured, frozenset(HEAVY))
+    placement = _placement(captured, trainable, chosen, options, batch_size)
     joint = trace_joint(
         captured,
         placement,
@@ -258,23 +296,76 @@ def build_plan(
             raise PlacementError(f"the error tap {taps[i].name!r} does not keep the batch")
         shapes.append(sample_shape(taps[i], fold))
         tap_folds.append((fold.dim, fold.outer, fold.inner))
-    maps, rows = plan_maps(layers, shapes, tap_folds)
+    maps, rows = plain_maps(layers, shapes, tap_folds)
     plan = Plan(
         captured=captured,
         placement=placement,
         joint=joint,
         layers=layers,
-        maps=maps,
-        error_rows=rows,
+        full_maps=maps,
+        full_rows=rows,
         method=chosen,
         options=options,
         batch=batch,
         batch_size=batch_size,
         differentiable=_differentiable(joint, captured),
-        notes=list(captured.notes),
     )
     _check_feedback(plan)
     return plan
+
+
+def _placement(
+    captured: Captured, trainable: set[str], method: Method, options: Options, batch_size: int
+) -> Placement:
+    """Where the options ask for points; with granularity "auto" the finest that fits the budget."""
+    error_at = options.error_at
+    if error_at is None and READS_CLASSES & (method.reads | method.learns_from):
+        error_at = "output"
+    points = is_edge if options.residual == "leak" else options.points
+
+    def at(granularity: str) -> Placement:
+        return place(
+            captured,
+            trainable=trainable,
+            granularity=granularity,
+            batch_size=batch_size,
+            points=points,
+            error_at=error_at,
+        )
+
+    if method.exact and points is None:
+        try:
+            return at("layer")
+        except PlacementError:  # backpropagation needs no feedback point
+            return Placement((), (), ())
+    if options.granularity != "auto":
+        return at(options.granularity)
+    finest = at(GRANULARITIES[0])
+    budget = default_budget(options, captured)
+    for granularity in GRANULARITIES:
+        placement = finest if granularity == GRANULARITIES[0] else at(granularity)
+        if placement.cuts and _full_bytes(placement, captured, batch_size) <= budget:
+            return placement
+    return finest  # the kinds of its maps will fit the budget
+
+
+def _full_bytes(placement: Placement, captured: Captured, batch_size: int) -> int:
+    folds = batch_folds(captured.gm.graph, captured.batch, batch_size)
+    shapes = [sample_shape(t, folds[t]) for t in placement.taps]
+    taps = [(folds[t].dim, folds[t].outer, folds[t].inner) for t in placement.taps]
+    maps, _ = plain_maps(tuple(c.layer for c in placement.cuts), shapes, taps)
+    return sum(m.bytes for m in maps)
+
+
+def default_budget(options: Options, captured: Captured) -> int:
+    """Most bytes of feedback maps: as asked, or a quarter of the parameters', at least 256 MiB."""
+    if options.feedback_budget is not None:
+        return options.feedback_budget
+    nodes = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    own = [
+        n.meta["val"] for n, s in zip(nodes, captured.inputs, strict=True) if s.role == "parameter"
+    ]
+    return max(256 * 2**20, sum(p.numel() * p.element_size() for p in own) // 4)
 
 
 def build_forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +29,11 @@ __all__ = [
     "batch_symbol",
     "clear_saved_tensors",
     "concrete",
+    "copy_all",
     "decompositions",
     "fake_mode_of",
     "fake_tensor",
+    "fixed_size",
     "forget_guards",
     "functionalized",
     "inductor_compile",
@@ -39,11 +42,15 @@ __all__ = [
     "make_fx",
     "min_cut_partition",
     "new_fake_mode",
+    "plain_call",
+    "plain_calls",
     "python_dispatcher",
     "pytree",
     "quiet_export",
     "restrided",
+    "set_call",
     "size_hint",
+    "subtraction",
     "unwrap_for_export",
 ]
 
@@ -76,6 +83,16 @@ def fake_mode_of(value: Any) -> FakeTensorMode:
 def batch_symbol(size: Any) -> Any:
     """The sympy expression of a symbolic size, or None for a plain int."""
     return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def fixed_size(symbol: Any, value: Any) -> Any:
+    """The number that a size symbol was found to be equal to while graphs were traced, or None.
+
+    ``value`` is any fake tensor of the graph.
+    """
+    env = fake_mode_of(value).shape_env
+    found = env.replacements.get(symbol) if env is not None and symbol is not None else None
+    return None if found is None or found.free_symbols else int(found)
 
 
 def size_hint(size: Any) -> int:
@@ -272,6 +289,46 @@ def clear_saved_tensors(ctx: Any) -> None:
     clear = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Write each source into its target: one call, which no signal interrupts."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def subtraction(
+    targets: Sequence[torch.Tensor], amounts: Sequence[torch.Tensor], alpha: float
+) -> Callable[[], Any]:
+    """To be called: ``target -= alpha * amount`` for each, in place, without a line of Python."""
+    return functools.partial(torch._foreach_sub_, list(targets), list(amounts), alpha=alpha)
+
+
+def set_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """What ``module(...)`` runs, as ``nn.Module.compile`` sets it; None: its forward again.
+
+    Copies and pickles of the module do not carry it.
+    """
+    if call is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module.__dict__["_compiled_call_impl"] = call
+
+
+def plain_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's hooks and forward, whatever ``set_call`` set."""
+    return module._call_impl(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def plain_calls(model: torch.nn.Module) -> Iterator[None]:
+    """Every module inside runs its own forward: a capture must not meet another compiler."""
+    name = "_compiled_call_impl"
+    held = [(m.__dict__, m.__dict__.pop(name)) for m in model.modules() if m.__dict__.get(name)]
+    try:
+        yield
+    finally:
+        for store, call in held:
+            store[name] = call
 
 
 @contextlib.contextmanager

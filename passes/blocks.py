@@ -1,4 +1,4 @@
-"""Granularity "block": which of the feedback points end a block of the model.
+"""Granularities "block" and "sublayer": which of the feedback points end one.
 
 In: the segments of a sweep (see ``passes.partition``). Out: the ones to keep.
 """
@@ -27,8 +27,7 @@ def module_path(node: Node) -> list[tuple[str, str]]:
 
 def blocks(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_Segment]:
     """One feedback point a block: the last dominator of each repeated module, else dominators."""
-    dominators = _dominators(sweep, taps)
-    chosen = [s for s in segments if s.closed in dominators]
+    chosen = sublayers(segments, sweep, taps)
     repeated = _repeated_modules(sweep)
     if not repeated:
         return chosen
@@ -42,6 +41,12 @@ def blocks(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_S
         if ends and ends[-1] is inside[-1] and own <= covered:
             blocks[path] = ends[-1]
     return sorted(set(blocks.values()), key=lambda s: rank[id(s)]) or chosen
+
+
+def sublayers(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_Segment]:
+    """The points that every path crosses: behind each residual sum, or each layer of a chain."""
+    dominators = _dominators(sweep, taps)
+    return [s for s in segments if s.closed in dominators]
 
 
 def _repeated_modules(sweep: _Sweep) -> set[str]:

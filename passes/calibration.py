@@ -7,13 +7,12 @@ gradient is computed beside the true one for its cosine.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from grapefx.ir import StepGraph
+from grapefx.maps import FeedbackMap
 from grapefx.methods.base import State
 from grapefx.passes import markers
 from grapefx.passes.feedback import Builder, Feedback, replace_cuts
@@ -45,7 +44,7 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
 def refit(b: Builder) -> None:
     """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2)."""
     backward = markers.find(b.graph, markers.CUT_BACKWARD)
-    inverse: dict[str, Node] = {}
+    inverse: dict[str, list[Node]] = {}
     ridge, method = b.fb.ridge, b.fb.method
 
     def gram(e: Tensor) -> Tensor:
@@ -57,10 +56,21 @@ def refit(b: Builder) -> None:
         g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
         return torch.linalg.solve(g, e.t())
 
-    def fit(solved: Tensor, e: Tensor, delta: Tensor, state: State, m: Any) -> State:
-        top = e.to(solved.dtype).abs().amax().clamp_min(1e-30)
-        fitted = solved @ (m.value_rows(delta).to(solved.dtype) / top)
-        new = method.refit(state, fitted.to(state["B"].dtype))
+    def fit(solved: list[Tensor], e: Tensor, delta: Tensor, state: State, m: FeedbackMap) -> State:
+        dtype = solved[0].dtype
+        rows = m.value_rows(delta).to(dtype)
+        parts = []
+        for g, part in enumerate(solved):
+            top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
+            own = rows if m.groups == 1 else rows[:, m.columns(g)]
+            parts.append(part @ (own / top))
+        fitted = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        like = state["B"].dtype
+        if len(parts) == 1:
+            new = method.refit(state, fitted.to(like))
+        else:
+            made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
+            new = m.joined(made, state)
         ok = torch.isfinite(fitted.abs().sum())
         return {k: torch.where(ok, new[k], state[k]) for k in state}
 
@@ -69,12 +79,16 @@ def refit(b: Builder) -> None:
         if node is None:
             b.new_states.append(state)
             continue
-        e = b.error(m.kind)
-        if m.kind not in inverse:
-            inverse[m.kind] = b.emit(gram, e, phase="refit")
+        e = b.error(m.rows)
+        # groups pick by the layer's index: only full maps share a solve
+        key = m.rows if m.groups == 1 else m.layer.name
+        if key not in inverse:
+            inverse[key] = b.emit(
+                lambda e, m=m: [gram(m.pick(e, g)) for g in range(m.groups)], e, phase="refit"
+            )
         new = b.emit(
             lambda s, e, d, st, m=m: fit(s, e, d, st, m),
-            inverse[m.kind], e, node.args[0], state,
+            inverse[key], e, node.args[0], state,
             phase="refit", layer=m.layer.name,
         )  # fmt: skip
         b.new_states.append(new)

@@ -25,6 +25,7 @@ from grapefx.passes.emit import Emitter
 from grapefx.passes.order import dead_code, topological
 from grapefx.passes.restride import differs, restride
 from grapefx.passes.tangent import Stream
+from grapefx.seeded import uniform
 
 aten = torch.ops.aten
 
@@ -103,7 +104,19 @@ class Builder:
                     )
                     for name, like in state.items()
                 }
+                if m.seed is None
+                else self._from_seed(m)
             )
+
+    def _from_seed(self, m: FeedbackMap) -> dict[str, Node]:
+        method = self.fb.method
+
+        def make(e: Tensor, m: FeedbackMap = m) -> State:
+            assert m.seed is not None
+            dtype = torch.promote_types(e.dtype, torch.float32)
+            return method.from_uniform(uniform(m.shape, m.seed, e.device, dtype))
+
+        return self.emit(make, self.error(m.rows), phase="projection", layer=m.layer.name)
 
     # rows
 
@@ -176,19 +189,19 @@ class Builder:
         """The nodes of what is read at a point, noise and tangents aside, by field of ``Rows``."""
         found = {}
         if "error" in reads:
-            found["error"] = self.error(m.kind)
+            found["error"] = self.error(m.rows)
         if "value" in reads:
             found["value"] = self._value(m)
         if "target" in reads:
-            found["target"] = self.target(m.kind)
+            found["target"] = self.target(m.rows)
         if "output" in reads:
-            found["output"] = self.outputs(m.kind)
+            found["output"] = self.outputs(m.rows)
         return found
 
     def pairs(self, m: FeedbackMap) -> list[tuple[Node, Node | None]]:
         """(noise, tangent rows) of each stream that holds the layer; no tangent in a quiet one."""
         return [
-            (s.noise[m.layer.index], self.tangent_rows(m.kind, s) if s.taps else None)
+            (s.noise[m.layer.index], self.tangent_rows(m.rows, s) if s.taps else None)
             for s in self.streams
             if m.layer.index in s.noise
         ]
@@ -212,7 +225,7 @@ class Builder:
                 total: Any = None
                 for d, v in zip(ds, vs, strict=True):
                     rows = m.value_rows(v)
-                    j = d.to(rows.dtype).t() @ rows
+                    j = m.outer(d.to(rows.dtype), rows)
                     total = j if total is None else total + j
                 dtype = torch.promote_types(total.dtype, torch.float32)
                 return total.to(dtype) / (ds[0].shape[0] * len(ds))
@@ -240,7 +253,7 @@ class Builder:
                 if samples:
                     vs, ds = [m.value_rows(v) for v, _ in samples], [d for _, d in samples]
                     rows = replace(rows, noise=torch.cat(vs), tangent=torch.cat(ds))
-                new = self.fb.method.learn(rows)
+                new = m.learned(self.fb.method.learn, rows)
                 return {k: torch.where(ok, new[k], state[k]) for k in state}
 
             new = self.emit(
@@ -255,9 +268,9 @@ class Builder:
         return markers.find(self.graph, markers.CUT)[m.layer.index]
 
     def all_finite(self) -> Node:
-        parts = [self.error(m.kind) for m in self.fb.maps]
+        parts = [self.error(m.rows) for m in self.fb.maps]
         parts += [
-            self.tangent_rows(m.kind, s) for m in self.fb.maps for s in self.streams if s.taps
+            self.tangent_rows(m.rows, s) for m in self.fb.maps for s in self.streams if s.taps
         ]
         unique = list(dict.fromkeys(parts))
 
@@ -293,15 +306,16 @@ class Builder:
                 if incoming is not None:
                     rows = replace(rows, incoming=m.value_rows(incoming))
                 made = [
-                    self.fb.method.cotangent(
+                    m.cotangent(
+                        self.fb.method.cotangent,
                         replace(
                             rows,
                             noise=m.value_rows(v).to(dtype),
                             tangent=None if d is None else d.to(dtype),
-                        )
+                        ),
                     )
                     for v, d in pairs
-                ] or [self.fb.method.cotangent(rows)]
+                ] or [m.cotangent(self.fb.method.cotangent, rows)]
                 total = made[0]
                 for more in made[1:]:
                     total = total + more

@@ -8,6 +8,7 @@ requires one. Composite operators are gone; every node has a fake value, a phase
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from grapefx.passes.partition import Placement
 from grapefx.torch_compat import fake_tensor, make_fx, new_fake_mode, python_dispatcher, pytree
 
 aten = torch.ops.aten
+
+# torch restrides the result of a channels-last input in place, and the trace loses its gradient
+_POOLS: dict[Any, list[int]] = {
+    aten.adaptive_avg_pool2d.default: [-1, -2],
+    aten.adaptive_avg_pool3d.default: [-1, -2, -3],
+}
 
 
 class _Marked(torch.fx.Interpreter):
@@ -45,6 +52,12 @@ class _Marked(torch.fx.Interpreter):
             if n.op == "call_function" and n.target is aten.copy.default:
                 args, _ = self.fetch_args_kwargs_from_env(n)
                 result = _copied(*args)
+            elif n.op == "call_function" and n.target is aten.view.default:
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                result = _viewed(*args)
+            elif n.op == "call_function" and n.target in _POOLS and set(n.args[1]) == {1}:  # type: ignore[arg-type]
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                result = args[0].mean(_POOLS[n.target], keepdim=True)
             elif n.op == "call_function" and n.target in recurrent.DECOMPOSITIONS:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 result = recurrent.DECOMPOSITIONS[n.target](*args, **kwargs)
@@ -63,6 +76,18 @@ def _copied(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) 
     """``aten.copy`` (what writing into a view becomes) by operators that have a derivative."""
     source = source.to(to.dtype)
     return source if source.shape == to.shape else source.expand(to.shape).clone()
+
+
+def _viewed(x: torch.Tensor, size: Sequence[Any]) -> torch.Tensor:
+    """A view, or what ``reshape`` does where there is none.
+
+    Capture writes a ``reshape`` down as the view that it was. Attention with a bias that learns
+    runs another kernel here, whose result is laid out differently.
+    """
+    try:
+        return aten.view.default(x, size)
+    except (RuntimeError, ValueError):
+        return aten.view.default(x.clone(memory_format=torch.contiguous_format), size)
 
 
 def trace_joint(

@@ -31,13 +31,14 @@ from torch.fx import Node
 from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
 from grapefx.passes.batch import Fold, batch_folds, op_name
-from grapefx.passes.blocks import blocks
+from grapefx.passes.blocks import blocks, sublayers
+from grapefx.passes.points import select
 
 aten = torch.ops.aten
 
-GRANULARITIES = ("layer", "block")
+GRANULARITIES = ("layer", "sublayer", "block")
 
-_HEAVY = {
+HEAVY = {
     "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum", "bilinear", "addmv", "mv",
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "convolution", "embedding", "embedding_bag", "_embedding_bag",
@@ -50,6 +51,11 @@ _MERGE = {
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "mm",
 }  # fmt: skip
 _REGION_LIMIT = 400
+# An output of so many entries a position, more than its layer reads, is tapped before that layer.
+_WIDE = 1024
+_CHANNELS_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm", "pool")
+_CHANNELS_LAST = ("linear", "addmm", "layer_norm", "rms_norm", "embedding", "lstm", "gru", "rnn")
+_MOVES = {"permute", "transpose", "view", "reshape", "flatten", "unflatten", "_unsafe_view", "t"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Placement:
     cuts: tuple[CutPoint, ...]
     taps: tuple[Node, ...]
     head: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(eq=False)
@@ -78,6 +85,7 @@ class _Segment:
     first: Node | None = None
     closed: Node | None = None
     merged: _Segment | None = None
+    name: str = ""  # given by the user's choice
 
     def root(self) -> _Segment:
         seg = self
@@ -200,7 +208,7 @@ class _Sweep:
         data_in = self._data_in(node)
         opens = self._open_inputs(data_in)
         name = op_name(node)
-        heavy = name in _HEAVY and (
+        heavy = name in HEAVY and (
             bool(params) or any(a in self.frozen for a in inputs if a not in self.data)
         )
         if heavy:
@@ -307,7 +315,7 @@ class _Sweep:
             self.interior |= region
 
     def _is_heavy(self, node: Node) -> bool:
-        return op_name(node) in _HEAVY and any(
+        return op_name(node) in HEAVY and any(
             a in self.param_of or a in self.frozen for a in node.all_input_nodes
         )
 
@@ -376,12 +384,20 @@ def sample_shape(node: Node, fold: Fold) -> tuple[int, ...]:
 
 
 def place(
-    cap: Captured, *, trainable: set[str], granularity: str = "layer", batch_size: int
+    cap: Captured,
+    *,
+    trainable: set[str],
+    granularity: str = "layer",
+    batch_size: int,
+    points: Any = None,
+    error_at: Any = None,
 ) -> Placement:
     """Choose feedback points and the error tap on a captured graph.
 
-    Raises ``PlacementError`` when there is no trainable parameter, no differentiable output with
-    a batch dim, or no feedback point at all (a single layer: use ``method="bp"``).
+    ``points`` and ``error_at`` are choices of the user (see ``passes.points``); ``error_at`` may
+    be "output", for the outputs themselves whatever their width. Raises ``PlacementError`` when
+    there is no trainable parameter, no differentiable output with a batch dim, or no feedback point
+    at all (a single layer: use ``method="bp"``).
     """
     if granularity not in GRANULARITIES:
         raise OptionError(
@@ -394,19 +410,75 @@ def place(
             "set requires_grad=True on what should learn"
         )
     sweep.run()
-    taps = _taps(sweep)
+    taps, note = _taps(sweep), ""
+    if error_at is not None and error_at != "output":
+        taps = list(select(sweep, "error_at", error_at))
+        taps = [t for t in taps if t not in sweep.ancestors(taps)]
+    elif error_at is None:
+        taps, note = _before_wide_head(taps, sweep)
     cut_segments = sorted(sweep.closed, key=lambda s: sweep.order[s.closed])  # type: ignore[index]
+    if points is not None:
+        chosen = select(sweep, "points", points)
+        cut_segments = [_Segment(True, closed=n, name=name) for n, name in chosen.items()]
     before_tap = sweep.ancestors(taps)
-    cut_segments = [s for s in cut_segments if s.closed in before_tap and s.params]
-    if granularity == "block":
+    cut_segments = [
+        s for s in cut_segments if s.closed in before_tap and (s.params or points is not None)
+    ]
+    if points is None and granularity == "block":
         cut_segments = blocks(cut_segments, sweep, taps)
+    elif points is None and granularity == "sublayer":
+        cut_segments = sublayers(cut_segments, sweep, taps)
     # the segment in front of the tap may have been closed at the tap itself: that is the head
     cut_segments = [s for s in cut_segments if s.closed not in taps]
-    if granularity == "block":
+    if points is not None or granularity != "layer":
         _absorb(cut_segments, sweep)
+        cut_segments = [s for s in cut_segments if s.params]
     cuts = _name_layers(cut_segments, sweep)
     covered = {p for c in cuts for p in c.layer.parameters}
-    return Placement(cuts, tuple(taps), tuple(sorted(sweep.all_params() - covered)))
+    return Placement(cuts, tuple(taps), tuple(sorted(sweep.all_params() - covered)), note)
+
+
+def _before_wide_head(taps: list[Node], sweep: _Sweep) -> tuple[list[Node], str]:
+    """The hidden state in front of a wide output layer (a vocabulary), as Launay et al. 2020."""
+    if len(taps) != 1:
+        return taps, ""
+    node = taps[0]
+    while not sweep._is_heavy(node):
+        data = [a for a in node.all_input_nodes if a in sweep.data and is_float(a)]
+        if len(data) != 1 or node in sweep.param_of:
+            return taps, ""
+        node = data[0]
+    if op_name(node) not in ("linear", "addmm", "mm", "matmul"):
+        return taps, ""
+    data = [a for a in node.all_input_nodes if a in sweep.folds and a in sweep.live]
+    data = [a for a in data if a in sweep.data]
+    if len(data) != 1 or data[0].op == "placeholder":
+        return taps, ""
+    wide, narrow = int(value(node).shape[-1]), int(value(data[0]).shape[-1])
+    if wide < _WIDE or wide <= narrow or not sweep.ancestors(data) & set(sweep.param_of):
+        return taps, ""
+    note = (
+        f"the error is taken in front of the output layer ({narrow} wide, its output {wide}); "
+        "error_at='output' takes it behind"
+    )
+    return data, note
+
+
+def _channel(node: Node) -> int | None:
+    """The sample's dim that holds channels: first behind a convolution, last behind a linear."""
+    seen = node
+    for _ in range(64):
+        name = op_name(seen) if seen.op == "call_function" else ""
+        if any(k in name for k in _CHANNELS_FIRST):
+            return 0
+        if any(k in name for k in _CHANNELS_LAST):
+            return -1
+        inputs = seen.all_input_nodes
+        data = [a for a in inputs if is_float(a) or isinstance(value(a), (tuple, list))]
+        if not data or name in _MOVES:
+            return None
+        seen = data[0]
+    return None
 
 
 def _absorb(segments: list[_Segment], sweep: _Sweep) -> None:
@@ -468,7 +540,7 @@ def _name_layers(segments: list[_Segment], sweep: _Sweep) -> tuple[CutPoint, ...
         if node in taken:
             continue
         taken.add(node)
-        base = _owner(sorted(seg.own or seg.params)[0])
+        base = seg.name or _owner(sorted(seg.own or seg.params)[0])
         name, k = base, 1
         while name in names:
             k += 1
@@ -483,6 +555,7 @@ def _name_layers(segments: list[_Segment], sweep: _Sweep) -> tuple[CutPoint, ...
             fold=(fold.dim, fold.outer, fold.inner),
             parameters=tuple(sorted(seg.params)),
             source=_source(node),
+            channel=_channel(node),
         )
         cuts.append(CutPoint(node, layer))
     return tuple(cuts)

@@ -16,10 +16,13 @@ aten = torch.ops.aten
 
 # operator -> position of its output mask
 _MASKED = {
-    aten.convolution_backward.default: 10,
-    aten.native_layer_norm_backward.default: 7,
-    aten.native_group_norm_backward.default: 8,
-    aten.native_batch_norm_backward.default: 9,
+    op: next(i for i, a in enumerate(op._schema.arguments) if a.name == "output_mask")
+    for op in (
+        aten.convolution_backward.default,
+        aten.native_layer_norm_backward.default,
+        aten.native_group_norm_backward.default,
+        aten.native_batch_norm_backward.default,
+    )
 }
 
 

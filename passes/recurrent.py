@@ -99,9 +99,31 @@ def _one_state(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
+def _alone(cell: Cell) -> Callable[..., Any]:
+    """A cell that the model calls itself. torch's own writes in place, which no tangent follows."""
+
+    def run(
+        x: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        made = cell(F.linear(x, w_ih, b_ih), states, w_hh, b_hh)
+        return made if len(states) > 1 else made[0]
+
+    return run
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.lstm.input: _lstm,
     aten.gru.input: _one_state(_gru_cell),
     aten.rnn_tanh.input: _one_state(_rnn_cell(torch.tanh)),
     aten.rnn_relu.input: _one_state(_rnn_cell(torch.relu)),
+    aten.lstm_cell.default: _alone(_lstm_cell),
+    aten.gru_cell.default: _alone(_gru_cell),
+    aten.rnn_tanh_cell.default: _alone(_rnn_cell(torch.tanh)),
+    aten.rnn_relu_cell.default: _alone(_rnn_cell(torch.relu)),
 }

@@ -58,7 +58,18 @@ RIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     for method, options in (("dfa", {}), ("grape", NORMAL))
     for ridge in (1e-3, 1e-2, 1e-1)
 }
-GRIDS = {"main": MAIN, "ridge": RIDGE}
+# what goes beyond the papers, against their forms
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "grape, paper preset": ("grape", {"preset": "paper"}),
+    "fdfa, paper preset": ("fdfa", {"preset": "paper"}),
+    "dfa, calibrated, weights only": ("dfa", {"calib_refit": "weights"}),
+    "grape, calibrated, weights only": ("grape", {"calib_refit": "weights"}),
+    "dfa, calibrated on demand": ("dfa", {"calib_every": "auto"}),
+    "grape, calibrated on demand": ("grape", {"calib_every": "auto"}),
+    "grape, 4 directions": ("grape", NEVER | {"directions": 4}),
+    "grape, warm-up of 50 steps": ("grape", NEVER | {"align_warmup": 50}),
+}
+GRIDS = {"main": MAIN, "ridge": RIDGE, "beyond": BEYOND}
 
 
 def train(

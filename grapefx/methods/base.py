@@ -117,6 +117,11 @@ class Method:
         """L2 that a feedback step adds to the gradient of each weight W behind a point."""
         return 0.0
 
+    @property
+    def fixed(self) -> bool:
+        """Whether its maps never learn and can be made from uniform numbers alone."""
+        return not self.learns_from and type(self).from_uniform is not Method.from_uniform
+
     def needs_tangents(self) -> bool:
         """Whether a step without tangents can use this method at all."""
         return "tangent" in self.reads
@@ -128,6 +133,10 @@ class Method:
     def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         """The state at the start, on the generator's device; for ``shape`` see ``state_at``."""
         return {}
+
+    def from_uniform(self, u: Tensor) -> State:
+        """The state that ``init`` gives, from numbers U(-1, 1) of the shape (C, n)."""
+        raise NotImplementedError
 
     def cotangent(self, rows: Rows) -> Tensor:
         """What replaces the incoming gradient at the cut: (R, n)."""
@@ -177,9 +186,14 @@ def positive(name: str, value: float) -> None:
         raise OptionError(f"{name}={value!r} must be positive")
 
 
+def he_bound(n: int) -> float:
+    """sqrt(6 / n)."""
+    return (6.0 / n) ** 0.5
+
+
 def he_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """U(-sqrt(6/n), sqrt(6/n)) on (C, n)."""
-    bound = (6.0 / shape[1]) ** 0.5
+    bound = he_bound(shape[1])
     out = torch.empty(shape, device=generator.device, dtype=dtype)
     return out.uniform_(-bound, bound, generator=generator)
 
@@ -196,6 +210,7 @@ __all__ = [
     "Rows",
     "State",
     "choose",
+    "he_bound",
     "he_uniform",
     "option_names",
     "positive",

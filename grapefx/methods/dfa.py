@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grapefx.errors import OptionError, nearest
-from grapefx.methods.base import Method, Rows, State, he_uniform, unit_columns
+from grapefx.methods.base import Method, Rows, State, he_bound, he_uniform, unit_columns
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class DFA(Method):
     def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         b = he_uniform(shape, generator, dtype)
         return {"B": unit_columns(b) if self.init_b == "unit" else b}
+
+    def from_uniform(self, u: Tensor) -> State:
+        return {"B": unit_columns(u) if self.init_b == "unit" else u * he_bound(u.shape[1])}
 
     def cotangent(self, rows: Rows) -> Tensor:
         assert rows.error is not None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from grapefx.methods.base import Method, Rows, State, he_uniform
+from grapefx.methods.base import Method, Rows, State, he_bound, he_uniform
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class DRTP(Method):
 
     def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         return {"B": he_uniform(shape, generator, dtype)}
+
+    def from_uniform(self, u: Tensor) -> State:
+        return {"B": u * he_bound(u.shape[1])}
 
     def cotangent(self, rows: Rows) -> Tensor:
         assert rows.target is not None

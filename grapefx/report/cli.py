@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=names(),
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
-    s.add_argument("--granularity", choices=GRANULARITIES, default="layer")
+    s.add_argument("--granularity", choices=[*GRANULARITIES, "auto"], default="layer")
     s.add_argument("--tangent-fraction", type=float, default=1.0, metavar="F")
     s.add_argument("--align-every", type=_positive, default=1, metavar="K")
     s.add_argument(

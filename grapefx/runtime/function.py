@@ -13,16 +13,13 @@ from grapefx.torch_compat import clear_saved_tensors
 
 
 class Step(torch.autograd.Function):
-    """``apply(owner, step, arguments, *differentiable inputs)``.
-
-    ``owner`` provides ``late_input`` and ``commit``; see ``runtime.module``.
-    """
+    """``apply(owner, step, arguments, *differentiable inputs)``; see ``runtime.owner``."""
 
     @staticmethod
     def forward(
         ctx: Any, owner: Any, step: CompiledStep, arguments: list[Any], *leaves: Tensor
     ) -> Any:
-        results = step.forward(arguments)
+        results = owner.run_forward(step, arguments)
         outs = tuple(results[: step.outputs])
         saved = results[step.outputs :]
         ctx.save_for_backward(*[saved[i] for i in step.saved_tensors])

@@ -8,13 +8,13 @@ every call.
 
 from __future__ import annotations
 
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-_SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, torch.dtype)
+_SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RESTLESS = 8
 _STORES = ("_modules", "_parameters", "_buffers")
@@ -32,6 +32,7 @@ class Fingerprint:
 
     def refresh(self) -> None:
         """Walk the module tree again."""
+        self._identity: list[int] | None = None  # set last: an interrupted walk is done again
         self.modules = list(self.model.modules())
         self._dicts = [m.__dict__ for m in self.modules]
         self._sizes = list(map(len, self._dicts))
@@ -40,7 +41,6 @@ class Fingerprint:
         self._stores = [d[name] for d in self._dicts for name in _STORES]
         # held, so that no new object takes the identity of an old one
         self._held = [v for store in self._stores for v in store.values()]
-        self._identity = list(map(id, self._held))
         self._parameters = [
             (d["_parameters"], k)
             for d in self._dicts
@@ -60,6 +60,7 @@ class Fingerprint:
         paths = tuple([(n, type(m)) for n, m in self.model.named_modules(remove_duplicate=False)])
         token = (paths, tuple(self._hooked), ties, tuple([_layout(b) for b in buffers]))
         self.structure = self._tokens.setdefault(token, len(self._tokens))
+        self._identity = list(map(id, self._held))
 
     def _changed(self) -> bool:
         return (

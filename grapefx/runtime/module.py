@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import math
+import operator
+import types
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,6 +21,7 @@ from grapefx.errors import GrapefxWarning, InputError, StateError
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan, build_forward, build_plan
+from grapefx.runtime import distributed, hooks, inplace
 from grapefx.runtime.function import Step
 from grapefx.runtime.guard import Fingerprint, describe_leaf
 from grapefx.runtime.noise import draw, seed_of
@@ -24,6 +29,7 @@ from grapefx.runtime.owner import Owner, autocast_off
 from grapefx.runtime.program import CompiledStep, Program, module_slots
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
+from grapefx.torch_compat import subtraction
 
 if TYPE_CHECKING:
     from grapefx.report import Report
@@ -39,6 +45,10 @@ class FeedbackModule(nn.Module):
     plain model's keys, inside a parent module too. Attributes and methods of the wrapped module are
     reachable through it.
     """
+
+    def __new__(cls, model: nn.Module, *_: Any) -> FeedbackModule:
+        """An instance whose ``forward`` has the signature of ``model``'s: trainers read it."""
+        return super().__new__(_class_for(type(model)))  # type: ignore[arg-type]
 
     def __init__(self, model: nn.Module, method: Method, options: Options) -> None:
         super().__init__()
@@ -66,6 +76,8 @@ class FeedbackModule(nn.Module):
             _targets=None,
             _generators={},
             _device_type="cpu",
+            _installed=False,
+            _told_hooks=set(),
         )
         self._reset()
 
@@ -114,21 +126,30 @@ class FeedbackModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = self.__dict__.get("_original")
-        if original is None or name.startswith("_") or name == "training" or name in self.__dict__:
+        # a new forward (accelerate puts autocast around it) is one of the wrapper
+        own = name.startswith("_") or name in ("training", "forward") or name in self.__dict__
+        if original is None or own:
             super().__setattr__(name, value)
         else:
             setattr(original, name, value)
+
+    def _get_name(self) -> str:
+        return "FeedbackModule"
 
     def extra_repr(self) -> str:
         """The method and what wraps what."""
         return f"{type(self._original).__name__} trained by {self._method.name}"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FeedbackModule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeedbackModule | None:
+        if self._installed and id(self._original) in memo:
+            return None  # the copy of a model that was compiled in place is a plain model
         new = FeedbackModule(copy.deepcopy(self._original, memo), self._method, self._options)
         new._restore(copy.deepcopy(self._saved(), memo))
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._installed:
+            return type(None), ()
         return _rebuild, (self._original, self._method, self._options, self._saved())
 
     def _saved(self) -> dict[str, Any]:
@@ -159,8 +180,22 @@ class FeedbackModule(nn.Module):
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
         compiled = program.infer(self._batch_size(program, inputs))
         arguments = [self._value(role, ref, inputs, program) for role, ref in compiled.sources]
-        with autocast_off(self._device_type), torch.no_grad():
+        with autocast_off(self._device_type), torch.no_grad(), self._kept_buffers(program):
             return compiled.forward(arguments)
+
+    @contextlib.contextmanager
+    def _kept_buffers(self, program: Program) -> Iterator[None]:
+        """The forward inside writes buffers in place: all of them, or none if it fails."""
+        if not program.written:
+            yield
+            return
+        buffers = [self._value("buffer", name, [], program) for name in program.written]
+        kept = program.keep(buffers)
+        try:
+            yield
+        except BaseException:
+            program.put_back(buffers, kept)
+            raise
 
     def _train(self, program: Program, inputs: list[Tensor]) -> Any:
         plan = program.plan
@@ -218,7 +253,7 @@ class FeedbackModule(nn.Module):
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)
-        generator.manual_seed(seed_of(options.seed, _rank(), self._schedule.step))
+        generator.manual_seed(seed_of(options.seed, distributed.rank(), self._schedule.step))
         drawn: dict[int, Tensor] = {}
         if step.noise:
             shapes = [n.sized(rows) for n in step.noise]
@@ -271,8 +306,15 @@ class FeedbackModule(nn.Module):
         self._check_devices(leaves)
         options = self._options
         backend = (options.backend, options.backend_options, options.dynamic)
+        with inplace.untouched(self._original):
+            self._check_hooks(training)
+            if training:
+                plan = build_plan(
+                    self._original, args, kwargs, method=self._method, options=options
+                )
+            else:
+                captured, step = build_forward(self._original, args, kwargs, options)
         if training:
-            plan = build_plan(self._original, args, kwargs, method=self._method, options=options)
             captured = plan.captured
             program = Program(plan, None, captured.out_spec, captured.constants, *backend)
             program.renamed = self._ensure(plan)
@@ -280,9 +322,9 @@ class FeedbackModule(nn.Module):
             for note in plan.notes:
                 warnings.warn(note, GrapefxWarning, stacklevel=4)
         else:
-            captured, step = build_forward(self._original, args, kwargs, options)
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
         program.lead = captured.lead
+        program.written = captured.mutated
         restless = self._fingerprint.restless(reading)
         if restless:
             warnings.warn(
@@ -316,6 +358,14 @@ class FeedbackModule(nn.Module):
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return self._feedback.ensure(specs, dtype, parameter.device)
 
+    def _check_hooks(self, training: bool) -> None:
+        if training:
+            hooks.refuse_backward(self._original)
+        for note in hooks.traced(self._original):
+            if note not in self._told_hooks:
+                self._told_hooks.add(note)
+                warnings.warn(note, GrapefxWarning, stacklevel=5)
+
     def _check_devices(self, leaves: list[Any]) -> None:
         parameter = next(self._original.parameters(), None)
         if parameter is None:
@@ -330,24 +380,52 @@ class FeedbackModule(nn.Module):
 
     # after a step
 
-    def _after_step(self, calibrated: bool) -> None:
+    def _finish(
+        self,
+        owner: Owner,
+        step: CompiledStep,
+        learned: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        found: list[Any],
+    ) -> list[Any]:
+        """Everything that a step changes, in one assignment: an interrupt finds all or nothing."""
+        options, calibrated = self._options, owner.calibration
+        new = {**self._metrics, **{k: (v, owner.layers) for k, v in metrics.items()}}
         cosine = math.nan
-        if calibrated and self._options.calib_every == "auto" and "cos_gradient" in self._metrics:
-            cosine = float(self._metrics["cos_gradient"][0].nanmean())
-        self._schedule.done(calibrated, cosine)
-        finite = self._metrics.pop("finite", None)
-        if finite is not None:
+        if calibrated and options.calib_every == "auto" and "cos_gradient" in new:
+            cosine = float(new["cos_gradient"][0].nanmean())
+        schedule = copy.copy(self._schedule)
+        schedule.done(calibrated, cosine)
+        ok = True
+        flag = new.pop("finite", (None,))[0]
+        if flag is not None and flag.device.type == "cpu":
+            ok = bool(flag)
+        elif flag is not None:
             # reading a flag on an accelerator would wait for it: it is read with the metrics
-            if finite[0].device.type == "cpu":
-                self._note_finite(bool(finite[0]))
-            else:
-                self._metrics.setdefault("unread", []).append(finite[0])
-                if len(self._metrics["unread"]) >= 256:
-                    self._read_flags()
+            new["unread"] = (*new.get("unread", ()), flag)
+        state: dict[str, Any] = {"_schedule": schedule, "_metrics": new}
+        if learned:
+            state["_feedback"] = self._feedback.having(learned)
+        if owner.took_targets:
+            state["_targets"] = None  # used up: old targets never train a new batch
+        if calibrated and options.calib_update == "sgd":
+            weights, momenta, found = self._own_sgd(step, found)
+            state["_momentum"] = {**self._momentum, **momenta}
+            write = subtraction(weights, list(momenta.values()), 0.01)
+            take = functools.partial(self.__dict__.update, state)
+            with torch.no_grad():
+                # called from C: Python looks for signals between its own instructions only
+                list(map(operator.call, (write, take)))  # type: ignore[arg-type]
+        else:
+            self.__dict__.update(state)
+        self._note_finite(ok)
+        if len(new.get("unread", ())) >= 256:
+            self._read_flags()
+        return found
 
     def _read_flags(self) -> None:
-        flags = self._metrics.pop("unread", [])
-        for ok in torch.stack(flags).tolist() if flags else []:
+        flags = self._metrics.pop("unread", ())
+        for ok in torch.stack(flags).tolist() if flags else ():
             self._note_finite(ok)
 
     def _note_finite(self, ok: bool) -> None:
@@ -363,20 +441,29 @@ class FeedbackModule(nn.Module):
                 stacklevel=2,
             )
 
-    def _own_sgd(self, step: CompiledStep, found: list[Any]) -> list[Any]:
-        """001 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None."""
-        out = []
-        with torch.no_grad():
-            for (role, name), grad in zip(step.gradients, found, strict=True):
-                if role != "gradient" or grad is None:
-                    out.append(grad)
-                    continue
-                old = self._momentum.get(name)
-                m = self._momentum[name] = grad.clone() if old is None else old.mul_(0.9).add_(grad)
-                store, key = self._slots[name]
-                store[key].sub_(m, alpha=0.01)
-                out.append(None)
-        return out
+    def _own_sgd(
+        self, step: CompiledStep, found: list[Any]
+    ) -> tuple[list[Tensor], dict[str, Tensor], list[Any]]:
+        """001 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None.
+
+        Returns the weights, their new momenta, and what is left of ``found``.
+        """
+        own = [
+            k
+            for k, ((role, _), g) in enumerate(zip(step.gradients, found, strict=True))
+            if role == "gradient" and g is not None
+        ]
+        grads = [found[k] for k in own]
+        if distributed.parallel():  # nobody else averages them: they never reach p.grad
+            grads = distributed.averaged(grads)
+        weights, momenta = [], {}
+        for k, grad in zip(own, grads, strict=True):
+            name = step.gradients[k][1]
+            old = self._momentum.get(name)
+            momenta[name] = grad.clone() if old is None else old * 0.9 + grad
+            store, key = self._slots[name]
+            weights.append(store[key])
+        return weights, momenta, [None if k in own else g for k, g in enumerate(found)]
 
     # what users ask
 
@@ -484,6 +571,13 @@ class FeedbackModule(nn.Module):
             )
         return explain(self._plan, type(self._original).__name__, **choices)
 
+    def restore(self) -> nn.Module:
+        """Undo ``compile(..., inplace=True)``: the model runs its own forward again.
+
+        Returns it. The learning state stays here. Raises ``OptionError`` for a wrapper.
+        """
+        return inplace.uninstall(self._original)
+
     @property
     def plan(self) -> Plan | None:
         """The plan of the last training capture; None before the first training call."""
@@ -503,7 +597,12 @@ def _rebuild(
     return new
 
 
-def _rank() -> int:
-    """Noise differs between the ranks of a process group, feedback maps do not."""
-    dist = torch.distributed
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+@functools.lru_cache(maxsize=256)
+def _class_for(model: type[nn.Module]) -> type[FeedbackModule]:
+    """``FeedbackModule`` for models of one class, under its name: trainers look at both."""
+    plain = FeedbackModule.forward
+    forward = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__)
+    with contextlib.suppress(TypeError, ValueError):
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = plain.__doc__
+    return type(f"Feedback{model.__name__}", (FeedbackModule,), {"forward": forward})

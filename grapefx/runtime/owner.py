@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grapefx.runtime import distributed
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.targets import one_hot
 
@@ -28,7 +29,15 @@ def autocast_off(device: str) -> Any:
 class Owner:
     """What one training call leaves for its backward: the runtime and the program's wiring."""
 
-    __slots__ = ("calibration", "differentiable", "layers", "module", "plan", "renamed")
+    __slots__ = (
+        "calibration",
+        "differentiable",
+        "layers",
+        "module",
+        "plan",
+        "program",
+        "took_targets",
+    )
 
     def __init__(self, module: FeedbackModule, program: Program, calibration: bool) -> None:
         assert program.plan is not None
@@ -37,15 +46,20 @@ class Owner:
         self.differentiable = program.plan.differentiable
         self.layers = program.plan.layers
         self.calibration = calibration
-        self.renamed = program.renamed
+        self.program = program
+        self.took_targets = False
 
     def late_input(self, role: str, name: str) -> Tensor:
         """A feedback tensor as it is now, or the class targets of this step."""
         if role == "target":
-            found = one_hot(self.module._targets, self.plan)
-            self.module.__dict__["_targets"] = None  # used up: old targets never train a new batch
-            return found
-        return self.module._feedback.tensors[self.renamed.get(name, name)]
+            self.took_targets = True
+            return one_hot(self.module._targets, self.plan)
+        return self.module._feedback.tensors[self.program.renamed.get(name, name)]
+
+    def run_forward(self, step: CompiledStep, arguments: list[Any]) -> Any:
+        """The forward graph; buffers that it writes are as before if it fails."""
+        with self.module._kept_buffers(self.program):
+            return step.forward(arguments)
 
     def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
         """The update graph, with autocast off: the graph holds its own casts."""
@@ -53,27 +67,29 @@ class Owner:
             return step.update(inputs)
 
     def commit(self, step: CompiledStep, results: Any) -> list[Any]:
-        """Take the learned feedback over in one assignment; return the gradients in order."""
+        """Take over what the step learned, all or nothing; return the gradients in order."""
         module = self.module
+        renamed = self.program.renamed
         gradients: dict[tuple[str, str], Any] = {}
         learned: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for (role, name), value in zip(step.results, results, strict=True):
             if role == "feedback":
-                learned[self.renamed.get(name, name)] = value
+                learned[renamed.get(name, name)] = value
             elif role == "metric":
-                module._metrics[name] = (value, self.layers)
+                metrics[name] = value
             else:
                 gradients[role, name] = value
         found = [gradients.get(slot) for slot in step.gradients]
-        if learned:
-            module._feedback.tensors = {**module._feedback.tensors, **learned}
+        if (learned or metrics) and distributed.parallel():
+            refits = self.calibration and module._method.refits
+            learned, metrics = distributed.agree(
+                learned, module._feedback.tensors, metrics, module._method if refits else None
+            )
         if not self.calibration and module._schedule.step < module._options.align_warmup:
             # zeros, not None: DistributedDataParallel and GradScaler wait for a gradient
             found = [
                 torch.zeros_like(g) if role == "gradient" and g is not None else g
                 for (role, _), g in zip(step.gradients, found, strict=True)
             ]
-        module._after_step(self.calibration)
-        if self.calibration and module._options.calib_update == "sgd":
-            found = module._own_sgd(step, found)
-        return found
+        return module._finish(self, step, learned, metrics, found)

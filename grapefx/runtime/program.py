@@ -13,7 +13,7 @@ from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_pair, prepare
 from grapefx.passes.split import forward_only, split
 from grapefx.plan import Plan
-from grapefx.torch_compat import batch_symbol, size_hint
+from grapefx.torch_compat import batch_symbol, copy_all, size_hint
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,29 @@ class Program:
         self.options = options
         self.lead = 0  # the input that holds the batch
         self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
+        self.written: tuple[str, ...] = ()  # buffers that the forward writes in place
         # by (kind, batch size); batch size None: any
         self.steps: dict[tuple[str, int | None], CompiledStep] = {}
         self.forwards: dict[int | None, CompiledForward] = {}
         self.dynamic = dynamic if backend != "eager" else True
+        self._kept: list[Tensor] = []
+
+    def keep(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Copies of what the forward writes, in memory that stays."""
+        if [(b.shape, b.dtype, b.device) for b in buffers] != [
+            (k.shape, k.dtype, k.device) for k in self._kept
+        ]:
+            with torch.inference_mode(False):
+                self._kept = [torch.empty_like(b, requires_grad=False) for b in buffers]
+        with torch.no_grad():
+            copy_all(self._kept, buffers)
+        return self._kept
+
+    @staticmethod
+    def put_back(buffers: list[Tensor], kept: list[Tensor]) -> None:
+        """The buffers as they were."""
+        with torch.no_grad():
+            copy_all(buffers, kept)
 
     def _variant(self, have: Any, batch: int) -> int | None:
         """The first batch size gets a graph of its own, any other one shared by all the rest.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,12 @@ class FeedbackState:
         if any(t is None for t in have.values()):
             return None
         return all(tuple(t.shape) == like[k] for k, t in have.items())  # type: ignore[union-attr]
+
+    def having(self, learned: dict[str, Tensor]) -> FeedbackState:
+        """This state with new values for some tensors; it stays as it is."""
+        new = copy.copy(self)
+        new.tensors = {**self.tensors, **learned}
+        return new
 
     def load(self, loaded: dict[str, Tensor]) -> None:
         """Take over a checkpoint's tensors; checked first, so a refusal changes nothing."""

@@ -28,13 +28,13 @@ def _size(em: Any, node: Any, dim: int) -> Any:
     return em.call(aten.sym_size.int, node, dim) if isinstance(size, torch.SymInt) else int(size)
 
 
-def _flat(em: Any, x: Any, heads: int) -> Any:
+def _flat(em: Any, x: Any, heads: Any) -> Any:
     """(N, H, T, D) -> (N*H, T, D); grouped keys and values are repeated for their queries."""
     if x is None:
         return None
     own = x.meta["val"].shape[1]
     t, d = _size(em, x, 2), _size(em, x, 3)
-    if own != heads:
+    if isinstance(heads, int) and own != heads:
         wide = em.call(aten.unsqueeze.default, x, 2)
         wide = em.call(aten.expand.default, wide, [-1, -1, heads // own, -1, -1])
         x = em.call(aten.clone.default, wide, memory_format=torch.contiguous_format)
@@ -79,7 +79,7 @@ def attention(em: Any, node: Node) -> Any:
     for a in (q, k, v):
         unmixed(em, node, a, -2)
     val = node.meta["val"][0]
-    heads = int(val.shape[1])
+    heads = _size(em, em.p(q), 1)  # the batch itself where the operands had three dims
     factor = 1.0 / math.sqrt(int(q.meta["val"].shape[-1])) if given is None else given  # type: ignore[union-attr]
 
     def product(a: Any, b: Any) -> Any:

@@ -184,7 +184,9 @@ def test_sub_batch_tangents_have_rows_of_their_own():
 
 
 def test_maps_over_budget_are_shown_with_a_warning():
-    report = grapefx.inspect(mlp(4, 16, 4), torch.zeros(8, 16), "dfa", feedback_budget=10)
+    report = grapefx.inspect(
+        mlp(4, 16, 4), torch.zeros(8, 16), "dfa", feedback_budget=10, feedback="dense"
+    )
     assert any("the feedback maps need" in w for w in report.warnings)
     assert report.method("dfa").feedback_bytes == 3 * 4 * 16 * 4
 

@@ -1,0 +1,97 @@
+"""``inplace=True``: a model that trains through grapefx and stays the object that it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from grapefx.errors import OptionError
+from grapefx.runtime.hooks import BACKWARD, FORWARD
+from grapefx.torch_compat import plain_call, set_call
+
+if TYPE_CHECKING:
+    from grapefx.runtime.module import FeedbackModule
+
+NAME = "grapefx"
+_HOOKS = FORWARD + BACKWARD
+
+
+def installed(model: nn.Module) -> FeedbackModule | None:
+    """The net that ``model`` trains through, if it was compiled in place."""
+    net = model.__dict__.get(NAME)
+    return net if getattr(net, "_installed", False) is True else None
+
+
+def install(model: nn.Module, net: FeedbackModule) -> None:
+    """From now on ``model(x)`` is a training step of ``net`` when gradients are enabled."""
+    if hasattr(model, NAME) and model.__dict__.get(NAME, model) is not None:
+        raise OptionError(f"the model has an attribute {NAME!r} already; inplace=True needs it")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # without gradients there is nothing to replace: generation loops need no capture a length
+        if not torch.is_grad_enabled():
+            return plain_call(model, *args, **kwargs)
+        if not any(model.__dict__[k] for k in _HOOKS):
+            return net.forward(*args, **kwargs)
+        with _forward_of(model, net):
+            return plain_call(model, *args, **kwargs)
+
+    # not a child: no key of the state dict, no module of the tree
+    model.__dict__[NAME] = net
+    net.__dict__["_installed"] = True
+    set_call(model, call)
+
+
+def uninstall(model: nn.Module) -> nn.Module:
+    """Undo ``install``; returns the model."""
+    net = installed(model)
+    if net is None:
+        raise OptionError("this model was not compiled by grapefx in place")
+    set_call(model, None)
+    del model.__dict__[NAME]
+    net.__dict__["_installed"] = False
+    return model
+
+
+@contextlib.contextmanager
+def _forward_of(model: nn.Module, net: FeedbackModule) -> Iterator[None]:
+    """The model's own hooks run around the net: torch runs them around ``self.forward``."""
+    held = model.__dict__.get("forward", ...)
+    net.__dict__["_under"] = held
+    model.__dict__["forward"] = net.forward
+    try:
+        yield
+    finally:
+        _put(model, held)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """For a capture: the model without what ``install`` and ``_forward_of`` put on it."""
+    net = installed(model)
+    if net is None:
+        yield
+        return
+    store = model.__dict__
+    forward = store.get("forward", ...)
+    hooks = {k: store[k] for k in _HOOKS}
+    shadowed = getattr(forward, "__self__", None) is net
+    if shadowed:
+        _put(model, net.__dict__["_under"])
+    store.update({k: type(v)() for k, v in hooks.items()})
+    try:
+        yield
+    finally:
+        store.update(hooks)
+        _put(model, forward)
+
+
+def _put(model: nn.Module, forward: Any) -> None:
+    if forward is ...:
+        model.__dict__.pop("forward", None)
+    else:
+        model.__dict__["forward"] = forward

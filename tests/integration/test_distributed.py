@@ -1,0 +1,162 @@
+"""DistributedDataParallel on two gloo processes: gradients, and maps that stay the same."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grapefx
+from grapefx.runtime import distributed
+from tests.zoo import compiled, gradients, loss_of, make
+
+dist = torch.distributed
+if not (dist.is_available() and dist.is_gloo_available()):  # pragma: no cover
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+pytestmark = pytest.mark.slow  # two processes that import torch
+WORLD = 2
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "grape": ("grape", {"calib_unit": "step", "calib_every": 3}),
+    "fdfa": ("fdfa", {"calib_unit": "step", "calib_every": 3}),
+    "grape-never": ("grape", {"calib_every": None}),
+    "fdfa-never": ("fdfa", {"calib_every": None}),
+    "auto": ("grape", {"calib_every": "auto", "calib_budget": 0.5, "calib_refit": "weights"}),
+    "own-sgd": ("grape", {"calib_unit": "step", "calib_every": 2, "calib_update": "sgd"}),
+}
+
+
+def parts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return list(torch.randn(WORLD, 6, 8, generator=generator, dtype=torch.float64))
+
+
+def work(rank: int, folder: str) -> None:
+    """One process: every scenario in turn; what it saw goes to a file."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    seen: dict[str, Any] = {}
+    x = parts()[rank]
+    for method in ("bp", "dfa"):
+        net = compiled(make("mlp")[0], method, calib_every=None)
+        ddp = nn.parallel.DistributedDataParallel(net)
+        loss_of(ddp(x)).backward()
+        seen[method] = gradients(net)
+    model = grapefx.compile(make("mlp")[0], method="bp", backend="eager", inplace=True)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    loss_of(ddp(x)).backward()
+    seen["inplace"] = gradients(model)
+    for name, (method, options) in CASES.items():
+        net = compiled(make("mlp")[0], method, **options)
+        ddp = nn.parallel.DistributedDataParallel(net)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        maps = []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss_of(ddp(x * (1 + step))).backward()
+            optimizer.step()
+            maps.append(net.feedback)
+        seen[name] = {
+            "maps": maps,
+            "weights": net.state_dict(),
+            "alignment": net.alignment(),
+            "schedule": net.feedback_state_dict()["schedule"],
+        }
+    net = compiled(make("mlp")[0], "grape", calib_every=None)
+    ddp = nn.parallel.DistributedDataParallel(net)
+    kept = []
+    for step in range(4):
+        scale = float("inf") if step == 2 and rank == 1 else 1.0
+        (ddp(x).sum() * scale).backward()
+        net.zero_grad()
+        kept.append((net.feedback, net.skipped_updates))
+    seen["skip"] = kept
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), WORLD)
+    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(WORLD)]
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for k, v in a.items():
+        assert torch.equal(v, b[k]), k
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa", "inplace"])
+def test_gradients_are_those_of_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    model, _ = make("mlp")
+    net = compiled(model, "dfa" if name == "dfa" else "bp", calib_every=None)
+    whole = torch.cat(parts())
+    # loss_of weighs samples: each rank weighs its own six alike
+    halves = [loss_of(h) for h in net(whole).chunk(WORLD)]
+    (sum(halves) / WORLD).backward()  # type: ignore[union-attr]
+    expected = gradients(net)
+    for r in ranks:
+        for k, v in r[name].items():
+            torch.testing.assert_close(v, expected[k])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_maps_and_weights_stay_the_same_on_all_ranks(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
+    first, *others = [r[name] for r in ranks]
+    for other in others:
+        for a, b in zip(first["maps"], other["maps"], strict=True):
+            assert_equal(a, b)
+        assert_equal(first["weights"], other["weights"])
+        assert first["alignment"] == other["alignment"]
+        assert first["schedule"] == other["schedule"]
+    assert not torch.equal(first["maps"][0]["layers.0/B"], first["maps"][-1]["layers.0/B"])
+
+
+@pytest.mark.parametrize("name", ["grape-never", "fdfa-never", "fdfa", "grape"])
+def test_the_new_maps_are_the_mean_of_what_the_ranks_learned(
+    ranks: list[dict[str, Any]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With noise of its own on each rank. The first step of the last two is a calibration."""
+    method, options = CASES[name]
+    learned = []
+    for r in range(WORLD):
+        monkeypatch.setattr(distributed, "rank", lambda r=r: r)
+        net = compiled(make("mlp")[0], method, **options)
+        loss_of(net(parts()[r])).backward()
+        learned.append(net.feedback)
+    for k, v in ranks[0][name]["maps"][0].items():
+        assert not torch.equal(learned[0][k], learned[1][k]) or "/scale" in k or "/m" in k, k
+        if not k.endswith("/scale"):
+            torch.testing.assert_close(v, (learned[0][k] + learned[1][k]) / 2, msg=k)
+
+
+def test_the_scale_of_a_fitted_map_is_that_of_the_mean(ranks: list[dict[str, Any]]) -> None:
+    maps = ranks[0]["grape"]["maps"][0]
+    for k in [k for k in maps if k.endswith("/B")]:
+        torch.testing.assert_close(maps[k].norm(dim=0, keepdim=True), maps[k[:-1] + "scale"])
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for r in ranks:
+        (one, _), (two, before), (three, after), (four, end) = r["skip"]
+        assert (before, after, end) == (0, 1, 1)
+        assert_equal(two, three)
+        assert not torch.equal(one["layers.0/B"], two["layers.0/B"])
+        assert not torch.equal(three["layers.0/B"], four["layers.0/B"])
+    assert_equal(ranks[0]["skip"][-1][0], ranks[1]["skip"][-1][0])
+
+
+def test_one_process_alone_asks_nobody() -> None:
+    assert not distributed.parallel() and distributed.rank() == 0

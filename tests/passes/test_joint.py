@@ -1,0 +1,122 @@
+"""What the joint trace writes out by itself: views of another layout, recurrent cells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grapefx.passes.joint import _viewed
+from tests.passes.tangent_oracle import make_case
+from tests.zoo import assert_same_gradients, compiled, eager_twin, train_step
+
+
+class _Biased(nn.Module):
+    """Attention with a learned table of positions, as T5 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.table = nn.Embedding(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = (y.view(n, t, 2, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        at = torch.arange(t)
+        bias = self.table(at[:, None] - at[None, :] + 4).permute(2, 0, 1).unsqueeze(0)
+        mask = torch.zeros(n, 1, t, t, dtype=x.dtype)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias + mask)
+        return self.out(z.transpose(1, 2).reshape(n, t, 8))
+
+
+def test_views_of_any_layout() -> None:
+    x = torch.randn(2, 3, 4)
+    assert _viewed(x, [2, 12]).data_ptr() == x.data_ptr()
+    turned = x.transpose(1, 2)
+    torch.testing.assert_close(_viewed(turned, [2, 12]), turned.reshape(2, 12))
+
+
+def test_attention_with_a_learned_bias() -> None:
+    torch.manual_seed(0)
+    model = _Biased().double()
+    x = torch.randn(3, 5, 8).double()
+    twin = eager_twin(model)
+    net = compiled(model, "bp")
+    train_step(net, (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(net, twin)
+
+
+class _Cells(nn.Module):
+    """Three steps of a cell, written as a loop."""
+
+    def __init__(self, kind: type[nn.Module], bias: bool) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 4), nn.Linear(6, 3)
+        self.cell = kind(4, 6, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 6)
+        for step in torch.tanh(self.first(x)).unbind(1):
+            state = self.cell(step, state)
+        return self.out(state)
+
+
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.RNNCell])
+def test_cells_have_gradients_and_tangents(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = _Cells(kind, bias=kind is not nn.RNNCell).double(), torch.randn(4, 3, 5).double()
+    twin = eager_twin(model)
+    net = compiled(model, "bp")
+    train_step(net, (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(net, twin)
+    case = make_case(model, x)
+    torch.testing.assert_close(case.run(case.tangents()), case.expected())
+
+
+class _Counted(nn.Module):
+    """Takes the batch size as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) + torch.ones(len(x), 4, dtype=x.dtype))
+
+
+@pytest.mark.filterwarnings("ignore::grapefx.errors.GrapefxWarning")
+def test_a_batch_size_taken_as_a_number_is_captured_as_it_came() -> None:
+    torch.manual_seed(0)
+    model = _Counted().double()
+    twin = eager_twin(model)
+    net = compiled(model, "dfa", calib_unit="step", calib_every=1)
+    for size in (3, 5):
+        x = torch.randn(size, 5).double()
+        train_step(net, (x,))
+        train_step(twin, (x,))
+        assert_same_gradients(net, twin)
+
+
+class _ChannelsLast(nn.Module):
+    """Pools what a permutation has laid out with the channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)).permute(0, 3, 1, 2)
+        return self.b(F.adaptive_avg_pool2d(h, 1).flatten(1))
+
+
+def test_pooling_channels_last_keeps_its_gradient() -> None:
+    torch.manual_seed(0)
+    model, x = _ChannelsLast().double(), torch.randn(4, 2, 3, 5).double()
+    twin = eager_twin(model)
+    net = compiled(model, "bp")
+    train_step(net, (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(net, twin)
