@@ -39,6 +39,8 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
     layer_of = {p: layer.index for layer in layers for p in layer.parameters}
     names = [layer.name for layer in layers] + [HEAD]
     backward = _behind([n for _, n in step.select("cotangent")])
+    # what leads to the error (through a wide head, or a loss inside the model) is nobody's update
+    error = _before([n for n in step.gm.graph.nodes if n.meta.get("grapefx_phase") == "error"])
     reach: dict[Node, set[int]] = {}
     deepest: dict[Node, int] = {}
     for k, (slot, node) in enumerate(step.produced("gradient")):
@@ -57,7 +59,9 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
                 own |= reach.get(user, set())
                 if user in deepest:
                     deepest[node] = max(deepest.get(node, -1), deepest[user])
-        if node in backward:
+        if node in backward and node in error:
+            node.meta["grapefx_phase"] = node.meta.get("grapefx_phase") or "error"
+        elif node in backward:
             phase = "weight_grad" if len(own) == 1 else "input_grad"
             node.meta["grapefx_phase"] = node.meta.get("grapefx_phase") or phase
             if node.meta["grapefx_phase"] in ("weight_grad", "input_grad") and node in deepest:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grapefx.errors import InputError
 from grapefx.runtime import distributed
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.targets import one_hot
@@ -59,7 +60,15 @@ class Owner:
     def run_forward(self, step: CompiledStep, arguments: list[Any]) -> Any:
         """The forward graph; buffers that it writes are as before if it fails."""
         with self.module._kept_buffers(self.program):
-            return step.forward(arguments)
+            try:
+                return step.forward(arguments)
+            except RuntimeError as e:
+                if any(isinstance(a, Tensor) and a.numel() == 0 for a in arguments):
+                    raise InputError(
+                        f"the model cannot take a batch of no samples: {str(e).splitlines()[0]}\n"
+                        "  remedy: leave empty batches out"
+                    ) from e
+                raise
 
     def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
         """The update graph, with autocast off: the graph holds its own casts."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -81,7 +82,7 @@ def test_forward_hooks_inside_are_traced_and_mentioned_once(pre: bool) -> None:
 
 def test_torchs_own_hooks_are_not_mentioned() -> None:
     model, args = make("mlp")
-    torch.nn.utils.prune.l1_unstructured(model.layers[0], "weight", 0.5)  # type: ignore[index,arg-type,attr-defined]
+    prune.l1_unstructured(model.layers[0], "weight", 0.5)  # type: ignore[index,arg-type,attr-defined]
     net = compiled(model, "bp")
     with warnings.catch_warnings():
         warnings.simplefilter("error", GrapefxWarning)

@@ -161,6 +161,18 @@ def test_the_head_behind_a_tap_gets_its_exact_gradient() -> None:
     assert not torch.allclose(model.tokens.weight.grad, want["tokens.weight"])
 
 
+def test_a_tied_wide_head_leaves_updates_independent() -> None:
+    """The sum of a tied weight's gradients waits for the error, not for the head's update."""
+    model = Decoder(vocabulary=2000)
+    model.head = nn.Linear(8, 2000, bias=False)
+    model.head.weight = model.tokens.weight
+    report = grapefx.inspect(model, ids(), "grape")
+    assert report.method("grape").independent
+    assert report.method("grape").shown.phases  # the product in front of the tap is the error's
+    product = next(r for r in report.method("grape").shown.phases if r.phase == "error")
+    assert product.flops >= 2 * 4 * 5 * 8 * 2000
+
+
 def test_error_at_a_module() -> None:
     plan = plan_of(Decoder(), ids(), error_at="ln")
     assert {m.error_dim for m in plan.maps} == {8}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,23 @@ def _dead() -> Any:
     raise SystemExit(3)
 
 
+# the tool forks, which torch refuses where another test has run a backward
+alone = pytest.mark.skipif(
+    os.environ.get("GRAPEFX_TEST_ALONE") != "1", reason="test_in_a_process_of_its_own runs it"
+)
+
+
+def test_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    env = os.environ | {"GRAPEFX_TEST_ALONE": "1"}
+    for k in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
+        env.pop(k, None)
+    done = subprocess.run(
+        [*command, "-k", "results or hang"], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     zoo = {"good": _good, "bad": _bad, "dead": _dead}
@@ -53,6 +72,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda *more: tool.main([*places, *more])
 
 
+@alone
 def test_results_reasons_and_going_on(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +97,7 @@ def test_results_reasons_and_going_on(
     assert run("--zoo", "tiny", "--only", "nothing") == 2
 
 
+@alone
 def test_a_hang_is_a_result(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tool, "ZOOS", {"tiny": lambda: {"hangs": lambda: __import__("time").sleep(60)}}
