@@ -25,6 +25,7 @@ aten = torch.ops.aten
 
 # torch restrides the result of a channels-last input in place, and the trace loses its gradient
 _POOLS: dict[Any, list[int]] = {
+    aten.adaptive_avg_pool1d.default: [-1],
     aten.adaptive_avg_pool2d.default: [-1, -2],
     aten.adaptive_avg_pool3d.default: [-1, -2, -3],
 }

@@ -31,6 +31,13 @@ def check(step: StepGraph, after: str) -> StepGraph:
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise VerifyError(f"{after}: node {node.name!r} is a {node.op}")
+        schema = getattr(node.target, "_schema", None)
+        mutable = node.op == "call_function" and schema is not None and schema.is_mutable
+        if mutable and not node.users:  # its effect, a gradient perhaps, would be lost
+            raise VerifyError(
+                f"{after}: node {node.name!r} ({node.target}) writes into a view, which the graph "
+                "cannot follow\n  remedy: please report this model"
+            )
         if node.op != "output" and "val" not in node.meta:
             raise VerifyError(f"{after}: node {node.name!r} has no fake value")
     return step

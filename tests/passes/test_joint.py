@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grapefx.errors import VerifyError
 from grapefx.passes.joint import _viewed
+from grapefx.passes.verify import check
 from tests.passes.tangent_oracle import make_case
-from tests.zoo import assert_same_gradients, compiled, eager_twin, train_step
+from tests.zoo import assert_same_gradients, compiled, eager_twin, plan_of, train_step
 
 
 class _Biased(nn.Module):
@@ -110,6 +112,37 @@ class _ChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.a(x)).permute(0, 3, 1, 2)
         return self.b(F.adaptive_avg_pool2d(h, 1).flatten(1))
+
+
+class _PooledTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)).transpose(1, 2)  # as Swin's pooler
+        return self.b(F.adaptive_avg_pool1d(h, 1).flatten(1))
+
+
+def test_pooling_tokens_keeps_its_gradient() -> None:
+    torch.manual_seed(0)
+    model, x = _PooledTokens().double(), torch.randn(4, 5, 3).double()
+    twin = eager_twin(model)
+    net = compiled(model, "bp")
+    train_step(net, (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(net, twin)
+
+
+def test_a_write_that_a_graph_cannot_follow_is_refused() -> None:
+    plan = plan_of("mlp", "bp")
+    step = plan.joint.copy()
+    some = next(n for n in step.gm.graph.nodes if n.op == "call_function")
+    with step.gm.graph.inserting_after(some):
+        write = step.gm.graph.call_function(torch.ops.aten.copy_.default, (some, some))
+    write.meta["val"] = some.meta["val"]
+    with pytest.raises(VerifyError, match="writes into a view"):
+        check(step, "joint")
 
 
 def test_pooling_channels_last_keeps_its_gradient() -> None:
