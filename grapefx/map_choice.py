@@ -44,8 +44,9 @@ def choose_maps(
     kind, number = parse_kind(feedback)
     if not method.feedback or kind == "dense":
         return maps, rows, ()
-    exact = {"next_delta", "tangent", "noise", "output"} & (method.reads | method.learns_from)
-    if exact - {"tangent"} or "tangent" in method.reads:
+    exact = {"next_delta", "noise", "output"} & (method.reads | method.learns_from)
+    exact |= {"tangent"} & method.reads
+    if exact:
         if kind != "auto":
             raise OptionError(
                 f"feedback={feedback!r}: method {method.name!r} reads {', '.join(sorted(exact))} "

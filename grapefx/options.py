@@ -80,8 +80,9 @@ class Options:
         if self.dynamic not in (None, True, False):
             raise OptionError(f"dynamic={self.dynamic!r} must be None, True or False")
         parse_kind(self.feedback)
-        check_choice("points", self.points if self.points is not None else "*")
-        check_choice("error_at", self.error_at if self.error_at is not None else "output")
+        for name in ("points", "error_at"):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name))
         if self.residual == "leak" and (self.points is not None or self.granularity != "layer"):
             raise OptionError(
                 "residual='leak' chooses its own points: leave points and granularity out"

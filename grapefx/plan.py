@@ -27,7 +27,14 @@ from grapefx.passes.feedback import Feedback, build_update
 from grapefx.passes.joint import trace_joint
 from grapefx.passes.leak import is_edge, with_edges
 from grapefx.passes.order import dead_code
-from grapefx.passes.partition import GRANULARITIES, HEAVY, Placement, place, sample_shape
+from grapefx.passes.partition import (
+    GRANULARITIES,
+    HEAVY,
+    Placement,
+    UncuttableError,
+    place,
+    sample_shape,
+)
 from grapefx.passes.perturbed import build_perturbed
 from grapefx.passes.prune import prune_masks
 from grapefx.passes.second_forward import build_two_forwards, input_size
@@ -37,7 +44,6 @@ from grapefx.passes.weights import stand_in, weight_shapes
 from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
 
 KINDS = ("update", "align", "calibration")
-READS_CLASSES = {"target", "output"}
 
 
 @dataclass
@@ -55,11 +61,11 @@ class Plan:
     batch: Any
     batch_size: int
     differentiable: tuple[bool, ...]  # for each output of the model
-    notes: list[str] = field(default_factory=list)
     derived: tuple[str, ...] = ()
     independent: dict[str, tuple[str, ...]] = field(default_factory=dict)
     maps: tuple[FeedbackMap, ...] = field(init=False)
     error_rows: dict[str, ErrorRows] = field(init=False)
+    notes: list[str] = field(init=False)
     _graphs: dict[str, StepGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,10 +135,8 @@ class Plan:
         ``options`` may differ where the capture does not (granularity and batch dim must agree).
         """
         chosen = get_method(method, {})
-        plan = replace(
-            self, method=chosen, options=options, derived=(), independent={}, notes=[], _graphs={}
-        )
-        if self.placement.note and READS_CLASSES & (chosen.reads | chosen.learns_from):
+        plan = replace(self, method=chosen, options=options, derived=(), independent={}, _graphs={})
+        if self.placement.note and _reads_classes(chosen):
             raise PlacementError(
                 f"method {chosen.name!r} reads class targets at the model's output, but "
                 f"{self.placement.note}\n  remedy: error_at='output'"
@@ -314,12 +318,17 @@ def build_plan(
     return plan
 
 
+def _reads_classes(method: Method) -> bool:
+    """Whether the error tap must be the output itself."""
+    return bool({"target", "output"} & (method.reads | method.learns_from))
+
+
 def _placement(
     captured: Captured, trainable: set[str], method: Method, options: Options, batch_size: int
 ) -> Placement:
     """Where the options ask for points; with granularity "auto" the finest that fits the budget."""
     error_at = options.error_at
-    if error_at is None and READS_CLASSES & (method.reads | method.learns_from):
+    if error_at is None and _reads_classes(method):
         error_at = "output"
     points = is_edge if options.residual == "leak" else options.points
 
@@ -333,14 +342,14 @@ def _placement(
             error_at=error_at,
         )
 
-    if method.exact and points is None:
-        try:
-            return at("layer")
-        except PlacementError:  # backpropagation needs no feedback point
-            return Placement((), (), ())
+    try:
+        finest = at(GRANULARITIES[0] if options.granularity == "auto" else options.granularity)
+    except UncuttableError as e:
+        if not method.exact:
+            raise
+        return Placement((), (), (), refusal=str(e))  # backpropagation needs no feedback point
     if options.granularity != "auto":
-        return at(options.granularity)
-    finest = at(GRANULARITIES[0])
+        return finest
     budget = default_budget(options, captured)
     for granularity in GRANULARITIES:
         placement = finest if granularity == GRANULARITIES[0] else at(granularity)
@@ -421,6 +430,8 @@ def _batch_of(joint: StepGraph, captured: Captured, batch_dim: int) -> Any:
 def _check_feedback(plan: Plan) -> None:
     if not plan.method.feedback:
         return
+    if plan.placement.refusal:
+        raise PlacementError(plan.placement.refusal)
     if not plan.maps:
         raise PlacementError(
             f"method {plan.method.name!r} found no feedback point: the model has one layer with "

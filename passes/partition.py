@@ -73,7 +73,12 @@ class Placement:
     cuts: tuple[CutPoint, ...]
     taps: tuple[Node, ...]
     head: tuple[str, ...]
-    note: str = ""
+    note: str = ""  # what was decided for the user
+    refusal: str = ""  # why there is no cut at all
+
+
+class UncuttableError(PlacementError):
+    """No value keeps the batch where a point or the tap belongs: backpropagation needs neither."""
 
 
 @dataclass(eq=False)
@@ -362,7 +367,7 @@ class _Sweep:
         if not usable:
             names = ", ".join(sorted(seg.params)) or "no parameter"
             at = seg.first.meta.get("stack_trace", "").strip() if seg.first is not None else ""
-            raise PlacementError(
+            raise UncuttableError(
                 f"no feedback point can be placed behind {names}: none of its values keeps the "
                 f"batch as one dimension\n  {at}\n  remedy: pass batch_dim= or reshape the value "
                 "so that the batch is a dimension of its own"
@@ -524,7 +529,7 @@ def _before_reduction(out: Node, sweep: _Sweep) -> Node:
     for n in chain:
         if sweep.order[n] >= start and n in sweep.folds:
             return n
-    raise PlacementError(
+    raise UncuttableError(
         f"the output {out.name!r} has no batch dimension and no error tap was found before it; "
         "return the logits and compute the loss outside the model"
     )

@@ -451,6 +451,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    # A loss near 0 makes gradients and Adam's moments subnormal: four times slower on a CPU.
+    torch.set_flush_denormal(True)
     warnings.simplefilter("ignore", grapefx.GrapefxWarning)
     try:
         config = load_config(args.config, tuple(args.sets))

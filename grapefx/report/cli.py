@@ -112,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
     s.add_argument("--granularity", choices=[*GRANULARITIES, "auto"], default="layer")
+    s.add_argument(
+        "--points", action="append", metavar="GLOB", help="feedback points by module; repeatable"
+    )
+    s.add_argument("--error-at", metavar="GLOB", help="module whose value gives the error")
+    s.add_argument("--feedback", default="auto", metavar="KIND", help="maps; docs/feedback.md")
     s.add_argument("--tangent-fraction", type=float, default=1.0, metavar="F")
     s.add_argument("--align-every", type=_positive, default=1, metavar="K")
     s.add_argument(
@@ -197,6 +202,9 @@ def _result(
         example,
         options.method or METHODS,
         granularity=options.granularity,
+        points=options.points,
+        error_at=options.error_at,
+        feedback=options.feedback,
         tangent_fraction=options.tangent_fraction,
         align_every=options.align_every,
         calib_every=options.calib_every,

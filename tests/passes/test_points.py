@@ -261,8 +261,21 @@ def test_bp_needs_no_feedback_point() -> None:
     net(x).square().sum().backward()
     for p, g in zip(model.parameters(), want, strict=True):
         assert p.grad is not None and torch.allclose(p.grad, g)
-    with pytest.raises(PlacementError, match="feedback point"):
+    with pytest.raises(PlacementError, match="no feedback point can be placed behind"):
         plan_of(Cells(), torch.randn(5, 3, 4))
+    with pytest.raises(PlacementError, match="no feedback point can be placed behind"):
+        grapefx.inspect(Cells(), torch.randn(5, 3, 4), "dfa")
+
+
+def test_inspect_places_as_asked() -> None:
+    """Its plans start from bp's, which must hold the points that were asked for."""
+    count = {
+        g: len(grapefx.inspect(Decoder(), ids(), "dfa", granularity=g).methods[1].feedback)
+        for g in ("layer", "block")
+    }
+    assert count["layer"] > count["block"]
+    with pytest.raises(PlacementError, match="nothing in the model matches"):
+        plan_of(Decoder(), ids(), method="bp", points="nowhere")
 
 
 def test_group_norm_behind_a_frozen_layer() -> None:
