@@ -88,6 +88,8 @@ def compile(
         directions: K tangent passes with noise of their own for each stream; estimates average.
         noise: "rademacher" (random signs: the same expectation, a fifth of the cost; default) or
             "gaussian" (001, 003).
+        perturb: where noise is added for a Jacobian estimate: "activation" (default), "weight", or
+            "auto", whichever has fewer entries in a sample (001 section 3.2). See docs/method.md.
         granularity: a feedback point behind each weight "layer" (default), "sublayer" (micro: each
             value that every path crosses) or "block" (macro); "auto": the finest of these whose
             full maps fit ``feedback_budget``. See docs/feedback.md for this and the next four.

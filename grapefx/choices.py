@@ -41,3 +41,10 @@ def check_together(method: Method, options: Options) -> None:
             f"align_warmup={options.align_warmup!r}: method {method.name!r} learns no feedback "
             "from tangents, so there is nothing to align first\n  remedy: leave align_warmup out"
         )
+    if options.perturb != "activation" and (
+        not method.aligns() or {"tangent", "noise"} & method.reads
+    ):
+        raise OptionError(
+            f"perturb={options.perturb!r} is for methods that estimate Jacobians (grape, fdfa, "
+            f"grape-2024); {method.name!r} is none\n  remedy: leave perturb out"
+        )

@@ -11,12 +11,14 @@ from grapefx.lowering import BACKENDS
 from grapefx.map_choice import parse_kind
 from grapefx.passes.partition import GRANULARITIES
 from grapefx.passes.points import check_choice
+from grapefx.passes.weight_noise import PERTURB
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "calib_unit": ("epoch", "step"),
     "calib_refit": ("weights", "feedback", "both"),
     "calib_update": ("grad", "sgd"),
     "noise": ("gaussian", "rademacher"),
+    "perturb": PERTURB,
     "granularity": (*GRANULARITIES, "auto"),
     "residual": ("cut", "leak"),
     "backend": BACKENDS,
@@ -42,6 +44,7 @@ class Options:
     streams: str | int = "shared"
     directions: int = 1
     noise: str = "rademacher"
+    perturb: str = "activation"
     granularity: str = "layer"
     points: Any = None
     error_at: Any = None

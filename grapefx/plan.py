@@ -196,6 +196,7 @@ class Plan:
                 quiet=quiet,
                 rows_hint=self.rows(self.batch_size) if self.options.tangent_fraction < 1 else None,
                 signs=self.options.noise == "rademacher",
+                perturb=self.options.perturb,
             )
             self.derived = tangents.derived
             step = build_update(check(tangents.step, "tangent"), feedback, tangents.streams)

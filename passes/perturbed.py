@@ -19,8 +19,8 @@ from grapefx.errors import MethodError, TangentError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes import markers
 from grapefx.passes.order import dead_code, topological
+from grapefx.passes.propagate import TangentEmitter, propagate
 from grapefx.passes.restride import restride
-from grapefx.passes.tangent import TangentEmitter, propagate
 
 aten = torch.ops.aten
 

@@ -4,9 +4,6 @@ In: a joint graph with ``cut`` and ``tap`` markers. Out: the same graph with noi
 tangent node beside each forward node that lies behind a cut, and the tangents ``d`` at the taps.
 Tangents of parameters and inputs are symbolic zeros: nothing is emitted for them, so a product
 costs one product more (2F for forward and tangent together, not 3F).
-
-Tangents can be taken on the first n of the N samples (``rows``): primal operands are then sliced
-where the batch sits, which ``passes.batch`` tells.
 """
 
 from __future__ import annotations
@@ -21,10 +18,12 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import TangentError
 from grapefx.ir import Layer, Slot, StepGraph
 from grapefx.passes import markers
-from grapefx.passes.batch import Fold, batch_folds
+from grapefx.passes.batch import Fold
 from grapefx.passes.emit import Emitter
-from grapefx.passes.rules import derive, lookup
-from grapefx.torch_compat import batch_symbol, fake_tensor, size_hint
+from grapefx.passes.order import topological
+from grapefx.passes.propagate import TangentEmitter, propagate
+from grapefx.passes.weight_noise import induced, weight_sources
+from grapefx.torch_compat import fake_tensor
 
 aten = torch.ops.aten
 
@@ -46,125 +45,6 @@ class Tangents:
     derived: tuple[str, ...]
 
 
-class TangentEmitter(Emitter):
-    """What a rule sees: tangents ``t``, primal operands ``p``, ways to emit nodes."""
-
-    def __init__(
-        self,
-        step: StepGraph,
-        batch: Any,
-        size: int,
-        rows: Node | None,
-        batch_stats: str = "frozen",
-    ) -> None:
-        super().__init__(step.gm.graph, grapefx_phase="tangent")
-        self.batch = batch
-        self.batch_size = size
-        self.batch_stats = batch_stats
-        self.rows = rows
-        self.folds = batch_folds(self.graph, batch, size) if rows is not None else {}
-        self.data: set[Node] = set()
-        if batch is None:  # a size alone tells a batch only where the value comes from an input
-            inputs = [n for n in self.graph.nodes if n.meta.get("grapefx_role") == "input"]
-            self.data = _behind(inputs)
-            self.folds = {n: f for n, f in self.folds.items() if n in self.data}
-        self.counts: dict[int, Node] = {}
-        self.tangents: dict[Node, Any] = {}
-        self.sliced: dict[Node, Node] = {}
-
-    def t(self, arg: Any) -> Any:
-        """The tangent of an argument; None is a symbolic zero."""
-        return self.tangents.get(arg) if isinstance(arg, Node) else None
-
-    def p(self, tree: Any) -> Any:
-        """Primal operands: nodes cut down to the samples that carry tangents, the rest as it is."""
-        if self.rows is None:
-            return tree
-        return torch.fx.node.map_arg(tree, self._primal)
-
-    def _primal(self, node: Node) -> Any:
-        if node in self.sliced:
-            return self.sliced[node]
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor):
-            out = self._slice(node, val)
-        elif isinstance(val, torch.SymInt):
-            out = self._size(node, val)
-        else:
-            out = node
-        self.sliced[node] = out
-        return out
-
-    def _depends(self, node: Node, val: torch.Tensor) -> bool:
-        if self.batch is None:
-            return node in self.data
-        exprs = [batch_symbol(s) for s in val.shape]
-        return any(e is not None and self.batch in e.free_symbols for e in exprs)
-
-    def _slice(self, node: Node, val: torch.Tensor) -> Node:
-        fold = self.folds.get(node)
-        if fold is None:
-            if self._depends(node, val):
-                raise TangentError(
-                    f"tangent_fraction < 1 cannot follow the batch through {node.name!r} "
-                    f"({node.target}), whose shape is {tuple(val.shape)}\n"
-                    f"{_where(node)}  remedy: tangent_fraction=1"
-                )
-            return node
-        # a slice is cheap; placing it beside its source keeps it in front of every use
-        assert self.rows is not None
-        with self.after(self.rows if node.op == "placeholder" else node):
-            return take_rows(self, node, fold, self.rows)
-
-    def _size(self, node: Node, val: torch.SymInt) -> Any:
-        expr = batch_symbol(val)
-        if self.batch is None or expr is None or self.batch not in expr.free_symbols:
-            return node
-        multiple = expr / self.batch
-        if multiple.is_Integer:
-            return self.count(int(multiple))
-        if not isinstance(node.target, torch._ops.OpOverload) and node.op == "call_function":
-            args = tuple(self._primal(a) if isinstance(a, Node) else a for a in node.args)
-            with self.after(node):
-                return self.call(node.target, *args, **node.kwargs)
-        raise TangentError(
-            f"tangent_fraction < 1 cannot follow the size {node.name!r} ({expr})\n"
-            f"{_where(node)}  remedy: tangent_fraction=1"
-        )
-
-    def count(self, multiple: int) -> Node:
-        """``multiple`` times the size of the sub-batch."""
-        assert self.rows is not None
-        if multiple == 1:
-            return self.rows
-        if multiple not in self.counts:
-            with self.after(self.rows):
-                self.counts[multiple] = self.call(operator.mul, self.rows, multiple)
-        return self.counts[multiple]
-
-    def operand(self, tree: Any) -> Any:
-        """Primal operands, for ``trace``."""
-        return self.p(tree)
-
-
-def scaled(em: Emitter, rows: Any, factor: int) -> Any:
-    """``rows * factor`` as a node (or the node itself)."""
-    return rows if factor == 1 else em.call(operator.mul, rows, factor)
-
-
-def take_rows(em: Emitter, node: Node, fold: Fold, rows: Any) -> Node:
-    """The first ``rows`` samples of a value."""
-    end = scaled(em, rows, fold.inner)
-    if fold.outer == 1:
-        return em.call(aten.slice.Tensor, node, fold.dim, 0, end)
-    shape = [int(s) if not isinstance(s, torch.SymInt) else -1 for s in node.meta["val"].shape]
-    apart = [*shape[: fold.dim], fold.outer, -1, *shape[fold.dim + 1 :]]
-    wide = em.call(aten.view.default, node, apart)
-    part = em.call(aten.slice.Tensor, wide, fold.dim + 1, 0, end)
-    solid = em.call(aten.clone.default, part, memory_format=torch.contiguous_format)
-    return em.call(aten.view.default, solid, shape)
-
-
 def add_tangents(
     step: StepGraph,
     layers: tuple[Layer, ...],
@@ -176,6 +56,7 @@ def add_tangents(
     batch_stats: str = "frozen",
     signs: bool = False,
     quiet: tuple[int, ...] = (),
+    perturb: str = "activation",
 ) -> Tangents:
     """Splice tangents into (a copy of) ``step``.
 
@@ -184,7 +65,8 @@ def add_tangents(
     ``batch_stats`` says whether the statistics of a training batch norm are constants
     (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
     ``signs`` the noise arrives as random bytes, of which only the sign counts: +1 or -1. Layers in
-    ``quiet`` get noise that no tangent follows: one more stream, without taps.
+    ``quiet`` get noise that no tangent follows: one more stream, without taps. ``perturb`` says
+    where noise is added (``passes.weight_noise``).
     """
     step = step.copy()
     graph = step.gm.graph
@@ -193,106 +75,107 @@ def add_tangents(
     if not taps:
         raise TangentError("the graph has no error tap")
     forward = _between(cuts, taps)
-    noise_slots: list[Slot] = []
-    noises: list[dict[int, Node]] = []
-    derived: dict[str, None] = {}
-    out: list[Stream] = []
-    anchor = step.placeholders()[-1]
-    rows: Node | None = None
-    mode = Emitter(graph).mode
-    rows_size: Any = None
-    if rows_hint is not None:
-        rows_size = fake_tensor(mode, torch.empty(rows_hint), [0]).shape[0]
+    at_weights = weight_sources(step, layers, perturb, batch, batch_size)
+    inputs = _Inputs(step, rows_hint, signs)
+    drawn: list[dict[int, tuple[Node, ...]]] = []
     for s, members in enumerate((*streams, quiet) if quiet else streams):
-        noise: dict[int, Node] = {}
+        drawn.append({})
         for index in members:
             if index not in cuts:
                 continue
-            val = cuts[index].meta["val"]
-            fold = Fold(*layers[index].fold)
-            node = _placeholder(
-                graph, anchor, f"noise_{s}_{index}", mode, val, fold, rows_size, signs
-            )
-            anchor = node
-            noise[index] = node
-            noise_slots.append(Slot("noise", f"{s}/{layers[index].name}"))
-        noises.append(noise)
-    if rows_hint is not None:
-        first = next(iter(noises[0].values()))
-        index = next(iter(noises[0]))
-        em0 = Emitter(graph, grapefx_phase="tangent")
-        fold = Fold(*layers[index].fold)
-        with em0.after(anchor):
-            size = em0.call(aten.sym_size.int, first, fold.dim)
-            k = fold.outer * fold.inner
-            rows = size if k == 1 else em0.call(operator.floordiv, size, k)
-    if signs:
-        noises = [_signed(step, cuts, noise) for noise in noises]
+            name, own = f"{s}/{layers[index].name}", at_weights.get(index)
+            if own is None:
+                like, fold = cuts[index].meta["val"], Fold(*layers[index].fold)
+                drawn[s][index] = (inputs.add(f"noise_{s}_{index}", name, like, fold),)
+            else:
+                drawn[s][index] = tuple(
+                    inputs.add(f"noise_{s}_{index}_{k}", f"{name}/{k}", w.like, w.fold)
+                    for k, w in enumerate(own)
+                )
+    rows = inputs.rows()
+    derived: dict[str, None] = {}
+    out: list[Stream] = []
     sliced: dict[Node, Node] = {}  # every stream reads the same primal operands
-    for s, noise in enumerate(noises):
+    for s, found in enumerate(drawn):
+        em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
+        em.sliced = sliced
+        noise = {}
+        for index, nodes in found.items():
+            sources = at_weights.get(index, ())
+            at = [w.product for w in sources] or [cuts[index]]
+            nodes = tuple(inputs.ready(n, a) for n, a in zip(nodes, at, strict=True))
+            noise[index] = nodes[0]
+            if sources:
+                keep = layers[index].fold[0]
+                noise[index] = induced(em, sources, nodes, cuts[index], keep, derived)
         if s == len(streams):
             out.append(Stream(noise, {}))
             break
-        em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
-        em.sliced = sliced
         propagate(em, forward, noise, derived)
-        found = {i: em.tangents.get(n) for i, n in taps.items()}
-        out.append(Stream(noise, {i: n for i, n in found.items() if n is not None}))
+        ends = {i: em.tangents.get(n) for i, n in taps.items()}
+        out.append(Stream(noise, {i: n for i, n in ends.items() if n is not None}))
         if not out[-1].taps:
             raise TangentError("no feedback point reaches the error tap through differentiable ops")
-    result = StepGraph(GraphModule(step.gm, graph), step.inputs + tuple(noise_slots), step.outputs)
-    return Tangents(result, tuple(out), tuple(derived))
+    topological(graph)  # a later pass over the same nodes may read what an earlier one put behind
+    made = StepGraph(GraphModule(step.gm, graph), step.inputs + tuple(inputs.slots), step.outputs)
+    return Tangents(made, tuple(out), tuple(derived))
 
 
-def propagate(
-    em: TangentEmitter, nodes: list[Node], noise: dict[int, Node], derived: dict[str, None]
-) -> None:
-    """Emit the tangent of each node in order; ``em.tangents`` may be seeded, and takes them."""
-    for node in nodes:
-        with em.after(_hoist_items(node), grapefx_layer=node.meta.get("grapefx_layer")):
-            made = _tangent(em, node, noise, derived)
-        if made is not None:
-            _check_batch(em, node)
-        em.tangents[node] = made
+class _Inputs:
+    """The noise placeholders of a step, on all samples or on a sub-batch of ``rows_hint``."""
 
+    def __init__(self, step: StepGraph, rows_hint: int | None, signs: bool) -> None:
+        self.em = Emitter(step.gm.graph, grapefx_phase="tangent")
+        self.signs = signs
+        self.slots: list[Slot] = []
+        self.nodes: list[Node] = []
+        self.anchor = step.placeholders()[-1]
+        self.dtypes: dict[Node, torch.dtype] = {}
+        self.size: Any = None
+        if rows_hint is not None:
+            self.size = fake_tensor(self.em.mode, torch.empty(rows_hint), [0]).shape[0]
 
-def _signed(step: StepGraph, cuts: dict[int, Node], noise: dict[int, Node]) -> dict[int, Node]:
-    """Random bytes become +1 and -1 beside the cut that they perturb."""
-    em = Emitter(step.gm.graph, grapefx_phase="tangent")
-    out = {}
-    for index, node in noise.items():
-        dtype = cuts[index].meta["val"].dtype
+    def add(self, name: str, slot: str, like: torch.Tensor, fold: Fold) -> Node:
+        """Noise of the shape of ``like``, cut down to the sub-batch."""
+        shape = list(like.shape)
+        if self.size is not None:
+            shape[fold.dim] = self.size * (fold.outer * fold.inner)
+        with self.em.graph.inserting_after(self.anchor):
+            node = self.em.graph.placeholder(name)
+        with self.em.mode:
+            dtype = torch.int8 if self.signs else like.dtype
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=like.device)
+        node.meta["grapefx_role"] = "noise"
+        node.meta["grapefx_fold"] = (fold.dim, fold.outer, fold.inner)
+        node.meta["grapefx_phase"] = "tangent"
+        self.dtypes[node] = like.dtype
+        self.anchor = node
+        self.nodes.append(node)
+        self.slots.append(Slot("noise", slot))
+        return node
+
+    def rows(self) -> Node | None:
+        """The size of the sub-batch, from the first noise; None if all samples have tangents."""
+        if self.size is None:
+            return None
+        dim, outer, inner = self.nodes[0].meta["grapefx_fold"]
+        with self.em.after(self.anchor):
+            size = self.em.call(aten.sym_size.int, self.nodes[0], dim)
+            k = outer * inner
+            return size if k == 1 else self.em.call(operator.floordiv, size, k)
+
+    def ready(self, node: Node, at: Node) -> Node:
+        """The noise as numbers: random bytes become +1 and -1 in front of what they perturb."""
+        if not self.signs:
+            return node
+        dtype = self.dtypes[node]
 
         def sign(b: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
             return (b < 0).to(dtype) * -2 + 1
 
-        with em.before(cuts[index], grapefx_layer=cuts[index].meta.get("grapefx_layer")):
-            out[index] = em.trace(sign, node)
-    return out
-
-
-def _placeholder(
-    graph: Any,
-    anchor: Node,
-    name: str,
-    mode: Any,
-    val: torch.Tensor,
-    fold: Fold,
-    rows: Any,
-    signs: bool,
-) -> Node:
-    shape = list(val.shape)
-    if rows is not None:
-        shape[fold.dim] = rows * (fold.outer * fold.inner)
-    with graph.inserting_after(anchor):
-        node = graph.placeholder(name)
-    with mode:
-        dtype = torch.int8 if signs else val.dtype
-        node.meta["val"] = torch.empty(shape, dtype=dtype, device=val.device)
-    node.meta["grapefx_role"] = "noise"
-    node.meta["grapefx_fold"] = (fold.dim, fold.outer, fold.inner)
-    node.meta["grapefx_phase"] = "tangent"
-    return node
+        with self.em.before(at, grapefx_layer=at.meta.get("grapefx_layer")):
+            made: Node = self.em.trace(sign, node)
+            return made
 
 
 def _between(cuts: dict[int, Node], taps: dict[int, Node]) -> list[Node]:
@@ -315,87 +198,4 @@ def _between(cuts: dict[int, Node], taps: dict[int, Node]) -> list[Node]:
     return ordered
 
 
-def _tangent(
-    em: TangentEmitter, node: Node, noise: dict[int, Node], derived: dict[str, None]
-) -> Any:
-    if node.op != "call_function":
-        return None
-    if node.target is markers.CUT:
-        incoming = em.t(node.args[0])
-        own = noise.get(node.args[1])  # type: ignore[arg-type]
-        if own is None or incoming is None:
-            return own if own is not None else incoming
-        return em.call(aten.add.Tensor, incoming, own)
-    if node.target is markers.TAP:
-        return em.t(node.args[0])
-    if node.target is markers.STOP:
-        return None
-    if node.target is operator.getitem:
-        source = em.t(node.args[0])
-        if isinstance(source, dict):
-            return source.get(node.args[1])
-        return source[node.args[1]] if isinstance(source, (tuple, list)) else None  # type: ignore[index]
-    if all(em.t(a) is None for a in node.all_input_nodes):
-        return None
-    val = node.meta.get("val")
-    if isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex()):
-        return None
-    if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return None
-    rule = lookup(node)
-    try:
-        if rule is not None:
-            return rule(em, node)
-        derived[str(node.target)] = None
-        return derive(em, node)
-    except TangentError:
-        raise
-    except Exception as e:
-        raise TangentError(
-            f"{node.target} (node {node.name!r}) has no forward derivative: {type(e).__name__}: "
-            f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}\n{_where(node)}"
-            "  remedy: choose a method without tangents (dfa), or add a rule in passes/rules"
-        ) from e
-
-
-def _hoist_items(node: Node) -> Node:
-    """Move the items of a tuple right behind it, where rules may use them; returns the last."""
-    last = node
-    if isinstance(node.meta.get("val"), (tuple, list)):
-        for user in list(node.users):
-            if user.target is operator.getitem:
-                last.append(user)
-                last = user
-    return last
-
-
-def _check_batch(em: TangentEmitter, node: Node) -> None:
-    """On a sub-batch, a value that has lost the batch mixes samples that have no tangent."""
-    if em.rows is None or not isinstance(node.meta.get("val"), torch.Tensor):
-        return
-    if node in em.folds or not any(a in em.folds and em.t(a) for a in node.all_input_nodes):
-        return
-    raise TangentError(
-        f"tangent_fraction < 1 needs samples that do not mix, but {node.target} (node "
-        f"{node.name!r}) joins them\n{_where(node)}  remedy: tangent_fraction=1"
-    )
-
-
-def _behind(nodes: list[Node]) -> set[Node]:
-    """All nodes that depend on one of ``nodes``."""
-    found: set[Node] = set(nodes)
-    stack = list(nodes)
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
-
-
-def _where(node: Node) -> str:
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    return "".join(f"  {line.strip()}\n" for line in trace[-2:])
-
-
-__all__ = ["Stream", "TangentEmitter", "Tangents", "add_tangents", "size_hint", "take_rows"]
+__all__ = ["Stream", "Tangents", "add_tangents"]

@@ -186,12 +186,13 @@ def test_the_estimate_is_unbiased(noise: str) -> None:
         assert cos > 0.7, name
 
 
-def test_a_sub_batch_estimates_its_own_jacobian() -> None:
+@pytest.mark.parametrize("streams", ["shared", "per_layer"])
+def test_a_sub_batch_estimates_its_own_jacobian(streams: str) -> None:
     torch.manual_seed(0)
     model = MLP(6, 2, nn.Tanh, 3).double()
     x = torch.randn(16, 8).double()
     steps = 400
-    estimates = _estimates(model, x, steps, tangent_fraction=0.25)
+    estimates = _estimates(model, x, steps, tangent_fraction=0.25, streams=streams)
     for name, true in _mean_jacobians(model, x[:4]).items():
         z = (estimates[name].mean(0) - true) / (estimates[name].std(0) / math.sqrt(steps))
         assert z.abs().max() < 4.5, name

@@ -15,7 +15,8 @@ from grapefx.capture import capture
 from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes.joint import trace_joint
 from grapefx.passes.partition import CutPoint, Placement, place
-from grapefx.passes.tangent import TangentEmitter, Tangents, add_tangents, propagate
+from grapefx.passes.propagate import TangentEmitter, propagate
+from grapefx.passes.tangent import Tangents, add_tangents
 from grapefx.torch_compat import (
     batch_symbol,
     fake_tensor,
