@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_pair, prepare
+from grapefx.passes.join_products import join_products
 from grapefx.passes.split import forward_only, split
 from grapefx.plan import Plan
 from grapefx.torch_compat import batch_symbol, copy_all, size_hint
@@ -211,6 +212,8 @@ def compile_step(
         else (step.inputs[i].role, step.inputs[i].name)
         for i in parts.late_inputs
     )
+    if backend != "eager":
+        join_products(parts.forward)
     forward, update = lower_pair(
         parts.forward,
         parts.update,
