@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
 from grapefx.passes.order import dead_code
+from grapefx.passes.pooling import tile_pools
 from grapefx.torch_compat import (
     FakeTensor,
     concrete,
@@ -49,6 +50,7 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
     if backend == "eager":
         return step
     work = step.copy()
+    tile_pools(work)
     before = work.placeholders()
     example = _examples(work.gm)
     if sizes is not None:

@@ -221,6 +221,18 @@ def inductor_decompose(
     return out
 
 
+def max_pool_places() -> tuple[Any, Any] | None:
+    """Inductor's max pooling that returns (values, int8 places in the window); places to indices.
+
+    None where this torch has none.
+    """
+    import torch._inductor.inductor_prims  # registers them
+
+    names = ("_low_memory_max_pool_with_offsets", "_low_memory_max_pool_offsets_to_indices")
+    found = [getattr(torch.ops.prims, name, None) for name in names]
+    return None if None in found else (found[0].default, found[1].default)  # type: ignore[union-attr]
+
+
 def concrete(vals: Sequence[Any], sizes: dict[Any, int]) -> list[Any]:
     """Fake values with their symbols replaced by numbers, under a fake mode of their own.
 
@@ -256,14 +268,19 @@ def restrided(value: Any, stride: Any, mode: FakeTensorMode) -> Any:
 def min_cut_partition(
     joint: torch.fx.GraphModule, example: Sequence[Any], outputs: int
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """functorch's partitioner: what to save, what to recompute. ``example`` must hold fakes."""
+    """functorch's partitioner: what to save, what to recompute. ``example`` must hold fakes.
+
+    A view is never saved: a saved value's strides are Inductor's choice, a saved view's are not.
+    """
+    import torch._functorch.config as functorch_config
     from functorch.compile import (  # type: ignore[import-untyped]
         min_cut_rematerialization_partition,
     )
     from torch._guards import TracingContext, tracing
 
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
-    with tracing(TracingContext(mode)), mode:
+    views = functorch_config.patch(recompute_views=True)
+    with tracing(TracingContext(mode)), mode, views:
         return min_cut_rematerialization_partition(joint, list(example), num_fwd_outputs=outputs)
 
 
