@@ -501,6 +501,41 @@ class _Experts(nn.Module):
         return self.out(h + (gates[..., None] * every).sum(1))
 
 
+class _Cells(nn.Module):
+    """Two cells in a loop that its author wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(20, 8), nn.Linear(12, CLASSES)
+        self.lstm, self.gru = nn.LSTMCell(8, 12), nn.GRUCell(12, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        h = c = g = x.new_zeros(x.shape[0], 12)
+        for t in range(tokens.shape[1]):
+            h, c = self.lstm(x[:, t], (h, c))
+            g = self.gru(h, g)
+        return self.out(g)
+
+
+class _Towers(nn.Module):
+    """A contrastive loss on all pairs of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU())
+        self.b = nn.Sequential(nn.Linear(6, 12), nn.Tanh())
+        self.to_a, self.to_b = nn.Linear(12, 5), nn.Linear(12, 5)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a = F.normalize(self.to_a(self.a(x)), dim=-1)
+        b = F.normalize(self.to_b(self.b(y)), dim=-1)
+        pairs = a @ b.t() * self.scale.exp()
+        own = pairs.diagonal()
+        return (pairs.logsumexp(0) - own).mean() + (pairs.logsumexp(1) - own).mean()
+
+
 class _OwnLoss(nn.Module):
     """Returns its loss and its prediction."""
 
@@ -536,6 +571,8 @@ def other() -> dict[str, Builder]:
         "gru": lambda: Sample(_Recurrent(nn.GRU), (tokens,)),
         "lstm": lambda: Sample(_Recurrent(nn.LSTM), (tokens,)),
         "rnn": lambda: Sample(_Recurrent(nn.RNN), (tokens,)),
+        "cells": lambda: Sample(_Cells(), (tokens,)),
+        "towers": lambda: Sample(_Towers(), (torch.randn(BATCH, 8), torch.randn(BATCH, 6))),
         "message passing": lambda: Sample(_MessagePassing(), (torch.randn(BATCH, 6, 5), _edges())),
         "autoencoder": lambda: Sample(_autoencoder(), (images(8, 1),)),
         "u-net": lambda: Sample(_UNet(), (images(8, 1),)),
