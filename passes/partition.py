@@ -542,11 +542,17 @@ def _taps(sweep: _Sweep) -> list[Node]:
         raise PlacementError("the model returns no floating-point tensor that depends on its input")
     inner = sweep.ancestors(outputs)
     last = [n for n in outputs if n not in inner]
-    taps = [n for n in last if n in sweep.folds]
-    for n in last:
-        if n not in sweep.folds:
-            taps += [t for t in _before_reduction(n, taps, sweep) if t not in taps]
-    return sorted(taps, key=lambda t: (t not in last, sweep.order[t]))
+    taps = {n: [n] for n in last if n in sweep.folds}
+    reduced = [n for n in last if n not in sweep.folds]
+    moved = set(reduced)
+    while moved:  # a tap of one output may lead to those of another: it moves on
+        for n in moved:
+            others = [t for m in taps if m is not n for t in taps[m]]
+            taps[n] = _before_reduction(n, others, sweep)
+        every = sweep.ancestors([t for found in taps.values() for t in found])
+        moved = {n for n in reduced if any(t in every for t in taps[n])}
+    found = {t for ts in taps.values() for t in ts}
+    return sorted(found, key=lambda t: (t not in last, sweep.order[t]))
 
 
 def _before_reduction(out: Node, others: list[Node], sweep: _Sweep) -> list[Node]:

@@ -453,6 +453,26 @@ class Side(nn.Module):
         return self.c(torch.tanh(self.b(h))), penalty
 
 
+class SideLoss(Side):
+    """Both are reduced, in either order."""
+
+    def forward(self, x: Tensor) -> Any:
+        y, penalty = super().forward(x)
+        loss = y.logsumexp(1).mean()
+        return (loss, penalty) if self.first else (penalty, loss)
+
+    first = True
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_reduced_outputs(first: bool) -> None:
+    model = SideLoss(True)
+    model.first = first
+    plan = plan_of(model, torch.randn(5, 6))
+    assert {t.name for t in plan.placement.taps} == {"linear_2", "square"}
+    assert proved(plan)["b.weight"] == ("b",)
+
+
 def test_a_reduced_output_beside_the_prediction() -> None:
     """Its tap must not lie in front of another: that error would cross feedback points."""
     plan = plan_of(Side(True), torch.randn(5, 6))
