@@ -50,7 +50,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-6
 # every map is allowed: whether one fits is a matter of size, not of the architecture
 OPTIONS: dict[str, Any] = {"backend": "eager", "calib_every": None, "feedback_budget": 2**40}
-MAP_LIMIT = 1.5 * 2**30  # bytes of float64 maps above which points are placed by block
+# bytes of float64 maps above which points are placed by block: a step holds each five times
+MAP_LIMIT = 0.5 * 2**30
 STAGES = ("build", "eager", "capture", "bp", "dfa", "grape", "tangent")
 
 
