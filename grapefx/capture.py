@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from grapefx.errors import CaptureError, GrapefxWarning
 from grapefx.ir import Captured, Slot
+from grapefx.passes import functions
 from grapefx.torch_compat import (
     batch_symbol,
     plain_calls,
@@ -135,6 +136,9 @@ def capture(
             return reduced  # every output is reduced over the batch: the first guess stands
         try:
             exported = _export(flat, tensors, dynamic, batch_dim, model)
+            if not _one_size(exported, dynamic, batch_dim):
+                # some operators (diagonal) fix one size rather than find it equal to the other
+                exported = _export(flat, tensors, dynamic, batch_dim, model, Dim("batch"))
         except CaptureError:
             raise
         except Exception as e:
@@ -160,6 +164,15 @@ def capture(
         return captured
     assert failure is not None
     raise _explain(failure) from failure
+
+
+def _one_size(exported: torch.export.ExportedProgram, dynamic: list[int], batch_dim: int) -> bool:
+    """Whether the batch has one symbol in all inputs that hold it (or none at all)."""
+    kinds = [s.kind for s in exported.graph_signature.input_specs]
+    nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    inputs = [n for n, k in zip(nodes, kinds, strict=True) if k is InputKind.USER_INPUT]
+    sizes = {str(inputs[i].meta["val"].shape[batch_dim]) for i in dynamic}
+    return len(sizes) < 2
 
 
 def _outputs_of(captured: Captured) -> list[torch.Tensor]:
@@ -218,7 +231,12 @@ def resized_example(tensor: torch.Tensor, size: int, batch_dim: int) -> torch.Te
 
 
 def _export(
-    flat: _Flat, tensors: list[torch.Tensor], dynamic: list[int], batch_dim: int, model: nn.Module
+    flat: _Flat,
+    tensors: list[torch.Tensor],
+    dynamic: list[int],
+    batch_dim: int,
+    model: nn.Module,
+    size: Any = Dim.AUTO,
 ) -> torch.export.ExportedProgram:
     if dynamic:
         sizes = {d for p in model.parameters() for d in p.shape}
@@ -231,7 +249,7 @@ def _export(
         ]
     else:
         examples = list(tensors)
-    shapes = tuple({batch_dim: Dim.AUTO} if i in dynamic else {} for i in range(len(examples)))
+    shapes = tuple({batch_dim: size} if i in dynamic else {} for i in range(len(examples)))
     with _watch_functions(), plain_calls(model), quiet_export(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
@@ -245,7 +263,7 @@ def _export(
 
 @contextlib.contextmanager
 def _watch_functions() -> Iterator[None]:
-    """Refuse a user's autograd.Function by name: export would silently drop its backward."""
+    """Keep a user's autograd.Function as one node: export would silently drop its backward."""
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -258,11 +276,9 @@ def _watch_functions() -> Iterator[None]:
             )
         if cls.__module__.startswith("torch."):
             return original.__get__(None, cls)(*args, **kwargs)
-        raise CaptureError(
-            f"the model calls the custom autograd function {cls.__qualname__!r}, whose backward "
-            "a capture would lose\n  remedy: write it with torch ops and .detach() "
-            "(straight-through: x + (f(x) - x).detach()), or as a torch.library operator"
-        )
+        if kwargs:
+            return original.__get__(None, cls)(*args, **kwargs)  # which refuses them
+        return functions.record(cls, args)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
     try:

@@ -24,6 +24,7 @@ from grapefx.passes.annotate import annotate, mark_forward
 from grapefx.passes.batch import batch_folds
 from grapefx.passes.calibration import build_calibration
 from grapefx.passes.feedback import Feedback, build_update
+from grapefx.passes.functions import expand
 from grapefx.passes.joint import trace_joint
 from grapefx.passes.leak import is_edge, with_edges
 from grapefx.passes.order import dead_code
@@ -215,6 +216,7 @@ class Plan:
                 f"the batch size became fixed at {fixed} while the {kind!r} graph was built (a "
                 "rule of ours assumed it)\n  remedy: please report this model"
             )
+        expand(step.gm.graph)
         prune_masks(step.gm.graph)
         dead_code(step.gm.graph)
         annotate(step, layers)
@@ -401,6 +403,8 @@ def build_forward(
         batch_dim=options.batch_dim,
         backward=False,
     )
+    expand(step.gm.graph)
+    step.gm.recompile()
     return captured, check(step, "forward")
 
 

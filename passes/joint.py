@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from grapefx.errors import GrapefxError
 from grapefx.ir import Captured, Slot, StepGraph
-from grapefx.passes import markers, recurrent
+from grapefx.passes import functions, markers, recurrent
 from grapefx.passes.partition import Placement
 from grapefx.torch_compat import fake_tensor, make_fx, new_fake_mode, python_dispatcher, pytree
 
@@ -41,6 +41,7 @@ class _Marked(torch.fx.Interpreter):
         self.before_cut: dict[Node, Any] = {}
 
     def run_node(self, n: Node) -> Any:
+        result: Any
         with fx_traceback.set_current_meta(n):
             if n.op == "call_function" and n.target is aten.detach.default:
                 args, _ = self.fetch_args_kwargs_from_env(n)
@@ -59,6 +60,9 @@ class _Marked(torch.fx.Interpreter):
             elif n.op == "call_function" and n.target in _POOLS and set(n.args[1]) == {1}:  # type: ignore[arg-type]
                 args, _ = self.fetch_args_kwargs_from_env(n)
                 result = args[0].mean(_POOLS[n.target], keepdim=True)
+            elif n.op == "call_function" and n.target is functions.FUNCTION:
+                (tensors, key), _ = self.fetch_args_kwargs_from_env(n)
+                result = list(functions.Call.apply(key, *tensors))
             elif n.op == "call_function" and n.target in recurrent.DECOMPOSITIONS:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 result = recurrent.DECOMPOSITIONS[n.target](*args, **kwargs)

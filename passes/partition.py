@@ -13,7 +13,8 @@ joins two segments' weights without crossing a cut:
 3. A value that fans out closes, unless its branches meet again before the next weight
    (``x * sigmoid(x)``, q-k-v from one projection, rotary embeddings).
 4. To close is to cut at the narrowest value after the segment's last parameter and last merge,
-   the latest of equals.
+   the latest of equals. Where no value can be cut (a tuple, a value without the batch), each value
+   behind takes the segment's parameters over: both states of an LSTM cell become points.
 5. The segment that reaches the error tap unclosed is the head: it gets the true error.
 """
 
@@ -32,6 +33,7 @@ from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
 from grapefx.passes.batch import Fold, batch_folds, op_name
 from grapefx.passes.blocks import blocks, sublayers
+from grapefx.passes.functions import FUNCTION
 from grapefx.passes.points import select
 
 aten = torch.ops.aten
@@ -90,6 +92,7 @@ class _Segment:
     first: Node | None = None
     closed: Node | None = None
     merged: _Segment | None = None
+    stuck: bool = False  # it could not be closed: its parameters went over to what reads it
     name: str = ""  # given by the user's choice
 
     def root(self) -> _Segment:
@@ -123,6 +126,7 @@ class _Sweep:
         self.seg: dict[Node, _Segment] = {}
         self.interior: set[Node] = set()
         self.closed: list[_Segment] = []
+        self.stuck: list[str] = []  # why segments could not be closed
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         for node, slot in zip(placeholders, cap.inputs, strict=True):
             if slot.role == "parameter":
@@ -208,14 +212,11 @@ class _Sweep:
             return
         if not is_float(node) and not isinstance(value(node), (tuple, list)):
             return
-        inputs = node.all_input_nodes
         params = self._params_in(node)
         data_in = self._data_in(node)
-        opens = self._open_inputs(data_in)
+        opens = self._open_inputs(data_in, node)
         name = op_name(node)
-        heavy = name in HEAVY and (
-            bool(params) or any(a in self.frozen for a in inputs if a not in self.data)
-        )
+        heavy = self._is_heavy(node)
         if heavy:
             seg = self._heavy(node, params, opens)
         elif params:
@@ -235,25 +236,43 @@ class _Sweep:
         elif len(users) > 1:
             self._fan_out(node, seg, users)
 
-    def _open_inputs(self, data_in: Iterable[Node]) -> list[_Segment]:
+    def _open_inputs(self, data_in: Iterable[Node], node: Node) -> list[_Segment]:
+        """The open segments in front of a node; what could not be closed opens one anew."""
         found: list[_Segment] = []
+        stuck: list[_Segment] = []
         for a in data_in:
             seg = self.seg.get(a)
             if seg is None:
                 continue
             seg = seg.root()
-            if seg.closed is None and seg not in found:
+            if seg.stuck:
+                stuck.append(seg)
+            elif seg.closed is None and seg not in found:
                 found.append(seg)
+        if stuck:
+            found.append(self._inherit(stuck, node))
         return found
+
+    def _inherit(self, segments: list[_Segment], node: Node) -> _Segment:
+        """A segment that begins at ``node`` and holds the parameters of others, left uncut."""
+        params = set().union(*(s.params for s in segments))
+        own = set().union(*(s.own for s in segments))
+        heavy = any(s.heavy for s in segments)
+        starts = [s.first for s in segments if s.first is not None]
+        first = min(starts, key=self.order.__getitem__, default=node)
+        return _Segment(heavy, params, own, first=first)
+
+    def _close_all(self, opens: list[_Segment], node: Node) -> _Segment | None:
+        """Close segments; what could not be closed goes on in one that begins at ``node``."""
+        stuck = [seg for seg in opens if not self._close(seg)]
+        return self._inherit(stuck, node) if stuck else None
 
     def _heavy(self, node: Node, params: set[str], opens: list[_Segment]) -> _Segment | None:
         absorbed: set[str] = set()
         for seg in opens:
-            if seg.heavy:
-                self._close(seg)
-            else:
+            if not (seg.heavy and self._close(seg)):
                 absorbed |= seg.params
-        if not params:
+        if not params | absorbed:
             return None  # frozen weights end a chain and start none
         return _Segment(True, params | absorbed, set(params), first=node)
 
@@ -263,8 +282,10 @@ class _Sweep:
         if not opens:
             return _Segment(False, set(params), set(params), first=node)
         if len(opens) > 1 and name not in _MERGE:
-            for seg in opens:
-                self._close(seg)
+            more = self._close_all(opens, node)
+            if more is not None:
+                more.params |= params
+                return more
             return _Segment(False, set(params), set(params), first=node)
         seg = self._merge(opens)
         seg.params |= params
@@ -282,16 +303,13 @@ class _Sweep:
             values = [a for a in data_in if is_float(a)]
             gate = name in ("mul", "div") and len(values) > 1
             if gate and any(self._foreign(a, opens[0]) for a in values):
-                self._close(opens[0])
-                return None
+                return self._close_all(opens, node)
             return opens[0]
         if name in _MERGE:
             seg = self._merge(opens)
             seg.candidates.clear()
             return seg
-        for seg in opens:
-            self._close(seg)
-        return None
+        return self._close_all(opens, node)
 
     def _foreign(self, node: Node, seg: _Segment) -> bool:
         """A value of another, closed segment (not an input, a mask or a constant)."""
@@ -320,9 +338,10 @@ class _Sweep:
             self.interior |= region
 
     def _is_heavy(self, node: Node) -> bool:
-        return op_name(node) in HEAVY and any(
-            a in self.param_of or a in self.frozen for a in node.all_input_nodes
-        )
+        weights = [a for a in node.all_input_nodes if a in self.param_of or a in self.frozen]
+        if node.target is FUNCTION:  # custom code: a matrix among its arguments is a weight
+            return any(is_float(a) and value(a).ndim > 1 for a in weights)
+        return op_name(node) in HEAVY and bool(weights)
 
     def _reconverge(self, start: Node, seg: _Segment) -> set[Node] | None:
         """The nodes between a fan-out and the value where all its branches have met again."""
@@ -358,20 +377,19 @@ class _Sweep:
     def _all_inside(self, region: set[Node], last: Node) -> bool:
         return all(u in region for m in region if m is not last for u in self.consumers(m))
 
-    def _close(self, seg: _Segment) -> None:
+    def _close(self, seg: _Segment) -> bool:
+        """Cut behind a segment; False where none of its values can be cut."""
         seg = seg.root()
-        if seg.closed is not None:
-            return
+        if seg.closed is not None or seg.stuck:
+            return not seg.stuck
         found = [c for c in seg.candidates if c in self.folds]
         usable = [c for c in found if self.folds[c].plain] or found
         if not usable:
+            seg.stuck = True
             names = ", ".join(sorted(seg.params)) or "no parameter"
-            at = seg.first.meta.get("stack_trace", "").strip() if seg.first is not None else ""
-            raise UncuttableError(
-                f"no feedback point can be placed behind {names}: none of its values keeps the "
-                f"batch as one dimension\n  {at}\n  remedy: pass batch_dim= or reshape the value "
-                "so that the batch is a dimension of its own"
-            )
+            at = _source(seg.first) if seg.first is not None else ""
+            self.stuck.append(names + (f" ({at})" if at else ""))
+            return False
         sizes = [math.prod(sample_shape(c, self.folds[c])) for c in usable]
         narrowest = min(sizes)
         seg.closed = max(
@@ -379,6 +397,7 @@ class _Sweep:
             key=lambda c: self.order[c],
         )
         self.closed.append(seg)
+        return True
 
 
 def sample_shape(node: Node, fold: Fold) -> tuple[int, ...]:
@@ -415,12 +434,14 @@ def place(
             "set requires_grad=True on what should learn"
         )
     sweep.run()
-    taps, note = _taps(sweep), ""
+    note = ""
     if error_at is not None and error_at != "output":
         taps = list(select(sweep, "error_at", error_at))
         taps = [t for t in taps if t not in sweep.ancestors(taps)]
-    elif error_at is None:
-        taps, note = _before_wide_head(taps, sweep)
+    else:
+        taps = _taps(sweep)
+        if error_at is None:
+            taps, note = _before_wide_head(taps, sweep)
     cut_segments = sorted(sweep.closed, key=lambda s: sweep.order[s.closed])  # type: ignore[index]
     if points is not None:
         chosen = select(sweep, "points", points)
@@ -435,12 +456,24 @@ def place(
         cut_segments = sublayers(cut_segments, sweep, taps)
     # the segment in front of the tap may have been closed at the tap itself: that is the head
     cut_segments = [s for s in cut_segments if s.closed not in taps]
-    if points is not None or granularity != "layer":
+    if points is not None or granularity != "layer" or sweep.stuck:
         _absorb(cut_segments, sweep)
         cut_segments = [s for s in cut_segments if s.params]
     cuts = _name_layers(cut_segments, sweep)
     covered = {p for c in cuts for p in c.layer.parameters}
-    return Placement(cuts, tuple(taps), tuple(sorted(sweep.all_params() - covered)), note)
+    head = tuple(sorted(sweep.all_params() - covered))
+    return Placement(cuts, tuple(taps), head, note, "" if cuts else _refusal(sweep))
+
+
+def _refusal(sweep: _Sweep) -> str:
+    """Why a sweep found no feedback point, where values that cannot be cut are the reason."""
+    if not sweep.stuck:
+        return ""
+    return (
+        f"no feedback point can be placed behind {sweep.stuck[0]}: none of its values keeps the "
+        "batch as one dimension\n  remedy: pass batch_dim= or reshape the value so that the batch "
+        "is a dimension of its own; method='bp' needs no feedback point"
+    )
 
 
 def _before_wide_head(taps: list[Node], sweep: _Sweep) -> tuple[list[Node], str]:
@@ -502,37 +535,85 @@ def _absorb(segments: list[_Segment], sweep: _Sweep) -> None:
 
 
 def _taps(sweep: _Sweep) -> list[Node]:
-    """The last differentiable outputs; for a loss inside the model, the value before it."""
+    """The last differentiable outputs; for one without a batch dim, the values before it."""
     outputs = list(dict.fromkeys(n for n in sweep.user_outputs if is_float(n) and n in sweep.live))
     outputs = [n for n in outputs if n in sweep.data]
     if not outputs:
         raise PlacementError("the model returns no floating-point tensor that depends on its input")
     inner = sweep.ancestors(outputs)
     last = [n for n in outputs if n not in inner]
-    taps: list[Node] = []
-    for n in last:
-        if n in sweep.folds:
-            taps.append(n)
+    taps = {n: [n] for n in last if n in sweep.folds}
+    reduced = [n for n in last if n not in sweep.folds]
+    moved = set(reduced)
+    while moved:  # a tap of one output may lead to those of another: it moves on
+        for n in moved:
+            others = [t for m in taps if m is not n for t in taps[m]]
+            taps[n] = _before_reduction(n, others, sweep)
+        every = sweep.ancestors([t for found in taps.values() for t in found])
+        moved = {n for n in reduced if any(t in every for t in taps[n])}
+    found = {t for ts in taps.values() for t in ts}
+    return sorted(found, key=lambda t: (t not in last, sweep.order[t]))
+
+
+def _before_reduction(out: Node, others: list[Node], sweep: _Sweep) -> list[Node]:
+    """Error taps for an output that is reduced over the batch, or that pairs its samples.
+
+    They are the first values behind the last weights that keep the batch, that together cross
+    every path to the output (the logits in front of a loss, the embeddings of two towers) and that
+    lead to no other tap: that one's error would come through feedback points.
+    """
+    path = _from_weights(out, sweep)
+    heavies = [n for n in path if sweep._is_heavy(n)]
+    tail = path - sweep.ancestors(heavies) - set(heavies)
+    start = [n for n in path - tail if any(u in tail for u in n.users)]
+    taps = set(start or [n for n in tail if not any(a in tail for a in n.all_input_nodes)])
+    taps |= {out} & set(heavies)
+    while out not in taps:
+        leads = sweep.ancestors([*taps, *others])
+        wrong = {t for t in taps if t in leads or t not in sweep.folds or not is_float(t)}
+        if not wrong:
+            break
+        taps = (taps - wrong) | {u for t in wrong for u in t.users if u in tail}
+    if not taps or out in taps:
+        raise UncuttableError(
+            f"no error tap was found in front of the output {out.name!r}, which has no batch "
+            f"dimension ({_source(out)}): nothing keeps the batch between the last weights and it, "
+            "or all that does leads to other outputs as well\n  remedy: name the value whose "
+            "gradient is the error with error_at=, or return what this output is computed from"
+        )
+    return _joined(sorted(taps, key=sweep.order.__getitem__), tail, sweep)
+
+
+def _joined(taps: list[Node], tail: set[Node], sweep: _Sweep) -> list[Node]:
+    """One value instead of several (the difference of two twins), if it is as wide as any."""
+
+    def width(n: Node) -> int:
+        return math.prod(sample_shape(n, sweep.folds[n]))
+
+    behind: set[Node] = set(taps)
+    reach = sweep.order[taps[-1]]
+    for n in sweep.nodes if len(taps) > 1 else ():
+        if n not in tail or not any(a in behind for a in n.all_input_nodes):
             continue
-        found = _before_reduction(n, sweep)
-        if found not in taps:
-            taps.append(found)
+        if n not in sweep.folds:
+            break  # from here on samples meet
+        behind.add(n)
+        open_ends = {u for m in behind - {n} for u in m.users if u in tail} - behind
+        if sweep.order[n] > reach and not open_ends:
+            return [n] if width(n) >= max(map(width, taps)) else taps
     return taps
 
 
-def _before_reduction(out: Node, sweep: _Sweep) -> Node:
-    """The latest value with a batch dim that every path to a reduced output crosses."""
-    before = sweep.ancestors([out]) & sweep.data & sweep.live
-    chain = [n for n in sweep.nodes if n in before and n.op == "call_function"]
-    heavies = [n for n in chain if sweep._is_heavy(n)]
-    start = sweep.order[heavies[-1]] if heavies else 0
-    for n in chain:
-        if sweep.order[n] >= start and n in sweep.folds:
-            return n
-    raise UncuttableError(
-        f"the output {out.name!r} has no batch dimension and no error tap was found before it; "
-        "return the logits and compute the loss outside the model"
-    )
+def _from_weights(out: Node, sweep: _Sweep) -> set[Node]:
+    """The values between trainable parameters and an output, and the output."""
+    before = (sweep.ancestors([out]) | {out}) & sweep.data & sweep.live
+    found: set[Node] = set()
+    for n in sweep.nodes:
+        if n not in before or n.op != "call_function" or n.target is aten.detach.default:
+            continue
+        if any(a in sweep.param_of or a in found for a in n.all_input_nodes):
+            found.add(n)
+    return found
 
 
 def _name_layers(segments: list[_Segment], sweep: _Sweep) -> tuple[CutPoint, ...]:

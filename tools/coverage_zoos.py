@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ def big(model: nn.Module, limit: float = 100e6) -> bool:
 
 # torchvision
 
-SIDES = {"inception_v3": 96, "maxvit_t": 64, "alexnet": 64, "googlenet": 64}
+# its auxiliary classifier reads a map of 17 x 17, which takes this many pixels
+SIDES = {"inception_v3": 299}
 
 
 def torchvision() -> dict[str, Builder]:
@@ -102,10 +104,11 @@ def _torchvision(zoo: Any, name: str) -> Sample:
     if "video" in family:
         x = torch.randn(BATCH, 3, 16, 32, 32)
         if name.startswith("mvit"):
-            options |= {"temporal_size": 8, "spatial_size": (64, 64)}
-            x = torch.randn(BATCH, 3, 8, 64, 64)
-        elif name.startswith(("swin", "s3d")):
-            x = torch.randn(BATCH, 3, 16 if name == "s3d" else 4, 64, 64)
+            return Sample(_small_mvit(builder, options), (torch.randn(BATCH, 3, 8, 64, 64),))
+        if name.startswith("swin"):
+            x = torch.randn(BATCH, 3, 4, 64, 64)
+        elif name == "s3d":  # it ends in a pooling of 2 x 7 x 7: the least that reaches it
+            x = torch.randn(BATCH, 3, 13, 209, 209)
     elif "segmentation" in family:
         options["num_classes"] = 2
         x = images(32)
@@ -123,6 +126,15 @@ def _torchvision(zoo: Any, name: str) -> Sample:
         x = images(56)
     model = builder(**options)
     return Sample(model, (x,))
+
+
+def _small_mvit(builder: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
+    """For 8 frames of 64 x 64; the builders fix 16 of 224 x 224."""
+    module = importlib.import_module(builder.__module__)
+    make = module._mvit
+    small = {"spatial_size": (64, 64), "temporal_size": 8}
+    with mock.patch.object(module, "_mvit", lambda **given: make(**(given | small))):
+        return builder(**options)
 
 
 # timm: the smallest member of each family
@@ -489,6 +501,41 @@ class _Experts(nn.Module):
         return self.out(h + (gates[..., None] * every).sum(1))
 
 
+class _Cells(nn.Module):
+    """Two cells in a loop that its author wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(20, 8), nn.Linear(12, CLASSES)
+        self.lstm, self.gru = nn.LSTMCell(8, 12), nn.GRUCell(12, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        h = c = g = x.new_zeros(x.shape[0], 12)
+        for t in range(tokens.shape[1]):
+            h, c = self.lstm(x[:, t], (h, c))
+            g = self.gru(h, g)
+        return self.out(g)
+
+
+class _Towers(nn.Module):
+    """A contrastive loss on all pairs of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU())
+        self.b = nn.Sequential(nn.Linear(6, 12), nn.Tanh())
+        self.to_a, self.to_b = nn.Linear(12, 5), nn.Linear(12, 5)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a = F.normalize(self.to_a(self.a(x)), dim=-1)
+        b = F.normalize(self.to_b(self.b(y)), dim=-1)
+        pairs = a @ b.t() * self.scale.exp()
+        own = pairs.diagonal()
+        return (pairs.logsumexp(0) - own).mean() + (pairs.logsumexp(1) - own).mean()
+
+
 class _OwnLoss(nn.Module):
     """Returns its loss and its prediction."""
 
@@ -524,6 +571,8 @@ def other() -> dict[str, Builder]:
         "gru": lambda: Sample(_Recurrent(nn.GRU), (tokens,)),
         "lstm": lambda: Sample(_Recurrent(nn.LSTM), (tokens,)),
         "rnn": lambda: Sample(_Recurrent(nn.RNN), (tokens,)),
+        "cells": lambda: Sample(_Cells(), (tokens,)),
+        "towers": lambda: Sample(_Towers(), (torch.randn(BATCH, 8), torch.randn(BATCH, 6))),
         "message passing": lambda: Sample(_MessagePassing(), (torch.randn(BATCH, 6, 5), _edges())),
         "autoencoder": lambda: Sample(_autoencoder(), (images(8, 1),)),
         "u-net": lambda: Sample(_UNet(), (images(8, 1),)),

@@ -23,6 +23,7 @@ aten = torch.ops.aten
 def _table() -> dict[Any, Rule]:
     from grapefx.passes.rules import (
         attention,
+        derived,
         indexing,
         linear,
         norms,
@@ -31,7 +32,7 @@ def _table() -> dict[Any, Rule]:
         reductions,
     )
 
-    modules = (linear, products, pointwise, norms, attention, indexing, reductions)
+    modules = (linear, products, pointwise, norms, attention, indexing, reductions, derived)
     return {op: rule for m in modules for op, rule in m.RULES.items()}
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch.fx import Node
 
+from grapefx.passes import functions
 from grapefx.passes.rules.common import fit
 from grapefx.torch_compat import decompositions, pytree
 
@@ -73,6 +74,20 @@ def derive(em: Any, node: Node, forward: bool = True) -> Any:
                 failure = failure or e
     assert failure is not None
     raise failure
+
+
+def function(em: Any, node: Node) -> Any:
+    """A custom autograd function: its backward transposed, whatever its forward computes."""
+    tensors, key = em.p(node.args)
+    tangents = [em.t(a) for a in node.args[0]]  # type: ignore[union-attr]
+    which = [i for i, t in enumerate(tangents) if t is not None]
+
+    def op(*xs: Any) -> Any:
+        return functions.applied(xs, key)
+
+    _, spec = pytree.tree_flatten((list(tensors), {}))
+    made = em.trace(_backward_twice(op, spec, which), list(tensors), [tangents[i] for i in which])
+    return dict(enumerate(made))
 
 
 def _floating(out: Any) -> bool:
@@ -137,3 +152,6 @@ def _decomposed(op: Any, table: dict[Any, Any]) -> Callable[..., Any]:
         return table[op](*args, **kwargs)
 
     return run
+
+
+RULES: dict[Any, Any] = {functions.FUNCTION: function}

@@ -153,7 +153,8 @@ def batch_norm(em: Any, node: Node) -> Any:
         core = em.get(
             em.call(
                 aten.native_batch_norm_backward.default,
-                t, em.p(x), None, None, None, mean, invstd, True, eps, _ONLY_X,
+                _laid_out_as(em, t, em.p(x)), em.p(x), None, None, None, mean, invstd, True, eps,
+                _ONLY_X,
             ),
             0,
         )  # fmt: skip
@@ -173,6 +174,17 @@ def batch_norm(em: Any, node: Node) -> Any:
     if em.t(b) is not None:
         terms.append(shaped(em.t(b)))
     return _finish(em, node, add(em, *terms))
+
+
+def _laid_out_as(em: Any, t: Any, x: Any) -> Any:
+    """``t`` in x's memory order: the kernel's result has x's, its fake value says t's."""
+    order = torch.contiguous_format
+    for ndim, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.meta["val"].ndim == ndim and x.meta["val"].is_contiguous(memory_format=last):
+            order = last
+    if t.meta["val"].is_contiguous(memory_format=order):
+        return t
+    return em.call(aten.clone.default, t, memory_format=order)
 
 
 def softmax(em: Any, node: Node) -> Any:

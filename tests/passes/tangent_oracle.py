@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grapefx.capture import capture
 from grapefx.ir import Captured, Slot, StepGraph
+from grapefx.passes import functions
 from grapefx.passes.joint import trace_joint
 from grapefx.passes.partition import CutPoint, Placement, place
 from grapefx.passes.propagate import TangentEmitter, propagate
@@ -36,15 +37,22 @@ class _Noisy(Interpreter):
     def __init__(self, cap: Captured, placed: Placement, noise: dict[int, Tensor]) -> None:
         super().__init__(cap.gm)
         self.cuts = {c.node: c.layer.index for c in placed.cuts}
-        self.tap = placed.taps[0]
+        self.taps = placed.taps
         self.noise = noise
         self.shapes: dict[int, torch.Size] = {}
-        self.found: Any = None
+        self.found: dict[Node, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
-        out = super().run_node(n)
-        if n is self.tap:
-            self.found = out
+        if n.target is functions.FUNCTION:
+            (tensors, key), _ = self.fetch_args_kwargs_from_env(n)
+            out: Any = functions.applied(tensors, key)
+        elif n.target is aten.copy.default:  # it has no derivative
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            out = args[1].to(args[0].dtype).expand(args[0].shape).clone()
+        else:
+            out = super().run_node(n)
+        if n in self.taps:
+            self.found[n] = out
         if n in self.cuts:
             index = self.cuts[n]
             self.shapes[index] = out.shape
@@ -88,11 +96,12 @@ class Case:
         return self.args[0].shape[self.batch_dim]
 
     def run(self, made: Tangents, rows: int | None = None) -> Tensor:
-        """``d`` at the error tap."""
+        """``d`` at the error tap; of several taps, flat and one after the other."""
         graph = made.step.gm.graph
         graph.lint()
         keep = graph.output_node().args
-        graph.output_node().args = ((made.streams[0].taps[0],),)
+        at = made.streams[0].taps
+        graph.output_node().args = (tuple(at.values()),)
         forward = torch.fx.GraphModule(made.step.gm, _pruned(graph))
         graph.output_node().args = keep
         by_name = {c.layer.name: c for c in self.placed.cuts}
@@ -110,7 +119,11 @@ class Case:
                 values.append(torch.zeros(()))
         torch.manual_seed(5)
         with torch.no_grad():
-            return forward(*values)[0]
+            found = dict(zip(at, forward(*values), strict=True))
+        if len(self.placed.taps) == 1:
+            return found[0]
+        values_at = self._eager({}, apart=True)
+        return joined([found.get(i, torch.zeros_like(v)) for i, v in enumerate(values_at)])
 
     def _rows(self, cut: CutPoint, rows: int | None) -> Tensor:
         full = self.noise[cut.layer.index]
@@ -123,6 +136,8 @@ class Case:
             return self._eager(noise)
 
         zero = {i: torch.zeros_like(v) for i, v in self.noise.items()}
+        if self.has_functions():
+            return self.transposed()
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 return torch.func.jvp(f, (zero,), (self.noise,))[1]
@@ -132,7 +147,23 @@ class Case:
             down = f({i: -h * v for i, v in self.noise.items()})
             return (up - down) / (2 * h)
 
-    def _eager(self, noise: dict[int, Tensor]) -> Tensor:
+    def has_functions(self) -> bool:
+        """Whether the model calls custom autograd functions, which have no forward AD."""
+        return any(n.target is functions.FUNCTION for n in self.cap.gm.graph.nodes)
+
+    def transposed(self) -> Tensor:
+        """``J v`` from the gradients: what custom functions declare."""
+        keys = list(self.noise)
+
+        def f(*noise: Tensor) -> Tensor:
+            return self._eager(dict(zip(keys, noise, strict=True)))
+
+        zero = tuple(torch.zeros_like(self.noise[k]) for k in keys)
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.autograd.functional.jvp(f, zero, tuple(self.noise[k] for k in keys))[1]
+
+    def _eager(self, noise: dict[int, Tensor], apart: bool = False) -> Any:
+        """The values at the taps: joined, or (``apart``) as they are."""
         torch.manual_seed(5)
         it = iter(self.args)
         values = [
@@ -141,7 +172,13 @@ class Case:
         ]
         runner = _Noisy(self.cap, self.placed, noise)
         runner.run(*values)
-        return runner.found
+        found = [runner.found[n] for n in self.placed.taps]
+        return found if apart else joined(found)
+
+
+def joined(values: Sequence[Tensor]) -> Tensor:
+    """One value as it is, several flat and one after the other."""
+    return values[0] if len(values) == 1 else torch.cat([v.flatten() for v in values])
 
 
 def _pruned(graph: torch.fx.Graph) -> torch.fx.Graph:

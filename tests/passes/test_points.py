@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,29 +244,244 @@ def test_leaking_shortcuts() -> None:
 class Cells(nn.Module):
     """Recurrent cells, whose two states leave no single value to cut."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.Module] = nn.LSTMCell) -> None:
         super().__init__()
-        self.cell, self.out = nn.LSTMCell(4, 6), nn.Linear(6, 3)
+        self.cell, self.out = kind(4, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = c = x.new_zeros(x.shape[0], 6)
         for t in range(3):
-            h, c = self.cell(x[:, t], (h, c))
+            if isinstance(self.cell, nn.LSTMCell):
+                h, c = self.cell(x[:, t], (h, c))
+            else:
+                h = self.cell(x[:, t], h)
         return self.out(h)
+
+
+@pytest.mark.parametrize(("kind", "count"), [(nn.LSTMCell, 5), (nn.GRUCell, 3), (nn.RNNCell, 3)])
+def test_every_state_of_a_cell_is_a_point(kind: type[nn.Module], count: int) -> None:
+    """Each step's states, but for the last cell state, which nothing reads."""
+    plan = plan_of(Cells(kind), torch.randn(5, 3, 4))
+    own = {n for n, _ in Cells(kind).named_parameters() if n.startswith("cell")}
+    assert len(plan.layers) == count
+    assert all(set(layer.parameters) == own for layer in plan.layers)
+    assert {p: len(found) for p, found in proved(plan).items()} == {
+        **dict.fromkeys(own, count), "out.weight": 0, "out.bias": 0,
+    }  # fmt: skip
+
+
+def test_the_states_of_a_cell_by_hand() -> None:
+    """The gradient of a shared cell is the sum of its steps', each from its states' cotangents."""
+    torch.manual_seed(0)
+    model, x = Cells().double(), torch.randn(5, 3, 4).double()
+    net = grapefx.compile(model, method="dfa", calib_every=None, backend="eager")
+    out = net(x)
+    e = torch.randn_like(out)
+    out.backward(e)
+    tensors = net.feedback_state_dict()["tensors"]
+    maps = iter([tensors[f"{m.layer.name}/B"].double() for m in net.plan.maps])
+    weight = model.cell.weight_hh
+    assert weight.grad is not None
+    total = torch.zeros_like(weight)
+    h = c = x.new_zeros(5, 6)
+    for t in range(3):
+        states = model.cell(x[:, t], (h.detach(), c.detach()))
+        h, c = states
+        used = states if t < 2 else states[:1]
+        deltas = [e @ next(maps) for _ in used]
+        total += torch.autograd.grad(used, weight, deltas)[0]
+    torch.testing.assert_close(weight.grad, total)
+
+
+class Forked(nn.Module):
+    """A value without the batch, read twice: nowhere to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w = self.gate(x.mean(0))
+        return x * w, x + w
 
 
 def test_bp_needs_no_feedback_point() -> None:
     torch.manual_seed(0)
-    model, x = Cells().double(), torch.randn(5, 3, 4).double()
-    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    model, x = Forked().double(), torch.randn(5, 4).double()
+    want = torch.autograd.grad(sum(y.square().sum() for y in model(x)), list(model.parameters()))
     net = grapefx.compile(model, method="bp", backend="eager")
-    net(x).square().sum().backward()
+    sum(y.square().sum() for y in net(x)).backward()
     for p, g in zip(model.parameters(), want, strict=True):
         assert p.grad is not None and torch.allclose(p.grad, g)
-    with pytest.raises(PlacementError, match="no feedback point can be placed behind"):
-        plan_of(Cells(), torch.randn(5, 3, 4))
-    with pytest.raises(PlacementError, match="no feedback point can be placed behind"):
-        grapefx.inspect(Cells(), torch.randn(5, 3, 4), "dfa")
+    with pytest.raises(PlacementError, match="no feedback point can be placed behind gate"):
+        plan_of(Forked(), torch.randn(5, 4))
+    with pytest.raises(PlacementError, match="no feedback point can be placed behind gate"):
+        grapefx.inspect(Forked(), torch.randn(5, 4), "dfa")
+
+
+class WithoutBatch(nn.Module):
+    """A gate made from the mean of the batch, which no point can close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.a, self.b, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        w = self.gate(h.mean(0))
+        return self.out(torch.relu(self.a(h * w)) + torch.tanh(self.b(h + w)))
+
+
+def test_what_cannot_be_cut_is_trained_by_the_points_behind() -> None:
+    plan = plan_of(WithoutBatch(), torch.randn(5, 4))
+    found = proved(plan)
+    assert len(found["gate.weight"]) == 2  # through h * w and through h + w
+    assert found["stem.weight"] == ("stem",)
+    for own in ("a", "b"):
+        assert not set(found[f"{own}.weight"]) & set(found["gate.weight"])
+
+
+def test_norms_between_frozen_layers_learn() -> None:
+    """A frozen layer takes over the norm in front of it."""
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    found = proved(plan_of(model, torch.randn(5, 6)))
+    assert found["1.weight"] == ("1",) and found["4.weight"] == ("4",)
+
+
+class Towers(nn.Module):
+    """Two towers whose embeddings meet in a matrix of similarities, as in CLIP."""
+
+    def __init__(self, loss: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Sequential(
+            nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
+        )
+        self.b = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4))
+        self.scale, self.loss = nn.Parameter(torch.tensor(0.3)), loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        u, v = F.normalize(self.a(x), dim=-1), F.normalize(self.b(y), dim=-1)
+        logits = u @ v.t() * self.scale.exp()
+        if not self.loss:
+            return logits, logits.t()
+        own = -logits.diagonal()
+        return (own + logits.logsumexp(0)).mean() + (own + logits.logsumexp(1)).mean()
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_two_towers_take_the_error_of_their_embeddings(loss: bool) -> None:
+    """Pairs of samples have no batch dim of their own: the error is that of both embeddings."""
+    torch.manual_seed(0)
+    model, x, y = Towers(loss).double(), torch.randn(6, 6).double(), torch.randn(6, 5).double()
+    net = grapefx.compile(model, method="dfa", calib_every=None, backend="eager")
+    assert isinstance(net, nn.Module)
+
+    def total(out: Any) -> Tensor:
+        return out if loss else out[0].square().sum() + out[1].sin().sum()
+
+    total(net(x, y)).backward()
+    plan = net.plan
+    assert {m.error_dim for m in plan.maps} == {8}
+    assert names(plan) == ["a.0", "a.2", "b.0"]
+    assert set(plan.placement.head) == {
+        "a.4.weight", "a.4.bias", "b.2.weight", "b.2.bias", "scale",
+    }  # fmt: skip
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}  # type: ignore[union-attr]
+
+    # by hand: the heads exactly, the rest from e = [dL/da, dL/db]
+    h1 = torch.relu(model.a[0](x))
+    h2 = torch.relu(model.a[2](h1.detach()))
+    g1 = torch.relu(model.b[0](y))
+    a, b = model.a[4](h2.detach()), model.b[2](g1.detach())
+    u, v = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    logits = u @ v.t() * model.scale.exp()
+    own = -logits.diagonal()
+    pairs = (own + logits.logsumexp(0)).mean() + (own + logits.logsumexp(1)).mean()
+    end = pairs if loss else total((logits, logits.t()))
+    e = torch.cat(torch.autograd.grad(end, (a, b), retain_graph=True), 1)
+    tensors = net.feedback_state_dict()["tensors"]
+    for name, h in (("a.0", h1), ("a.2", h2), ("b.0", g1)):
+        w = model.get_parameter(f"{name}.weight")
+        want = torch.autograd.grad(h, w, e @ tensors[f"{name}/B"].double())[0]
+        torch.testing.assert_close(got[f"{name}.weight"], want)
+    for name in plan.placement.head:
+        want = torch.autograd.grad(end, model.get_parameter(name), retain_graph=True)[0]
+        torch.testing.assert_close(got[name], want)
+
+
+class Twins(nn.Module):
+    """Returns the distance of two embeddings as its loss; ``each``: a loss for each embedding."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.each = nn.Linear(6, 8), nn.Linear(8, 4), each
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        u, v = self.b(torch.relu(self.a(x))), self.b(torch.relu(self.a(y)))
+        if self.each:
+            return (u.square().sum(1) + v.exp().sum(1)).mean()
+        return (u - v).square().sum()
+
+
+@pytest.mark.parametrize(("each", "taps"), [(False, ["sub"]), (True, ["linear_1", "linear_3"])])
+def test_twins(each: bool, taps: list[str]) -> None:
+    """One value as wide as both stands for them; a loss a sample says nothing."""
+    x, y = torch.randn(5, 6), torch.randn(5, 6)
+    plan = build_plan(Twins(each), (x, y), method="dfa")
+    assert [t.name for t in plan.placement.taps] == taps
+    assert len(plan.layers) == 2 and plan.placement.head == ("b.bias", "b.weight")
+    independence(plan.graph("update"), plan.layers)
+
+
+class Side(nn.Module):
+    """A penalty on a hidden value beside the prediction."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+        self.apart = apart
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.a(x))
+        penalty = h.square().sum(1).mean() if self.apart else h.mean()
+        return self.c(torch.tanh(self.b(h))), penalty
+
+
+class SideLoss(Side):
+    """Both are reduced, in either order."""
+
+    def forward(self, x: Tensor) -> Any:
+        y, penalty = super().forward(x)
+        loss = y.logsumexp(1).mean()
+        return (loss, penalty) if self.first else (penalty, loss)
+
+    first = True
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_reduced_outputs(first: bool) -> None:
+    model = SideLoss(True)
+    model.first = first
+    plan = plan_of(model, torch.randn(5, 6))
+    assert {t.name for t in plan.placement.taps} == {"linear_2", "square"}
+    assert proved(plan)["b.weight"] == ("b",)
+
+
+def test_a_reduced_output_beside_the_prediction() -> None:
+    """Its tap must not lie in front of another: that error would cross feedback points."""
+    plan = plan_of(Side(True), torch.randn(5, 6))
+    taps = plan.placement.taps
+    assert [t.name for t in taps] == ["linear_2", "square"]
+    assert proved(plan)["a.weight"] == ("a",)
+    with pytest.raises(PlacementError, match=r"in front of the output 'mean'(.|\n)*error_at="):
+        plan_of(Side(False), torch.randn(5, 6))
+    assert len(plan_of(Side(False), torch.randn(5, 6), error_at="c").layers) == 2
 
 
 def test_inspect_places_as_asked() -> None:

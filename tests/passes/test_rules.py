@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from grapefx.errors import TangentError
 from grapefx.ir import Slot, StepGraph
@@ -93,6 +93,34 @@ def _random(graph: Graph) -> int:
     return sum(
         isinstance(n.target, torch._ops.OpOverload) and tag in n.target.tags for n in graph.nodes
     )
+
+
+class _Strides(Interpreter):
+    """Runs a graph; every value must lie in memory as its fake value says."""
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if isinstance(out, Tensor):
+            assert out.stride() == n.meta["val"].stride(), n.format_node()
+        return out
+
+
+@pytest.mark.parametrize("last", [(True, False), (False, True), (True, True), (False, False)])
+def test_batch_norm_of_a_tangent_in_another_memory_order(last: tuple[bool, bool]) -> None:
+    """The kernel returns x's order, its fake value the tangent's: a view behind it would fail."""
+    formats = [torch.channels_last if on else torch.contiguous_format for on in last]
+    a = torch.randn(4, 3, 2, 5).double().contiguous(memory_format=formats[0])
+    b = torch.randn(4, 3, 2, 5).double().contiguous(memory_format=formats[1])
+
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        return F.batch_norm(a * b, None, None, training=True).sin()
+
+    step, _ = trace(lambda t: fn(*t), [a, b], (1,))
+    differentiate(step, (1,))
+    t = torch.randn(4, 3, 2, 5).double().contiguous(memory_format=formats[1])
+    # the product a * t takes the order of its first factor, t, as a * b takes that of a
+    _, d = _Strides(step.gm).run(a, b, t)
+    torch.testing.assert_close(d, torch.func.jvp(fn, (a, b), (torch.zeros_like(a), t))[1])
 
 
 def test_autocast_graphs_keep_each_value_s_dtype() -> None:
