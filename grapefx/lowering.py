@@ -20,9 +20,9 @@ from grapefx.passes.order import dead_code
 from grapefx.torch_compat import (
     FakeTensor,
     concrete,
+    decomposed,
     fake_mode_of,
     inductor_compile,
-    inductor_decompose,
     pytree,
     restrided,
 )
@@ -42,11 +42,12 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
     """What a backend wants done to a step graph before it is split.
 
     Inductor decomposes first: what is worth saving shows in its own small operators (one-byte
-    pooling offsets instead of indices, batch norm's statistics instead of its output).
+    pooling offsets instead of indices, batch norm's statistics instead of its output). For "eager"
+    sizes are put in, no more.
     """
     if backend not in BACKENDS:
         raise OptionError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
-    if backend == "eager":
+    if backend == "eager" and sizes is None:
         return step
     work = step.copy()
     before = work.placeholders()
@@ -55,7 +56,7 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
         example = concrete(example, sizes)
     device = _device(example)
     with torch.autocast(device, enabled=False):
-        gm = inductor_decompose(work.gm, example, _KEEP)
+        gm = decomposed(work.gm, example, _KEEP, inductor=backend != "eager")
     after = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
         new.meta.update({k: old.meta[k] for k in _KEEP if k in old.meta})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,6 +32,7 @@ __all__ = [
     "clear_saved_tensors",
     "concrete",
     "copy_all",
+    "decomposed",
     "decompositions",
     "fake_mode_of",
     "fake_tensor",
@@ -38,7 +41,6 @@ __all__ = [
     "functionalized",
     "inductor_compile",
     "inductor_counts",
-    "inductor_decompose",
     "make_fx",
     "min_cut_partition",
     "new_fake_mode",
@@ -48,10 +50,12 @@ __all__ = [
     "pytree",
     "quiet_export",
     "restrided",
+    "retrace",
     "set_call",
     "size_hint",
     "subtraction",
     "unwrap_for_export",
+    "vmap_rules_only",
 ]
 
 
@@ -187,21 +191,16 @@ def inductor_counts() -> Iterator[Counts]:
     counts.bytes = metrics.num_bytes_accessed - moved
 
 
-def inductor_decompose(
-    gm: torch.fx.GraphModule, example: Sequence[Any], keep: Sequence[str]
+def decomposed(
+    gm: torch.fx.GraphModule, example: Sequence[Any], keep: Sequence[str], *, inductor: bool = True
 ) -> torch.fx.GraphModule:
     """Retrace a flat graph with Inductor's decompositions, as AOTAutograd does to partition.
 
     ``example`` are fake inputs (and plain sizes); metadata under the keys ``keep`` goes from each
-    node to those that replace it.
+    node to those that replace it. ``inductor=False`` keeps the operators: sizes become plain.
     """
-    import torch._inductor.lowering  # decompositions look it up
-    import torch.fx.traceback as fx_traceback
-    from torch._inductor.decomposition import select_decomp_table
-
     for n in gm.graph.nodes:
         n.meta["custom"] = {k: n.meta[k] for k in keep if k in n.meta}
-    mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
 
     class Run(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
@@ -212,13 +211,40 @@ def inductor_decompose(
         with fx_traceback.preserve_node_meta():
             return list(Run(gm).run(*inputs))
 
-    with mode, python_dispatcher(), torch.no_grad():
-        out = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="real")(*example)
-    out.graph.set_codegen(torch.fx.graph.CodeGen())
+    out = retrace(run, example, decompose=inductor)
     for n in out.graph.nodes:
         n.meta.update(n.meta.get("custom") or {})
+    return out
+
+
+def retrace(
+    run: Callable[..., list[Any]], example: Sequence[Any], *, decompose: bool
+) -> torch.fx.GraphModule:
+    """The flat graph of ``run`` on fake inputs, with Inductor's decompositions if asked for."""
+    table: Any = None
+    if decompose:
+        importlib.import_module("torch._inductor.lowering")  # decompositions look it up
+        from torch._inductor.decomposition import select_decomp_table
+
+        table = select_decomp_table()
+    mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
+    with mode, python_dispatcher(), torch.no_grad():
+        out = make_fx(run, decomposition_table=table, tracing_mode="real")(*example)
+    out.graph.set_codegen(torch.fx.graph.CodeGen())
     out.recompile()
     return out
+
+
+@contextlib.contextmanager
+def vmap_rules_only() -> Iterator[None]:
+    """Inside, ``torch.vmap`` raises for an operator without a batching rule, instead of a loop."""
+    functorch = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
 
 
 def concrete(vals: Sequence[Any], sizes: dict[Any, int]) -> list[Any]:
