@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
 from grapefx.passes.order import dead_code
+from grapefx.passes.tasks import Tasks
 from grapefx.torch_compat import (
     FakeTensor,
     concrete,
@@ -28,6 +29,9 @@ from grapefx.torch_compat import (
 )
 
 BACKENDS = ("inductor", "eager")
+
+# How an update runs (``grapefx/runtime/parallel.py``).
+PARALLEL = ("off", "graphs", "horizontal", "streams", "auto")
 
 Compiled = Callable[[list[Any]], Any]
 
@@ -85,14 +89,66 @@ def lower_pair(
 
     The update may overwrite the ``donated`` ones of the saved values.
     """
+    first, strides = lower_saving(forward, outputs, saved, backend, options)
+    return first, lower_update(update, strides, donated, backend, options)
+
+
+def lower_saving(
+    forward: GraphModule,
+    outputs: int,
+    saved: int,
+    backend: str,
+    options: dict[str, Any] | None = None,
+) -> tuple[Compiled, list[Any]]:
+    """Compile a forward graph; also the strides of what it saves (none reported: an empty list)."""
     first, strides = _lower(forward, backend, options, _examples(forward), outputs, False)
-    examples = _examples(update)
-    kept = strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
-    for i, stride in enumerate(kept):
-        if isinstance(examples[i], FakeTensor):
-            examples[i] = restrided(examples[i], stride, fake_mode_of(examples[i]))
-    second, _ = _lower(update, backend, options, examples, _outputs(update), True, donated)
-    return first, second
+    return first, strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
+
+
+def lower_update(
+    update: GraphModule,
+    strides: list[Any],
+    donated: tuple[int, ...],
+    backend: str,
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    """Compile an update graph whose first inputs come in ``strides``."""
+    examples = _restrided(_examples(update), strides)
+    return _lower(update, backend, options, examples, _outputs(update), True, donated)[0]
+
+
+def lower_tasks(
+    tasks: Tasks, strides: list[Any], backend: str, options: dict[str, Any] | None = None
+) -> list[Compiled]:
+    """Compile each part of an update on its own; equal parts share one compilation."""
+    given: dict[tuple[int, int], Any] = {(-1, i): s for i, s in enumerate(strides)}
+    known: dict[Any, tuple[Compiled, list[Any]]] = {}
+    calls = []
+    for index, task in enumerate(tasks.tasks):
+        examples = _restrided(_examples(task.gm), [given.get(r) for r in task.reads])
+        text = str(task.gm.graph.python_code("self").src)
+        key = (text, *(_description(v) for v in examples))
+        if key not in known:
+            known[key] = _lower(task.gm, backend, options, examples, _outputs(task.gm), False)
+        call, made = known[key]
+        given |= {(index, i): stride for i, stride in enumerate(made)}
+        calls.append(call)
+    return calls
+
+
+def _restrided(examples: list[Any], strides: list[Any]) -> list[Any]:
+    """Fake values in the strides that Inductor gave the real ones."""
+    out = list(examples)
+    for i, stride in enumerate(strides):
+        if isinstance(out[i], FakeTensor):
+            out[i] = restrided(out[i], stride, fake_mode_of(out[i]))
+    return out
+
+
+def _description(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
 
 
 def _examples(gm: GraphModule) -> list[Any]:

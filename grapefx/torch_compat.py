@@ -39,6 +39,7 @@ __all__ = [
     "fixed_size",
     "forget_guards",
     "functionalized",
+    "holders",
     "inductor_compile",
     "inductor_counts",
     "make_fx",
@@ -315,6 +316,11 @@ def clear_saved_tensors(ctx: Any) -> None:
     clear = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+
+
+def holders(value: torch.Tensor) -> int:
+    """How many tensors and handles share the memory of ``value``; to be compared with itself."""
+    return int(torch._C._storage_Use_Count(value.untyped_storage()._cdata))
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

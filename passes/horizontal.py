@@ -101,8 +101,10 @@ def _worth(update: GraphModule) -> int:
 
 def find_families(update: GraphModule, worth: int) -> list[Family]:
     """Operators that at least two layers have alike, where batching pays."""
-    colours = _colours(update)
-    own, free = _own(update, colours)
+    own, free = layers_alone(update)
+    for node in list(own):  # in topological order: what follows a random operator goes as well
+        if not _plain(node) or any(a not in own and a not in free for a in node.all_input_nodes):
+            del own[node]
     keys: dict[Node, int] = {}
     numbers: dict[Any, int] = {}
     count: dict[Any, int] = {}
@@ -160,10 +162,12 @@ def _colours(update: GraphModule) -> dict[Node, str | None]:
     return out
 
 
-def _own(
-    update: GraphModule, colours: dict[Node, str | None]
-) -> tuple[dict[Node, str], set[Node]]:
-    """Nodes that read their own layer or nothing of any layer; and those that read no layer."""
+def layers_alone(update: GraphModule) -> tuple[dict[Node, str], set[Node]]:
+    """The layer of each operator that reads nothing of another layer; and what reads no layer.
+
+    Found by following the graph: names only say which layer a result belongs to.
+    """
+    colours = _colours(update)
     own: dict[Node, str] = {}
     free: set[Node] = set()
     for node in update.graph.nodes:
@@ -175,7 +179,7 @@ def _own(
             if layer is None:
                 if all(a in free for a in args):
                     free.add(node)
-            elif _plain(node) and all(a in free or own.get(a) == layer for a in args):
+            elif all(a in free or own.get(a) == layer for a in args):
                 own[node] = layer
     return own, free
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from grapefx.ir import StepGraph
-from grapefx.lowering import Compiled, lower_forward, lower_pair, prepare
+from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.split import forward_only, split
 from grapefx.plan import Plan
+from grapefx.runtime.cudagraph import Graphed
+from grapefx.runtime.parallel import forms_of, lower_forms, stable_inputs
 from grapefx.torch_compat import batch_symbol, copy_all, size_hint
 
 
@@ -82,20 +84,22 @@ class Program:
 
     def __init__(self, plan: Plan | None, inference: StepGraph | None, out_spec: Any,
                  constants: dict[str, Tensor], backend: str, options: dict[str, Any] | None,
-                 dynamic: bool | None) -> None:  # fmt: skip
+                 dynamic: bool | None, parallel: str | None = None) -> None:  # fmt: skip
         self.plan = plan
         self.inference = inference
         self.out_spec = out_spec
         self.constants = constants
         self.backend = backend
         self.options = options
+        self.parallel = parallel
         self.lead = 0  # the input that holds the batch
         self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
         self.written: tuple[str, ...] = ()  # buffers that the forward writes in place
         # by (kind, batch size); batch size None: any
         self.steps: dict[tuple[str, int | None], CompiledStep] = {}
         self.forwards: dict[int | None, CompiledForward] = {}
-        self.dynamic = dynamic if backend != "eager" else True
+        # batching and CUDA graphs want a fixed batch size
+        self.dynamic = dynamic if backend != "eager" or (parallel or "off") != "off" else True
         self._kept: list[Tensor] = []
 
     def keep(self, buffers: list[Tensor]) -> list[Tensor]:
@@ -132,8 +136,9 @@ class Program:
             graph = self.plan.graph(kind)
             variant = self._variant([b for k, b in self.steps if k == kind], batch)
             sizes = None if variant is None else _sizes(graph, batch, self.plan.rows(batch))
+            chain = kind == "calibration" or self.plan.method.sequential
             found = self.steps[kind, variant] = compile_step(
-                graph, kind, sizes, self.backend, self.options
+                graph, kind, sizes, self.backend, self.options, "off" if chain else self.parallel
             )
         return found
 
@@ -184,8 +189,9 @@ def compile_step(
     sizes: dict[Any, int] | None,
     backend: str,
     options: dict[str, Any] | None,
+    parallel: str | None = "off",
 ) -> CompiledStep:
-    """Split and lower one step graph."""
+    """Split and lower one step graph; ``parallel`` is how its update runs."""
     start = time.perf_counter()
     placeholders = step.placeholders()
     # every noise input is drawn, used or not: the stream of draws does not depend on dead code
@@ -211,15 +217,18 @@ def compile_step(
         else (step.inputs[i].role, step.inputs[i].name)
         for i in parts.late_inputs
     )
-    forward, update = lower_pair(
-        parts.forward,
-        parts.update,
-        len(parts.forward_outputs),
-        parts.saved,
-        parts.donated,
-        backend,
-        options,
+    device = next(n.meta["val"].device.type for n in placeholders)
+    forms = forms_of(parallel, device, fixed=sizes is not None)
+    forward, strides = lower_saving(
+        parts.forward, len(parts.forward_outputs), parts.saved, backend, options
     )
+    update = lower_forms(parts, strides, forms, backend, options)
+    if device == "cuda" and forms != ("off",):
+        forward = Graphed(
+            forward,
+            stable=stable_inputs(step, parts.forward_inputs),
+            lasting=frozenset(range(len(parts.forward_outputs))),
+        )
     return CompiledStep(
         kind=kind,
         forward=forward,
