@@ -53,6 +53,8 @@ def lower_forms(
     backend: str,
     options: dict[str, Any] | None,
     recorder: Recorder = record_cuda,
+    *,
+    cuda: bool = False,
 ) -> Compiled:
     """The update as one callable. Where nothing can be batched, that form is left out."""
     made: dict[str, Compiled] = {}
@@ -68,7 +70,6 @@ def lower_forms(
     if "horizontal" in forms:  # first: lowering may write into the graph
         batched, groups = batch_layers(parts.update, decompose=backend != "eager")
     tasks = split_tasks(parts.update) if "streams" in forms else None
-    cuda = any(f in forms for f in ("graphs", "streams")) or _on_cuda(parts)
     wanted = [f for f in forms if f != "horizontal" or groups] or ["graphs" if cuda else "off"]
     plain: Compiled | None = None
     for form in wanted:
@@ -84,11 +85,6 @@ def lower_forms(
             assert tasks is not None
             made[form] = graphed(on_streams(tasks, strides, backend, options))
     return Fastest(made) if len(made) > 1 else next(iter(made.values()))
-
-
-def _on_cuda(parts: Split) -> bool:
-    vals = (n.meta.get("val") for n in parts.update.graph.nodes)
-    return any(v.device.type == "cuda" for v in vals if isinstance(v, Tensor))
 
 
 class Fastest:

@@ -13,6 +13,7 @@ from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.split import forward_only, split
 from grapefx.plan import Plan
+from grapefx.runtime import cudagraph
 from grapefx.runtime.cudagraph import Graphed
 from grapefx.runtime.parallel import forms_of, lower_forms, stable_inputs
 from grapefx.torch_compat import batch_symbol, copy_all, size_hint
@@ -217,15 +218,17 @@ def compile_step(
         else (step.inputs[i].role, step.inputs[i].name)
         for i in parts.late_inputs
     )
-    device = next(n.meta["val"].device.type for n in placeholders)
+    device = _device_of(step)
     forms = forms_of(parallel, device, fixed=sizes is not None)
     forward, strides = lower_saving(
         parts.forward, len(parts.forward_outputs), parts.saved, backend, options
     )
-    update = lower_forms(parts, strides, forms, backend, options)
+    record = cudagraph.record_cuda
+    update = lower_forms(parts, strides, forms, backend, options, record, cuda=device == "cuda")
     if device == "cuda" and forms != ("off",):
         forward = Graphed(
             forward,
+            recorder=record,
             stable=stable_inputs(step, parts.forward_inputs),
             lasting=frozenset(range(len(parts.forward_outputs))),
         )
@@ -246,6 +249,11 @@ def compile_step(
         ),
         seconds=time.perf_counter() - start,
     )
+
+
+def _device_of(step: StepGraph) -> str:
+    vals = (n.meta["val"] for n in step.placeholders())
+    return next(v.device.type for v in vals if isinstance(v, Tensor))
 
 
 def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
