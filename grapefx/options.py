@@ -60,7 +60,9 @@ class Options:
         for name, valid in _CHOICES.items():
             value = getattr(self, name)
             if value not in valid:
-                raise OptionError(f"{name}={value!r}.{nearest(str(value), [v for v in valid if v])}")
+                raise OptionError(
+                    f"{name}={value!r}.{nearest(str(value), [v for v in valid if v])}"
+                )
         for name in ("calib_every", "steps_per_epoch", "feedback_budget"):
             value = getattr(self, name)
             if name == "calib_every" and value == "auto":

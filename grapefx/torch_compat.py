@@ -239,7 +239,7 @@ def retrace(
 @contextlib.contextmanager
 def vmap_rules_only() -> Iterator[None]:
     """Inside, ``torch.vmap`` raises for an operator without a batching rule, instead of a loop."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
     try:

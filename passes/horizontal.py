@@ -200,16 +200,17 @@ def _key(node: Node, keys: dict[Node, int]) -> Any:
     """What two operators must have in common: everything down to what comes from outside."""
 
     def part(a: Node) -> Any:
-        return ("own", keys[a]) if a in keys else ("outside", _signature(a.meta.get("val")))
+        own = a in keys
+        return _Text(f"own {keys[a]}" if own else f"outside {_signature(a.meta.get('val'))}")
 
-    args = map_arg((node.args, dict(node.kwargs)), lambda a: _Text(part(a)))
+    args = map_arg((node.args, dict(node.kwargs)), part)
     return (node.target, repr(args), _signature(node.meta.get("val")))
 
 
 class _Text:
     """Stands for a node in the text of a call."""
 
-    def __init__(self, text: Any) -> None:
+    def __init__(self, text: str) -> None:
         self.text = text
 
     def __repr__(self) -> str:
@@ -443,9 +444,7 @@ class _Rewrite:
             batch = named["query"].meta["val"].shape[0]
             return mask.expand(count, batch, -1, -1, -1).flatten(0, 1)
 
-        args = [
-            folded(a.name, x) for a, x in zip(schema.arguments, node.args, strict=False)
-        ]
+        args = [folded(a.name, x) for a, x in zip(schema.arguments, node.args, strict=False)]
         kwargs = {k: folded(k, x) for k, x in node.kwargs.items()}
         made = node.target(*args, **kwargs)  # type: ignore[operator]
         family.value = _each(made, lambda v: v.unflatten(0, (count, -1)))
@@ -454,8 +453,10 @@ class _Rewrite:
         """One operand of all layers, and whether it has the layers in front."""
         first = nodes[0]
         source = self.family_of.get(first)
-        if source is not None and source.common and all(
-            self.family_of.get(n) is source for n in nodes
+        if (
+            source is not None
+            and source.common
+            and all(self.family_of.get(n) is source for n in nodes)
         ):
             return source.value, False
         if len(set(nodes)) == 1 or not isinstance(first.meta.get("val"), Tensor):

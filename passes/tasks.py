@@ -39,9 +39,7 @@ class Tasks:
     tasks: tuple[Task, ...]
     results: tuple[Ref | None, ...]
 
-    def run(
-        self, calls: Sequence[Callable[[list[Any]], Any]], inputs: Sequence[Any]
-    ) -> list[Any]:
+    def run(self, calls: Sequence[Callable[[list[Any]], Any]], inputs: Sequence[Any]) -> list[Any]:
         """All tasks one after the other, each by its callable."""
         made: list[Any] = []
         for task, call in zip(self.tasks, calls, strict=True):
@@ -64,8 +62,7 @@ def split_tasks(update: GraphModule) -> Tasks:
     names = [g for g in (SHARED, *layers, REST) if g in set(group.values())]
     (output,) = (n for n in update.graph.nodes if n.op == "output")
     refs: dict[Node, Ref] = {
-        n: (-1, i)
-        for i, n in enumerate(n for n in update.graph.nodes if n.op == "placeholder")
+        n: (-1, i) for i, n in enumerate(n for n in update.graph.nodes if n.op == "placeholder")
     }
     tasks = []
     for index, name in enumerate(names):

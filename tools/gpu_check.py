@@ -4,13 +4,13 @@
     python tools/gpu_check.py --sections parity transformer8 --seconds 300
     python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md   # the same path, tiny
 
-Sections do not depend on each other: what fails is a row with its error. Rows are kept in --json, so
-that a second call goes on where the time of the first ran out (--fresh forgets them); the page is
+Sections do not depend on each other: what fails is a row with its error. Rows are kept in --json:
+a second call goes on where the time of the first ran out (--fresh forgets them); the page is
 written after every row. Exit codes: 0; 1, something failed or is not right; 2, no CUDA or usage.
 
 A time is the median over rounds of ``--inner`` steps (gradients cleared, forward, loss, backward)
-with one synchronisation at their end, variants interleaved; "update" is backward alone, synchronised
-on both sides.
+with one synchronisation at their end, variants interleaved; "update" is backward alone, with one
+synchronisation before and one behind.
 """
 
 from __future__ import annotations
@@ -183,12 +183,20 @@ def error_text(e: BaseException) -> str:
 # parity
 
 
-def parity_models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]]:
+Made = tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]
+
+
+def parity_models() -> dict[str, Made]:
     """Small models of each sort, an input, options."""
-    tokens = lambda: torch.randint(0, 11, (4, 6))  # noqa: E731
+
+    def tokens() -> Tensor:
+        return torch.randint(0, 11, (4, 6))
+
     return {
         "mlp": (
-            lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False), lambda: torch.randn(6, *SMALL), {}
+            lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False),
+            lambda: torch.randn(6, *SMALL),
+            {},
         ),
         "micro": (lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {}),
         "macro": (
@@ -220,6 +228,7 @@ def parity(run: Run) -> Iterator[tuple[str, Callable[[], float], float]]:
     """(what is compared, the comparison, its tolerance)."""
     smoke = run.a.smoke
     for name, (build, example, options) in parity_models().items():
+
         def made(
             dtype: torch.dtype,
             build: Callable[[], nn.Module] = build,
@@ -477,8 +486,8 @@ def verdicts(rows: dict[str, Row]) -> list[str]:
             if short and long:
                 met = "met" if long / short < 1.5 else "missed"
                 out.append(
-                    f"- {kind}, {method}: the update grows by {long / short:.2f} from depth 2 to 16 "
-                    f"(target below 1.5): {met}"
+                    f"- {kind}, {method}: the update grows by {long / short:.2f} from depth 2 to "
+                    f"16 (target below 1.5): {met}"
                 )
     return ["## Targets", "", *out] if out else []
 

@@ -89,11 +89,13 @@ class Graphed:
         return self._run(inputs)
 
     def _fits(self, inputs: Sequence[Any]) -> bool:
-        return all(
-            a.data_ptr() == b.data_ptr() if isinstance(a, Tensor) and i in self.stable
-            else isinstance(a, Tensor) or a == b
-            for i, (a, b) in enumerate(zip(inputs, self.inputs, strict=True))
-        )  # fmt: skip
+        for i, (new, own) in enumerate(zip(inputs, self.inputs, strict=True)):
+            if i in self.stable and isinstance(new, Tensor):
+                if new.data_ptr() != own:
+                    return False
+            elif not isinstance(new, Tensor) and new != own:
+                return False
+        return True
 
     def _capture(self, inputs: list[Any]) -> bool:
         self.captures += 1
@@ -112,37 +114,45 @@ class Graphed:
                 stacklevel=2,
             )
             return False
-        self.replay, self.inputs, self.outputs = replay, own, outputs
-        kept = {_storage(v) for i, v in enumerate(own) if isinstance(v, Tensor) and i in self.stable}
+        # of stable inputs the address alone: holding what a captured forward saved would look as if
+        # somebody else still needed it
+        self.inputs = [
+            v.data_ptr() if isinstance(v, Tensor) and i in self.stable else v
+            for i, v in enumerate(own)
+        ]
+        self.replay, self.outputs = replay, outputs
+        foreign = {_storage(own[i]) for i in self.stable if isinstance(own[i], Tensor)}
         lent = {
             _storage(v): v
             for i, v in enumerate(outputs)
-            if isinstance(v, Tensor) and i not in self.lasting and _storage(v) not in kept
+            if isinstance(v, Tensor) and i not in self.lasting and _storage(v) not in foreign
         }
-        del outputs
         self.watched = [(v, holders(v)) for v in lent.values()]
         return True
 
     def _run(self, inputs: list[Any]) -> list[Any]:
-        moved = [
-            (own, v)
-            for i, (own, v) in enumerate(zip(self.inputs, inputs, strict=True))
-            if isinstance(v, Tensor) and i not in self.stable
-        ]
+        moved = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in self.stable]
         if moved:
-            copy_all([own for own, _ in moved], [v for _, v in moved])
+            copy_all([self.inputs[i] for i in moved], [inputs[i] for i in moved])
         inputs.clear()
         assert self.replay is not None
         self.replay()
-        return [
-            v if not isinstance(v, Tensor) else v.clone() if i in self.lasting else v.detach()
-            for i, v in enumerate(self.outputs)
-        ]
+        results = [v.detach() if isinstance(v, Tensor) else v for v in self.outputs]
+        last = [i for i in self.lasting if isinstance(results[i], Tensor)]
+        if last:
+            fresh = [_empty(results[i]) for i in last]
+            copy_all(fresh, [results[i] for i in last])
+            for i, v in zip(last, fresh, strict=True):
+                results[i] = v
+        return results
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
 def _copy(value: Tensor) -> Tensor:
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return made.copy_(value)
+    return _empty(value).copy_(value)
 
 
 def _storage(value: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""In which form an update runs: as it is, batched over layers, on several streams; the best of them.
+"""In which form an update runs: as it is, batched over layers, on several streams; the fastest.
 
 ``FORMS`` are the choices of ``grapefx.compile(parallel=...)`` beside "auto", which measures.
 """
@@ -66,7 +66,7 @@ def lower_forms(
     def graphed(call: Compiled) -> Compiled:
         return Graphed(call, stable=stable, lasting=lasting, recorder=recorder)
 
-    batched, groups = parts.update, ()
+    batched, groups = parts.update, tuple[tuple[str, ...], ...]()
     if "horizontal" in forms:  # first: lowering may write into the graph
         batched, groups = batch_layers(parts.update, decompose=backend != "eager")
     tasks = split_tasks(parts.update) if "streams" in forms else None
@@ -74,9 +74,7 @@ def lower_forms(
     plain: Compiled | None = None
     for form in wanted:
         if form in ("off", "graphs"):
-            plain = plain or lower_update(
-                parts.update, strides, parts.donated, backend, options
-            )
+            plain = plain or lower_update(parts.update, strides, parts.donated, backend, options)
             made[form] = graphed(plain) if form == "graphs" else plain
         elif form == "horizontal":
             call = lower_update(batched, strides, parts.donated, backend, options)
