@@ -99,6 +99,10 @@ class Graphed:
 
     def _capture(self, inputs: list[Any]) -> bool:
         self.captures += 1
+        if len({v.device for v in inputs if isinstance(v, Tensor)}) > 1:
+            # a number that lies on the host would be read once, at the capture
+            self.captures = CAPTURES + 1
+            return False
         own = [
             _copy(v) if isinstance(v, Tensor) and i not in self.stable else v
             for i, v in enumerate(inputs)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from grapefx.analysis import DeviceModel, build_dag, list_schedule, load_device
 from grapefx.analysis.dag import Dag
@@ -71,18 +72,26 @@ def lower_forms(
         batched, groups = batch_layers(parts.update, decompose=backend != "eager")
     tasks = split_tasks(parts.update) if "streams" in forms else None
     wanted = [f for f in forms if f != "horizontal" or groups] or ["graphs" if cuda else "off"]
-    plain: Compiled | None = None
+    # a captured update must not write into what the captured forward saved: a gradient that ended
+    # up there would look like a saved value that somebody holds
+    donated = () if cuda else parts.donated
+    # lowering may write into a graph
+    second = _copied(parts.update) if "off" in wanted and "graphs" in wanted else parts.update
     for form in wanted:
-        if form in ("off", "graphs"):
-            plain = plain or lower_update(parts.update, strides, parts.donated, backend, options)
-            made[form] = graphed(plain) if form == "graphs" else plain
-        elif form == "horizontal":
-            call = lower_update(batched, strides, parts.donated, backend, options)
-            made[form] = graphed(call) if cuda else call
-        else:
+        if form == "off":
+            made[form] = lower_update(parts.update, strides, parts.donated, backend, options)
+        elif form == "streams":
             assert tasks is not None
             made[form] = graphed(on_streams(tasks, strides, backend, options))
+        else:
+            gm = batched if form == "horizontal" else second
+            call = lower_update(gm, strides, donated, backend, options)
+            made[form] = graphed(call) if cuda else call
     return Fastest(made) if len(made) > 1 else next(iter(made.values()))
+
+
+def _copied(gm: GraphModule) -> GraphModule:
+    return StepGraph(gm, (), ()).copy().gm
 
 
 class Fastest:
@@ -174,7 +183,7 @@ def assign(
     return order, [max(w, 0) for w in found.worker]
 
 
-def estimate(gm: torch.fx.GraphModule, device: DeviceModel | str) -> float:
+def estimate(gm: GraphModule, device: DeviceModel | str) -> float:
     """Roofline seconds of a graph on one worker."""
     return build_dag(gm, device=device).work("seconds")
 

@@ -19,7 +19,7 @@ from grapefx.passes.horizontal import WORTH, batch_layers
 from grapefx.passes.split import Split, split
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.program import _sizes
-from tests.zoo import MLP, ZOO, Masked, Residual, make, plan_of, step_inputs
+from tests.zoo import MLP, Masked, Residual, make, plan_of, step_inputs
 
 ANY = 2**60  # every group pays
 
@@ -97,11 +97,11 @@ def assert_same(update: GraphModule, batched: GraphModule, inputs: list[Any]) ->
         assert (old is None) == (new is None)
         if isinstance(old, Tensor):
             assert old.stride() == new.stride() and old.dtype == new.dtype
-            scale = old.double().nan_to_num().norm().clamp_min(1e-8)
-            assert float((old - new).double().nan_to_num().norm() / scale) < 1e-10
+            a, b = old.double().nan_to_num(), new.double().nan_to_num()
+            assert float((a - b).norm() / a.norm().clamp_min(1e-8)) < 1e-10
 
 
-@pytest.mark.parametrize("method", ["dfa", "fdfa", "grape"])
+@pytest.mark.parametrize("method", ["dfa", pytest.param("fdfa", marks=pytest.mark.slow), "grape"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_batched_updates_are_the_same(name: str, method: str) -> None:
     plan, model, args = case(name, method)
@@ -114,8 +114,8 @@ def test_batched_updates_are_the_same(name: str, method: str) -> None:
         assert_same(parts.update, batched, real_inputs(plan, kind, parts, model, args))
 
 
-@pytest.mark.parametrize("name", list(ZOO))
-def test_every_model_of_the_zoo_survives(name: str) -> None:
+@pytest.mark.parametrize("name", ["residual", "branches", "encoder", "tied", "inplace"])
+def test_mixed_models_survive(name: str) -> None:
     """Mixed, tied, recurrent and branching models: whatever is batched computes the same."""
     model, args = make(name)
     plan = plan_of(name)

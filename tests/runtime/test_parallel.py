@@ -372,6 +372,15 @@ def test_moved_parameters_are_captured_again_but_not_for_ever() -> None:
     assert recorder.captures <= CAPTURES + 1
 
 
+def test_a_number_on_the_host_is_not_baked_in() -> None:
+    recorder = Recorder()
+    net = graphed(recorder)
+    net.fn = lambda inputs: [inputs[1], inputs[1], None]
+    for _ in range(WARM + 2):
+        net([torch.ones(3, device="meta"), torch.ones(3)])
+    assert recorder.captures == 0
+
+
 def test_a_failed_capture_is_said_once_and_left() -> None:
     def refuse(fn: Any, inputs: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
