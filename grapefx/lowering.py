@@ -172,7 +172,8 @@ def _lower(
     is_backward: bool,
     donated: tuple[int, ...] = (),
 ) -> tuple[Compiled, list[Any]]:
-    if backend == "eager" or not any(n.op == "call_function" for n in gm.graph.nodes):
+    empty = not any(n.op == "call_function" for n in gm.graph.nodes)
+    if backend == "eager" or empty or not any(isinstance(v, FakeTensor) for v in examples):
         gm.recompile()
         run = gm.forward
         return (lambda inputs: run(*inputs)), []

@@ -54,7 +54,7 @@ PARITY = (
 )
 SMOKE_PARITY = (
     ("mlp", "grape", "streams", torch.float64),
-    ("micro", "dfa", "horizontal", torch.float64),
+    ("mlp", "dfa", "horizontal", torch.float64),
 )
 METHODS: dict[str, dict[str, Any]] = {
     "dfa": {"method": "dfa"},

@@ -35,11 +35,13 @@ class Recorder(Protocol):
 
 def record_cuda(fn: Call, inputs: list[Any]) -> tuple[Callable[[], Any], list[Any]]:
     """Capture in a memory pool of its own."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    # thread_local: other threads (a loader that pins memory) may go on
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = list(fn(list(inputs)))
+    device = next(v.device for v in inputs if isinstance(v, Tensor))
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # thread_local: other threads (a loader that pins memory) may go on
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = list(fn(list(inputs)))
     return graph.replay, outputs
 
 
@@ -99,7 +101,7 @@ class Graphed:
 
     def _capture(self, inputs: list[Any]) -> bool:
         self.captures += 1
-        if len({v.device for v in inputs if isinstance(v, Tensor)}) > 1:
+        if len({v.device for v in inputs if isinstance(v, Tensor)}) != 1:
             # a number that lies on the host would be read once, at the capture
             self.captures = CAPTURES + 1
             return False

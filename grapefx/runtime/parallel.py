@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch.fx import GraphModule
 from grapefx.analysis import DeviceModel, build_dag, list_schedule, load_device
 from grapefx.analysis.dag import Dag
 from grapefx.analysis.dag import Task as Work
+from grapefx.errors import GrapefxWarning
 from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_tasks, lower_update
 from grapefx.passes.horizontal import batch_layers
 from grapefx.passes.split import Split
 from grapefx.passes.tasks import Tasks, split_tasks, take
-from grapefx.runtime.cudagraph import Graphed, Recorder, record_cuda
+from grapefx.runtime.cudagraph import WARM, Graphed, Recorder, record_cuda
 
 FORMS = ("off", "graphs", "horizontal", "streams")
 STREAMS = 4
@@ -67,27 +69,46 @@ def lower_forms(
     def graphed(call: Compiled) -> Compiled:
         return Graphed(call, stable=stable, lasting=lasting, recorder=recorder)
 
-    batched, groups = parts.update, tuple[tuple[str, ...], ...]()
-    if "horizontal" in forms:  # first: lowering may write into the graph
-        batched, groups = batch_layers(parts.update, decompose=backend != "eager")
-    tasks = split_tasks(parts.update) if "streams" in forms else None
-    wanted = [f for f in forms if f != "horizontal" or groups] or ["graphs" if cuda else "off"]
+    batched: GraphModule | None = None
+    tasks: Tasks | None = None
+    for form in forms:  # first of all: lowering may write into the graph
+        try:
+            if form == "horizontal":
+                found, groups = batch_layers(parts.update, decompose=backend != "eager")
+                batched = found if groups else None
+            elif form == "streams":
+                tasks = split_tasks(parts.update)
+        except Exception as e:
+            _left_out(form, e)
+    left_out = {n for n, v in (("horizontal", batched), ("streams", tasks)) if v is None}
+    wanted = [f for f in forms if f not in left_out] or ["graphs" if cuda else "off"]
     # a captured update must not write into what the captured forward saved: a gradient that ended
     # up there would look like a saved value that somebody holds
     donated = () if cuda else parts.donated
     # lowering may write into a graph
     second = _copied(parts.update) if "off" in wanted and "graphs" in wanted else parts.update
     for form in wanted:
-        if form == "off":
-            made[form] = lower_update(parts.update, strides, parts.donated, backend, options)
-        elif form == "streams":
-            assert tasks is not None
-            made[form] = graphed(on_streams(tasks, strides, backend, options))
-        else:
-            gm = batched if form == "horizontal" else second
-            call = lower_update(gm, strides, donated, backend, options)
-            made[form] = graphed(call) if cuda else call
+        try:
+            if form == "off":
+                made[form] = lower_update(parts.update, strides, parts.donated, backend, options)
+            elif form == "streams" and tasks is not None:
+                made[form] = graphed(on_streams(tasks, strides, backend, options))
+            else:
+                gm = batched if form == "horizontal" and batched is not None else second
+                call = lower_update(gm, strides, donated, backend, options)
+                made[form] = graphed(call) if cuda else call
+        except Exception as e:
+            if form == "off" or len(wanted) == 1:
+                raise
+            _left_out(form, e)
     return Fastest(made) if len(made) > 1 else next(iter(made.values()))
+
+
+def _left_out(form: str, error: Exception) -> None:
+    """One form of several that does not work leaves the others."""
+    lines = str(error).splitlines() or [""]
+    text = f"parallel={form!r} is left out: {type(error).__name__}: {lines[0]}"
+    warnings.warn(text, GrapefxWarning, stacklevel=2)
 
 
 def _copied(gm: GraphModule) -> GraphModule:
@@ -118,14 +139,19 @@ class Fastest:
     def _first(self, inputs: list[Any]) -> Any:
         # a candidate may write into what it is given: the step's own values stay as they are
         spare = [_copy(v) if isinstance(v, Tensor) else v for v in inputs]
-        warm, measured = 4, {}
+        measured: dict[str, float] = {}
         for name, call in self.candidates.items():
-            for _ in range(warm):
-                call(list(spare))
-            measured[name] = statistics.median(
-                self.timer(name, lambda call=call: call(list(spare)))  # type: ignore[misc]
-                for _ in range(ROUNDS)
-            )
+            try:
+                for _ in range(WARM + 2):
+                    call(list(spare))
+                measured[name] = statistics.median(
+                    self.timer(name, lambda call=call: call(list(spare)))  # type: ignore[misc]
+                    for _ in range(ROUNDS)
+                )
+            except RuntimeError as e:
+                if name == "off":
+                    raise
+                _left_out(name, e)
         chosen = min(measured, key=measured.__getitem__)
         call = self.candidates[chosen]
         if isinstance(call, Graphed):

@@ -137,6 +137,18 @@ def test_the_fastest_is_kept(best: str) -> None:
     assert fastest([x]) == best and called == [best]
 
 
+def test_a_form_that_breaks_is_left_out() -> None:
+    def broken(inputs: list[Any]) -> Any:
+        raise RuntimeError("no such stream\nmore")
+
+    fastest = Fastest({"off": lambda i: "off", "streams": broken}, Clock(off=2.0))
+    with pytest.warns(
+        GrapefxWarning, match=r"'streams' is left out: RuntimeError: no such stream$"
+    ):
+        assert fastest([torch.ones(3)]) == "off"
+    assert fastest([]) == "off" and fastest.found == {"off": 2.0}
+
+
 def test_auto_measures_the_real_step() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 8)

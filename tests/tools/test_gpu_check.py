@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gpu_check
 from gpu_check import Case, best, page, verdicts
 
-SMOKE = ["--device", "cpu", "--smoke", "--rounds", "1", "--inner", "1"]
+SMOKE = ["--device", "cpu", "--smoke", "--rounds", "1", "--inner", "1", "--seconds", "90000"]
 
 
 def test_without_cuda_it_says_so(
