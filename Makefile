@@ -1,6 +1,7 @@
 # make demo   trains the demo networks and prints a table (a few minutes on 2 cores)
 # make test   lint, types, tests
 # make perf   the compiler's deterministic figures against those recorded
+# make gpu-check   parity and step times on a CUDA GPU, under 10 minutes
 # make figures   the papers' claims, measured and drawn
 # make test-all   the same with the long tests (every operator of torch's database, trainings)
 # make coverage   which architectures of torchvision, timm and transformers work (hours)
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all lint types pytest perf figures coverage fuzz clean
+.PHONY: demo test test-all lint types pytest perf gpu-check figures coverage fuzz clean
 # One thread a worker: tests are small, and workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DEFAULT_GOAL := test
@@ -44,6 +45,10 @@ test-all: lint types
 
 perf: $(STAMP)
 	$(BIN)/python tools/perf/perf_gate.py $(ARGS)
+
+# where torch is installed already: no environment is made, nothing is downloaded
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 figures: $(STAMP)
 	$(BIN)/python tools/figures.py $(ARGS)

@@ -18,17 +18,21 @@ from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
 from grapefx.passes.order import dead_code
 from grapefx.passes.pooling import tile_pools
+from grapefx.passes.tasks import Tasks
 from grapefx.torch_compat import (
     FakeTensor,
     concrete,
+    decomposed,
     fake_mode_of,
     inductor_compile,
-    inductor_decompose,
     pytree,
     restrided,
 )
 
 BACKENDS = ("inductor", "eager")
+
+# How an update runs (``grapefx/runtime/parallel.py``).
+PARALLEL = ("off", "graphs", "horizontal", "streams", "auto")
 
 Compiled = Callable[[list[Any]], Any]
 
@@ -43,21 +47,23 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
     """What a backend wants done to a step graph before it is split.
 
     Inductor decomposes first: what is worth saving shows in its own small operators (one-byte
-    pooling offsets instead of indices, batch norm's statistics instead of its output).
+    pooling offsets instead of indices, batch norm's statistics instead of its output). For "eager"
+    sizes are put in, no more.
     """
     if backend not in BACKENDS:
         raise OptionError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
-    if backend == "eager":
+    if backend == "eager" and sizes is None:
         return step
     work = step.copy()
-    tile_pools(work)
+    if backend != "eager":
+        tile_pools(work)
     before = work.placeholders()
     example = _examples(work.gm)
     if sizes is not None:
         example = concrete(example, sizes)
     device = _device(example)
     with torch.autocast(device, enabled=False):
-        gm = inductor_decompose(work.gm, example, _KEEP)
+        gm = decomposed(work.gm, example, _KEEP, inductor=backend != "eager")
     after = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
         new.meta.update({k: old.meta[k] for k in _KEEP if k in old.meta})
@@ -86,14 +92,66 @@ def lower_pair(
 
     The update may overwrite the ``donated`` ones of the saved values.
     """
+    first, strides = lower_saving(forward, outputs, saved, backend, options)
+    return first, lower_update(update, strides, donated, backend, options)
+
+
+def lower_saving(
+    forward: GraphModule,
+    outputs: int,
+    saved: int,
+    backend: str,
+    options: dict[str, Any] | None = None,
+) -> tuple[Compiled, list[Any]]:
+    """Compile a forward graph; also the strides of what it saves (none reported: an empty list)."""
     first, strides = _lower(forward, backend, options, _examples(forward), outputs, False)
-    examples = _examples(update)
-    kept = strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
-    for i, stride in enumerate(kept):
-        if isinstance(examples[i], FakeTensor):
-            examples[i] = restrided(examples[i], stride, fake_mode_of(examples[i]))
-    second, _ = _lower(update, backend, options, examples, _outputs(update), True, donated)
-    return first, second
+    return first, strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
+
+
+def lower_update(
+    update: GraphModule,
+    strides: list[Any],
+    donated: tuple[int, ...],
+    backend: str,
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    """Compile an update graph whose first inputs come in ``strides``."""
+    examples = _restrided(_examples(update), strides)
+    return _lower(update, backend, options, examples, _outputs(update), True, donated)[0]
+
+
+def lower_tasks(
+    tasks: Tasks, strides: list[Any], backend: str, options: dict[str, Any] | None = None
+) -> list[Compiled]:
+    """Compile each part of an update on its own; equal parts share one compilation."""
+    given: dict[tuple[int, int], Any] = {(-1, i): s for i, s in enumerate(strides)}
+    known: dict[Any, tuple[Compiled, list[Any]]] = {}
+    calls = []
+    for index, task in enumerate(tasks.tasks):
+        examples = _restrided(_examples(task.gm), [given.get(r) for r in task.reads])
+        text = str(task.gm.graph.python_code("self").src)
+        key = (text, *(_description(v) for v in examples))
+        if key not in known:
+            known[key] = _lower(task.gm, backend, options, examples, _outputs(task.gm), False)
+        call, made = known[key]
+        given |= {(index, i): stride for i, stride in enumerate(made)}
+        calls.append(call)
+    return calls
+
+
+def _restrided(examples: list[Any], strides: list[Any]) -> list[Any]:
+    """Fake values in the strides that Inductor gave the real ones."""
+    out = list(examples)
+    for i, stride in enumerate(strides):
+        if isinstance(out[i], FakeTensor):
+            out[i] = restrided(out[i], stride, fake_mode_of(out[i]))
+    return out
+
+
+def _description(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
 
 
 def _examples(gm: GraphModule) -> list[Any]:
@@ -117,7 +175,8 @@ def _lower(
     is_backward: bool,
     donated: tuple[int, ...] = (),
 ) -> tuple[Compiled, list[Any]]:
-    if backend == "eager" or not any(n.op == "call_function" for n in gm.graph.nodes):
+    empty = not any(n.op == "call_function" for n in gm.graph.nodes)
+    if backend == "eager" or empty or not any(isinstance(v, FakeTensor) for v in examples):
         gm.recompile()
         run = gm.forward
         return (lambda inputs: run(*inputs)), []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grapefx.errors import OptionError, nearest
-from grapefx.lowering import BACKENDS
+from grapefx.lowering import BACKENDS, PARALLEL
 from grapefx.map_choice import parse_kind
 from grapefx.passes.partition import GRANULARITIES
 from grapefx.passes.points import check_choice
@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": (*GRANULARITIES, "auto"),
     "residual": ("cut", "leak"),
     "backend": BACKENDS,
+    "parallel": (None, *PARALLEL),
 }
 
 
@@ -56,12 +57,15 @@ class Options:
     dynamic: bool | None = None
     backend: str = "inductor"
     backend_options: dict[str, Any] | None = None
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
             value = getattr(self, name)
             if value not in valid:
-                raise OptionError(f"{name}={value!r}.{nearest(str(value), valid)}")
+                raise OptionError(
+                    f"{name}={value!r}.{nearest(str(value), [v for v in valid if v])}"
+                )
         for name in ("calib_every", "steps_per_epoch", "feedback_budget"):
             value = getattr(self, name)
             if name == "calib_every" and value == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,15 +32,16 @@ __all__ = [
     "clear_saved_tensors",
     "concrete",
     "copy_all",
+    "decomposed",
     "decompositions",
     "fake_mode_of",
     "fake_tensor",
     "fixed_size",
     "forget_guards",
     "functionalized",
+    "holders",
     "inductor_compile",
     "inductor_counts",
-    "inductor_decompose",
     "make_fx",
     "min_cut_partition",
     "new_fake_mode",
@@ -48,10 +51,12 @@ __all__ = [
     "pytree",
     "quiet_export",
     "restrided",
+    "retrace",
     "set_call",
     "size_hint",
     "subtraction",
     "unwrap_for_export",
+    "vmap_rules_only",
 ]
 
 
@@ -187,21 +192,16 @@ def inductor_counts() -> Iterator[Counts]:
     counts.bytes = metrics.num_bytes_accessed - moved
 
 
-def inductor_decompose(
-    gm: torch.fx.GraphModule, example: Sequence[Any], keep: Sequence[str]
+def decomposed(
+    gm: torch.fx.GraphModule, example: Sequence[Any], keep: Sequence[str], *, inductor: bool = True
 ) -> torch.fx.GraphModule:
     """Retrace a flat graph with Inductor's decompositions, as AOTAutograd does to partition.
 
     ``example`` are fake inputs (and plain sizes); metadata under the keys ``keep`` goes from each
-    node to those that replace it.
+    node to those that replace it. ``inductor=False`` keeps the operators: sizes become plain.
     """
-    import torch._inductor.lowering  # decompositions look it up
-    import torch.fx.traceback as fx_traceback
-    from torch._inductor.decomposition import select_decomp_table
-
     for n in gm.graph.nodes:
         n.meta["custom"] = {k: n.meta[k] for k in keep if k in n.meta}
-    mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
 
     class Run(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
@@ -212,11 +212,26 @@ def inductor_decompose(
         with fx_traceback.preserve_node_meta():
             return list(Run(gm).run(*inputs))
 
-    with mode, python_dispatcher(), torch.no_grad():
-        out = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="real")(*example)
-    out.graph.set_codegen(torch.fx.graph.CodeGen())
+    out = retrace(run, example, decompose=inductor)
     for n in out.graph.nodes:
         n.meta.update(n.meta.get("custom") or {})
+    return out
+
+
+def retrace(
+    run: Callable[..., list[Any]], example: Sequence[Any], *, decompose: bool
+) -> torch.fx.GraphModule:
+    """The flat graph of ``run`` on fake inputs, with Inductor's decompositions if asked for."""
+    table: Any = None
+    if decompose:
+        importlib.import_module("torch._inductor.lowering")  # decompositions look it up
+        from torch._inductor.decomposition import select_decomp_table
+
+        table = select_decomp_table()
+    mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
+    with mode, python_dispatcher(), torch.no_grad():
+        out = make_fx(run, decomposition_table=table, tracing_mode="real")(*example)
+    out.graph.set_codegen(torch.fx.graph.CodeGen())
     out.recompile()
     return out
 
@@ -231,6 +246,18 @@ def max_pool_places() -> tuple[Any, Any] | None:
     names = ("_low_memory_max_pool_with_offsets", "_low_memory_max_pool_offsets_to_indices")
     found = [getattr(torch.ops.prims, name, None) for name in names]
     return None if None in found else (found[0].default, found[1].default)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def vmap_rules_only() -> Iterator[None]:
+    """Inside, ``torch.vmap`` raises for an operator without a batching rule, instead of a loop."""
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
 
 
 def concrete(vals: Sequence[Any], sizes: dict[Any, int]) -> list[Any]:
@@ -306,6 +333,11 @@ def clear_saved_tensors(ctx: Any) -> None:
     clear = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+
+
+def holders(value: torch.Tensor) -> int:
+    """How many tensors and handles share the memory of ``value``; to be compared with itself."""
+    return int(torch._C._storage_Use_Count(value.untyped_storage()._cdata))
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

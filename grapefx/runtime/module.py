@@ -305,7 +305,9 @@ class FeedbackModule(nn.Module):
     ) -> Program:
         self._check_devices(leaves)
         options = self._options
-        backend = (options.backend, options.backend_options, options.dynamic)
+        backend = (
+            options.backend, options.backend_options, options.dynamic, options.parallel
+        )  # fmt: skip
         with inplace.untouched(self._original):
             self._check_hooks(training)
             if training:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from grapefx.ir import StepGraph
-from grapefx.lowering import Compiled, lower_forward, lower_pair, prepare
+from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.join_products import join_products
 from grapefx.passes.split import forward_only, split
 from grapefx.plan import Plan
+from grapefx.runtime import cudagraph
+from grapefx.runtime.cudagraph import Graphed
+from grapefx.runtime.parallel import forms_of, lower_forms, stable_inputs
 from grapefx.torch_compat import batch_symbol, copy_all, size_hint
 
 
@@ -83,20 +86,22 @@ class Program:
 
     def __init__(self, plan: Plan | None, inference: StepGraph | None, out_spec: Any,
                  constants: dict[str, Tensor], backend: str, options: dict[str, Any] | None,
-                 dynamic: bool | None) -> None:  # fmt: skip
+                 dynamic: bool | None, parallel: str | None = None) -> None:  # fmt: skip
         self.plan = plan
         self.inference = inference
         self.out_spec = out_spec
         self.constants = constants
         self.backend = backend
         self.options = options
+        self.parallel = parallel
         self.lead = 0  # the input that holds the batch
         self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
         self.written: tuple[str, ...] = ()  # buffers that the forward writes in place
         # by (kind, batch size); batch size None: any
         self.steps: dict[tuple[str, int | None], CompiledStep] = {}
         self.forwards: dict[int | None, CompiledForward] = {}
-        self.dynamic = dynamic if backend != "eager" else True
+        # batching and CUDA graphs want a fixed batch size
+        self.dynamic = dynamic if backend != "eager" or (parallel or "off") != "off" else True
         self._kept: list[Tensor] = []
 
     def keep(self, buffers: list[Tensor]) -> list[Tensor]:
@@ -133,8 +138,9 @@ class Program:
             graph = self.plan.graph(kind)
             variant = self._variant([b for k, b in self.steps if k == kind], batch)
             sizes = None if variant is None else _sizes(graph, batch, self.plan.rows(batch))
+            chain = kind == "calibration" or self.plan.method.sequential
             found = self.steps[kind, variant] = compile_step(
-                graph, kind, sizes, self.backend, self.options
+                graph, kind, sizes, self.backend, self.options, "off" if chain else self.parallel
             )
         return found
 
@@ -185,8 +191,9 @@ def compile_step(
     sizes: dict[Any, int] | None,
     backend: str,
     options: dict[str, Any] | None,
+    parallel: str | None = "off",
 ) -> CompiledStep:
-    """Split and lower one step graph."""
+    """Split and lower one step graph; ``parallel`` is how its update runs."""
     start = time.perf_counter()
     placeholders = step.placeholders()
     # every noise input is drawn, used or not: the stream of draws does not depend on dead code
@@ -214,15 +221,20 @@ def compile_step(
     )
     if backend != "eager":
         join_products(parts.forward)
-    forward, update = lower_pair(
-        parts.forward,
-        parts.update,
-        len(parts.forward_outputs),
-        parts.saved,
-        parts.donated,
-        backend,
-        options,
+    device = _device_of(step)
+    forms = forms_of(parallel, device, fixed=sizes is not None)
+    forward, strides = lower_saving(
+        parts.forward, len(parts.forward_outputs), parts.saved, backend, options
     )
+    record = cudagraph.record_cuda
+    update = lower_forms(parts, strides, forms, backend, options, record, cuda=device == "cuda")
+    if device == "cuda" and forms != ("off",):
+        forward = Graphed(
+            forward,
+            recorder=record,
+            stable=stable_inputs(step, parts.forward_inputs),
+            lasting=frozenset(range(len(parts.forward_outputs))),
+        )
     return CompiledStep(
         kind=kind,
         forward=forward,
@@ -240,6 +252,11 @@ def compile_step(
         ),
         seconds=time.perf_counter() - start,
     )
+
+
+def _device_of(step: StepGraph) -> str:
+    vals = (n.meta["val"] for n in step.placeholders())
+    return next(v.device.type for v in vals if isinstance(v, Tensor))
 
 
 def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:

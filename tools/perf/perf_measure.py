@@ -212,7 +212,7 @@ def variants(model: nn.Module, x: Tensor, method: str | Method) -> int:
     """Compiled steps over batch sizes 1 and more, the kernels themselves left out."""
     compile_step = program.compile_step
 
-    def quick(step: Any, kind: str, sizes: Any, backend: str, options: Any) -> Any:
+    def quick(step: Any, kind: str, sizes: Any, backend: str, options: Any, _: Any) -> Any:
         return compile_step(step, kind, sizes, "eager", options)
 
     with mock.patch.object(program, "compile_step", quick):

@@ -1,0 +1,546 @@
+"""What only a GPU can say: parity on CUDA, then step times against backpropagation.
+
+    make gpu-check                                   # everything that fits into 9 minutes
+    python tools/gpu_check.py --sections parity transformer8 --seconds 300
+    python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md   # the same path, tiny
+
+Sections do not depend on each other: what fails is a row with its error. Rows are kept in --json:
+a second call goes on where the time of the first ran out (--fresh forgets them); the page is
+written after every row. Exit codes: 0; 1, something failed or is not right; 2, no CUDA or usage.
+
+A time is the median over rounds of ``--inner`` steps (gradients cleared, forward, loss, backward)
+with one synchronisation at their end, variants interleaved; "update" is backward alone, with one
+synchronisation before and one behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import grapefx  # noqa: E402
+import networks  # noqa: E402
+from bench_models import COLOUR, MODELS, SMALL  # noqa: E402
+
+Row = dict[str, Any]
+FORMS = ("off", "graphs", "horizontal", "streams", "auto")
+# every form once on the smallest model; on the others the forms that rewrite the graph
+PARITY = (
+    *(("mlp", m, form, torch.float64) for m in ("grape", "dfa") for form in FORMS),
+    ("micro", "grape", "horizontal", torch.float64),
+    ("micro", "grape", "streams", torch.float64),
+    ("micro", "dfa", "horizontal", torch.float32),  # fused attention
+    ("micro", "dfa", "streams", torch.float32),
+    ("macro", "grape", "horizontal", torch.float32),
+    ("resnet", "grape", "horizontal", torch.float64),
+)
+SMOKE_PARITY = (
+    ("mlp", "grape", "streams", torch.float64),
+    ("mlp", "dfa", "horizontal", torch.float64),
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "dfa": {"method": "dfa"},
+    "grape": {"method": "grape"},
+    "grape 1/8": {"method": "grape", "tangent_fraction": 1 / 8},
+}
+PLAIN = ("eager", "compiled", "compiled + CUDA graphs")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to time, its batch size and its variants."""
+
+    section: str
+    network: str
+    batch: int
+    variants: tuple[str, ...]
+
+
+def _variants(forms: Sequence[str], methods: Sequence[str] = tuple(METHODS)) -> tuple[str, ...]:
+    return (*PLAIN, *(f"{m}, {form}" for m in methods for form in forms))
+
+
+def cases(smoke: bool) -> list[Case]:
+    """In the order of what matters most."""
+    if smoke:
+        return [
+            Case("transformer8", "tokens", 4, _variants(("auto",), ("dfa",))),
+            Case("mlp", "mlp", 4, _variants(("off", "streams"), ("dfa",))),
+        ]
+    found = []
+    for depth, forms in ((8, FORMS), (16, ("off", "auto")), (2, ("off", "auto")), (4, ("auto",))):
+        for kind in ("micro", "macro"):
+            methods = tuple(METHODS) if depth == 8 else ("dfa", "grape 1/8")
+            found.append(
+                Case(f"transformer{depth}", f"transformer{depth}-{kind}", 8,
+                     _variants(forms, methods))
+            )  # fmt: skip
+    for batch in (8, 128):
+        found.append(Case("mlp", "mlp8x1024", batch, _variants(("off", "auto"))))
+    found.append(Case("resnet20", "resnet20", 128, _variants(("off", "auto"))))
+    found.append(Case("vgg16", "vgg16", 128, _variants(("off", "auto"), ("dfa", "grape 1/8"))))
+    return found
+
+
+def network(name: str) -> tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], dict[str, Any]]:
+    """A model, what makes a batch, and options of grapefx."""
+    if name == "tokens":
+        model = networks.Transformer(11, 6, 8, 2, 2, 12, 0.0)
+
+        def tokens(batch: int) -> tuple[Tensor, Tensor]:
+            t = torch.randint(0, 11, (batch, 7))
+            return t[:, :-1].contiguous(), t[:, 1:].contiguous()
+
+        return model, tokens, {"granularity": "layer"}
+    if name == "mlp":
+        return (
+            networks.mlp(SMALL, 10, 4, 16, "relu", False),
+            lambda b: (torch.randn(b, *SMALL), torch.randint(0, 10, (b,))),
+            {},
+        )
+    benchmark = MODELS[name]
+    return benchmark.build(), benchmark.example, dict(benchmark.options)
+
+
+# the run
+
+
+class Run:
+    """The rows so far, the clock, and where they go."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a = a
+        self.start = time.monotonic()
+        self.device = torch.device(a.device)
+        self.rows: dict[str, Row] = {}
+        if a.json.exists() and not a.fresh:
+            kept = json.loads(a.json.read_text())["rows"]
+            self.rows = {k: r for k, r in kept.items() if r.get("ok")}
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return float(self.a.seconds) - (time.monotonic() - self.start)
+
+    def add(self, key: str, **row: Any) -> None:
+        """Keep a row; write everything."""
+        self.rows[key] = row
+        text = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in row.items()
+            if k not in ("section", "key")
+        )
+        print(f"[{time.monotonic() - self.start:5.0f} s] {key}: {text}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """The rows and the page."""
+        self.a.json.parent.mkdir(parents=True, exist_ok=True)
+        self.a.json.write_text(json.dumps({"machine": machine(self.device), "rows": self.rows}))
+        self.a.out.parent.mkdir(parents=True, exist_ok=True)
+        self.a.out.write_text(page(self.rows, machine(self.device)))
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def machine(device: torch.device) -> str:
+    """The device and the versions in words."""
+    if device.type != "cuda":
+        return f"CPU, torch {torch.__version__}"
+    return (
+        f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def error_text(e: BaseException) -> str:
+    """One line."""
+    lines = str(e).strip().splitlines() or [""]
+    return f"{type(e).__name__}: {lines[0][:200]}"
+
+
+# parity
+
+
+Made = tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]
+
+
+def parity_models() -> dict[str, Made]:
+    """Small models of each sort, an input, options."""
+
+    def tokens() -> Tensor:
+        return torch.randint(0, 11, (4, 6))
+
+    return {
+        "mlp": (
+            lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False),
+            lambda: torch.randn(6, *SMALL),
+            {},
+        ),
+        "micro": (lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {}),
+        "macro": (
+            lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {"granularity": "block"}
+        ),
+        "resnet": (
+            lambda: networks.resnet(COLOUR, 10, 20, True), lambda: torch.randn(4, *COLOUR), {}
+        ),
+    }  # fmt: skip
+
+
+def gradients(net: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> list[Tensor]:
+    """Gradients after ``times`` backward passes that add up."""
+    for p in net.parameters():
+        p.grad = None
+    for _ in range(times):
+        out = net(x)
+        F.cross_entropy(out.flatten(0, -2), y.flatten()).backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest relative distance."""
+    assert len(a) == len(b)
+    return max(float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in zip(a, b, strict=True))
+
+
+def parity(run: Run) -> Iterator[tuple[str, Callable[[], float], float]]:
+    """(what is compared, the comparison, its tolerance)."""
+    smoke = run.a.smoke
+    for name, (build, example, options) in parity_models().items():
+
+        def made(
+            dtype: torch.dtype,
+            build: Callable[[], nn.Module] = build,
+            example: Callable[[], Tensor] = example,
+        ) -> tuple[nn.Module, Tensor, Tensor]:
+            torch.manual_seed(0)
+            model = build().to(run.device, dtype)
+            x = example().to(run.device)
+            x = x.to(dtype) if x.is_floating_point() else x
+            y = torch.randint(0, 10, x.shape if x.ndim == 2 else x.shape[:1], device=run.device)
+            return model, x, y
+
+        def exact(made: Any = made, options: Any = options) -> float:
+            model, x, y = made(torch.float64)
+            twin = copy.deepcopy(model)
+            net = grapefx.compile(model, method="bp", backend=run.a.backend)
+            return difference(gradients(net, x, y), gradients(twin, x, y))
+
+        def same(
+            method: str, form: str, dtype: torch.dtype, made: Any = made, options: Any = options
+        ) -> float:
+            return forms_agree(run, made(dtype), method, form, options)
+
+        if not smoke:
+            yield f"bp = eager, {name}", exact, 1e-8
+        for model, method, form, dtype in SMOKE_PARITY if smoke else PARITY:
+            if model == name:
+                bits = str(dtype).removeprefix("torch.float")
+                yield (
+                    f"{method}, {form} = graph by graph, {name}, float{bits}",
+                    functools.partial(same, method, form, dtype),
+                    1e-8 if dtype == torch.float64 else 1e-2,
+                )
+
+
+def forms_agree(run: Run, made: Any, method: str, form: str, options: dict[str, Any]) -> float:
+    """Six steps (CUDA graphs are captured in the third), then sums and two calls in flight."""
+    model, x, y = made
+    twin = copy.deepcopy(model)
+    common = {"method": method, "calib_every": None, **options}
+    net = grapefx.compile(model, backend=run.a.backend, parallel=form, **common)
+    plain = grapefx.compile(twin, backend="eager", parallel="off", **common)
+    worst = 0.0
+    held = []
+    for times in (1, 1, 1, 1, 2, 1):
+        mine = gradients(net, x, y, times)
+        held.append([p.grad for p in net.parameters() if p.grad is not None])
+        kept = [g.clone() for g in held[-1]]
+        worst = max(worst, difference(mine, gradients(plain, x, y, times)))
+        if times == 1:  # what is kept must not change under the next step
+            gradients(net, x, y)
+            gradients(plain, x, y)
+            worst = max(worst, difference(held[-1], kept))
+            held.pop()
+    for n in (net, plain):
+        for p in n.parameters():
+            p.grad = None
+        first, second = n(x), n(x)
+        F.cross_entropy(second.flatten(0, -2), y.flatten()).backward()
+        F.cross_entropy(2 * first.flatten(0, -2), y.flatten()).backward()
+    both = [[p.grad for p in n.parameters() if p.grad is not None] for n in (net, plain)]
+    return max(worst, difference(both[0], both[1]))  # type: ignore[arg-type]
+
+
+# times
+
+
+@dataclass
+class Trained:
+    """A variant ready to be timed."""
+
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    marks: bool
+
+    def forward(self) -> Tensor:
+        """Loss."""
+        if self.marks:
+            torch.compiler.cudagraph_mark_step_begin()
+        for p in self.net.parameters():
+            p.grad = None
+        return F.cross_entropy(self.net(self.x).flatten(0, -2), self.y.flatten())
+
+    def __call__(self) -> None:
+        self.forward().backward()
+
+
+def build(run: Run, case: Case, variant: str) -> Trained:
+    """One variant of one network."""
+    torch.manual_seed(0)
+    model, example, options = network(case.network)
+    model.to(run.device)
+    torch.manual_seed(1)
+    x, y = (t.to(run.device) for t in example(case.batch))
+    graphs = variant == "compiled + CUDA graphs" and run.device.type == "cuda"
+    if variant in PLAIN:
+        net: Any = model
+        if variant != "eager" and run.a.backend == "eager":
+            net = torch.compile(model, backend="eager")
+        elif variant != "eager":
+            net = torch.compile(model, mode="reduce-overhead" if graphs else "default")
+        return Trained(net, x, y, graphs)
+    method, form = variant.split(", ")
+    net = grapefx.compile(
+        model, **METHODS[method], calib_every=None, parallel=form, backend=run.a.backend, **options
+    )
+    return Trained(net, x, y, False)
+
+
+def chosen(net: nn.Module) -> dict[str, Any]:
+    """What parallel="auto" measured and chose."""
+    for program in getattr(net, "_programs", {}).values():
+        for step in program.steps.values():
+            found = getattr(step.update, "found", None)
+            if found:
+                ms = {k: round(1e3 * v, 4) for k, v in found.items()}
+                return {"chose": step.update.chosen, "found_ms": ms}
+    return {}
+
+
+def time_case(run: Run, case: Case) -> None:
+    """Rows of one network."""
+    torch.compiler.reset()
+    ready: dict[str, Trained] = {}
+    notes: dict[str, Row] = {}
+    for variant in case.variants:
+        key = f"{case.network}/{case.batch}/{variant}"
+        if run.rows.get(key, {}).get("ok"):
+            continue
+        if run.left < 20:
+            run.add(key, section=case.section, ok=False, error="not reached: the time ran out")
+            continue
+        start = time.monotonic()
+        try:
+            trained = build(run, case, variant)
+            for _ in range(6):
+                trained()
+            run.sync()
+        except Exception as e:
+            run.add(key, section=case.section, ok=False, error=error_text(e))
+            continue
+        ready[variant] = trained
+        notes[variant] = {"compile_s": round(time.monotonic() - start, 1), **chosen(trained.net)}
+        print(f"[{time.monotonic() - run.start:5.0f} s] {key} built", flush=True)
+    steps: dict[str, list[float]] = {v: [] for v in ready}
+    updates: dict[str, list[float]] = {v: [] for v in ready}
+    rounds, inner = run.a.rounds, run.a.inner
+    for i in range(rounds + 1):
+        for v in random.sample(list(ready), len(ready)):
+            try:
+                step, update = timed(run, ready[v], inner)
+            except Exception as e:
+                del ready[v]
+                key = f"{case.network}/{case.batch}/{v}"
+                run.add(key, section=case.section, ok=False, error=error_text(e))
+                continue
+            if i:
+                steps[v].append(step)
+                updates[v].append(update)
+    for v in ready:
+        run.add(
+            f"{case.network}/{case.batch}/{v}",
+            section=case.section,
+            ok=True,
+            step_ms=1e3 * statistics.median(steps[v]),
+            update_ms=1e3 * statistics.median(updates[v]),
+            **notes[v],
+        )
+
+
+def timed(run: Run, step: Trained, inner: int) -> tuple[float, float]:
+    """Seconds of one step among ``inner``, and of one backward alone."""
+    run.sync()
+    start = time.perf_counter()
+    for _ in range(inner):
+        step()
+    run.sync()
+    whole = (time.perf_counter() - start) / inner
+    loss = step.forward()
+    run.sync()
+    start = time.perf_counter()
+    loss.backward()
+    run.sync()
+    return whole, time.perf_counter() - start
+
+
+# the page
+
+
+def page(rows: dict[str, Row], where: str) -> str:
+    """The results as markdown."""
+    out = [
+        "# On a GPU", "", f"Made by `make gpu-check` on {where}.", "",
+        "Times in ms: a step is gradients cleared, forward, loss, backward; update is backward "
+        "alone. `found` is what `parallel=\"auto\"` measured for the update.", "",
+    ]  # fmt: skip
+    checks = {k: r for k, r in rows.items() if r.get("section") == "parity"}
+    bad = {k: r for k, r in checks.items() if not r["ok"]}
+    if checks:
+        out += [f"Parity: {len(checks) - len(bad)} of {len(checks)} comparisons hold."]
+        out += [f"- {k}: {r.get('error') or r.get('difference')}" for k, r in bad.items()] + [""]
+    out += verdicts(rows)
+    cases: dict[str, dict[str, Row]] = {}
+    for key, row in rows.items():
+        if row.get("section") != "parity":
+            name, batch, variant = key.split("/", 2)
+            cases.setdefault(f"{name}, batch {batch}", {})[variant] = row
+    for title, found in cases.items():
+        eager, compiled = (found.get(v, {}).get("step_ms") for v in (PLAIN[0], PLAIN[2]))
+        out += ["", f"## {title}", "",
+                "| variant | step | update | / eager | / compiled + graphs | compile s | found |",
+                "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
+        for variant, r in found.items():
+            if not r["ok"]:
+                out.append(f"| {variant} | | | | | | {r['error']} |")
+                continue
+            ratios = [f"{r['step_ms'] / b:.2f}" if b else "-" for b in (eager, compiled)]
+            timings = ", ".join(f"{k} {v}" for k, v in r.get("found_ms", {}).items())
+            text = f"{r['chose']} ({timings})" if timings else ""
+            out.append(
+                f"| {variant} | {r['step_ms']:.3f} | {r['update_ms']:.3f} | {ratios[0]} | "
+                f"{ratios[1]} | {r['compile_s']} | {text} |"
+            )
+    return "\n".join(out) + "\n"
+
+
+def best(rows: dict[str, Row], case: str, method: str, what: str) -> float | None:
+    """The least time of a method's forms."""
+    values = [
+        r[what] for k, r in rows.items()
+        if r.get("ok") and k.startswith(f"{case}/{method}, ") and what in r
+    ]  # fmt: skip
+    return min(values, default=None)
+
+
+def verdicts(rows: dict[str, Row]) -> list[str]:
+    """The targets, met or not."""
+    out = []
+    for kind in ("micro", "macro"):
+        case = f"transformer8-{kind}/8"
+        for method in METHODS:
+            mine = best(rows, case, method, "step_ms")
+            for base, goal in ((PLAIN[0], 1 / 3), (PLAIN[2], 0.75)):
+                other = rows.get(f"{case}/{base}", {}).get("step_ms")
+                if mine and other:
+                    met = "met" if mine / other <= goal else "missed"
+                    out.append(
+                        f"- depth 8 {kind}, {method}: {mine / other:.2f} of {base} BP "
+                        f"(target {goal:.2f}): {met}"
+                    )
+            short, long = (
+                best(rows, f"transformer{d}-{kind}/8", method, "update_ms") for d in (2, 16)
+            )
+            if short and long:
+                met = "met" if long / short < 1.5 else "missed"
+                out.append(
+                    f"- {kind}, {method}: the update grows by {long / short:.2f} from depth 2 to "
+                    f"16 (target below 1.5): {met}"
+                )
+    return ["## Targets", "", *out] if out else []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ("parity", *dict.fromkeys(c.section for c in cases(False)))
+    p.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu (with --smoke)")
+    p.add_argument("--smoke", action="store_true", help="tiny networks, graphs run uncompiled")
+    p.add_argument("--sections", nargs="+", choices=names, default=list(names))
+    p.add_argument("--seconds", type=float, default=540, help="start nothing after so long")
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--inner", type=int, default=10)
+    p.add_argument("--fresh", action="store_true", help="forget the rows in --json")
+    p.add_argument("--json", type=Path, help="(default: beside --out)")
+    p.add_argument("--out", type=Path, default=ROOT / "docs/results/gpu.md")
+    a = p.parse_args(argv)
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        print(
+            "no CUDA device is available: run this on a machine with one\n"
+            "  without one: python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md"
+        )
+        return 2
+    if a.device == "cpu" and not a.smoke:
+        p.error("on a CPU only --smoke makes sense")
+    a.backend = "eager" if a.smoke else "inductor"
+    a.json = a.json or a.out.with_suffix(".json")
+    warnings.simplefilter("ignore")
+    run = Run(a)
+    print(machine(run.device), flush=True)
+    if "parity" in a.sections:
+        # no more than a third of the time: compiling each form of each model is slow
+        limit = run.left - float(a.seconds) / 3
+        for name, check, tol in parity(run):
+            if run.rows.get(name, {}).get("ok"):
+                continue
+            if run.left < limit:
+                run.add(name, section="parity", ok=False, error="not reached: the time ran out")
+                continue
+            try:
+                value = check()
+                run.add(name, section="parity", ok=value <= tol, difference=value)
+            except Exception as e:
+                run.add(name, section="parity", ok=False, error=error_text(e))
+    for case in cases(a.smoke):
+        if case.section in a.sections:
+            time_case(run, case)
+    run.write()
+    return 0 if all(r["ok"] for r in run.rows.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
