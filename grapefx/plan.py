@@ -30,15 +30,13 @@ from grapefx.passes.leak import is_edge, with_edges
 from grapefx.passes.order import dead_code
 from grapefx.passes.partition import (
     GRANULARITIES,
-    HEAVY,
     Placement,
-    UncuttableError,
     place,
-    sample_shape,
 )
 from grapefx.passes.perturbed import build_perturbed
 from grapefx.passes.prune import prune_masks
 from grapefx.passes.second_forward import build_two_forwards, input_size
+from grapefx.passes.sweep import HEAVY, UncuttableError, sample_shape
 from grapefx.passes.tangent import add_tangents
 from grapefx.passes.verify import check, independence
 from grapefx.passes.weights import stand_in, weight_shapes

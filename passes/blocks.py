@@ -1,6 +1,6 @@
 """Granularities "block" and "sublayer": which of the feedback points end one.
 
-In: the segments of a sweep (see ``passes.partition``). Out: the ones to keep.
+In: the segments of a sweep (see ``passes.sweep``). Out: the ones to keep.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from grapefx.passes.partition import _Segment, _Sweep
+    from grapefx.passes.sweep import Segment, Sweep
 
 
 def module_path(node: Node) -> list[tuple[str, str]]:
@@ -25,14 +25,14 @@ def module_path(node: Node) -> list[tuple[str, str]]:
     return out
 
 
-def blocks(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_Segment]:
+def blocks(segments: list[Segment], sweep: Sweep, taps: list[Node]) -> list[Segment]:
     """One feedback point a block: the last dominator of each repeated module, else dominators."""
     chosen = sublayers(segments, sweep, taps)
     repeated = _repeated_modules(sweep)
     if not repeated:
         return chosen
     rank = {id(s): i for i, s in enumerate(segments)}
-    blocks: dict[str, _Segment] = {}
+    blocks: dict[str, Segment] = {}
     for path in repeated:
         inside = [s for s in segments if any(p.startswith(path + ".") for p in s.params)]
         ends = [s for s in chosen if any(p.startswith(path + ".") for p in s.params)]
@@ -43,18 +43,18 @@ def blocks(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_S
     return sorted(set(blocks.values()), key=lambda s: rank[id(s)]) or chosen
 
 
-def sublayers(segments: list[_Segment], sweep: _Sweep, taps: list[Node]) -> list[_Segment]:
+def sublayers(segments: list[Segment], sweep: Sweep, taps: list[Node]) -> list[Segment]:
     """The points that every path crosses: behind each residual sum, or each layer of a chain."""
     dominators = _dominators(sweep, taps)
     return [s for s in segments if s.closed in dominators]
 
 
-def _repeated_modules(sweep: _Sweep) -> set[str]:
+def _repeated_modules(sweep: Sweep) -> set[str]:
     """Paths of the outermost modules that occur several times, each with at least two weights."""
     heavy_in: dict[str, int] = {}
     kind: dict[str, tuple[str, str]] = {}
     for node in sweep.nodes:
-        if node.op != "call_function" or not sweep._is_heavy(node):
+        if node.op != "call_function" or not sweep.is_heavy(node):
             continue
         for path, cls in module_path(node):
             heavy_in[path] = heavy_in.get(path, 0) + 1
@@ -67,7 +67,7 @@ def _repeated_modules(sweep: _Sweep) -> set[str]:
     return {p for p in repeated if not any(p.startswith(q + ".") for q in repeated)}
 
 
-def _dominators(sweep: _Sweep, taps: list[Node]) -> set[Node]:
+def _dominators(sweep: Sweep, taps: list[Node]) -> set[Node]:
     """Values that every differentiable path from an input to a tap crosses."""
     upstream = sweep.ancestors(taps) | set(taps)
     path = [n for n in sweep.nodes if n in upstream and n in sweep.data and n in sweep.live]

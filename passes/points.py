@@ -1,6 +1,6 @@
 """Feedback points and error taps that the user names.
 
-In: a sweep over the captured graph (see ``passes.partition``) and a choice: module names or globs,
+In: a sweep over the captured graph (see ``passes.sweep``) and a choice: module names or globs,
 module classes, or a function of the node; one or a list of them. Out: nodes, with a name each.
 """
 
@@ -17,7 +17,7 @@ from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.passes.blocks import module_path
 
 if TYPE_CHECKING:
-    from grapefx.passes.partition import _Sweep
+    from grapefx.passes.sweep import Sweep
 
 Choice = str | type[nn.Module] | Callable[[Node], bool]
 
@@ -32,7 +32,7 @@ def check_choice(option: str, choice: Any) -> None:
             )
 
 
-def select(sweep: _Sweep, option: str, choice: Any) -> dict[Node, str]:
+def select(sweep: Sweep, option: str, choice: Any) -> dict[Node, str]:
     """The chosen nodes in graph order. A module stands for the value that it returns.
 
     Raises ``PlacementError`` for a choice that matches nothing, or a value that cannot be cut.
