@@ -111,8 +111,8 @@ def compile(
         parallel: how updates run at a fixed batch size: "off", one kernel after the other;
             "graphs", captured in CUDA graphs; "horizontal", what layers have in common batched (and
             captured); "streams", each layer's part on one of four CUDA streams (and captured);
-            "auto", the fastest of these, measured at the first step. Default: "auto" on CUDA, "off"
-            elsewhere. On a CPU "graphs" and "streams" are "off". See docs/performance.md.
+            "auto", the fastest of these, measured at the first step. Default: "off". On a CPU
+            "graphs" and "streams" are "off". See docs/performance.md.
 
     Returns:
         A module that shares parameters, buffers and children with ``model``; ``model`` if in place.

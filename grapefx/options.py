@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": (*GRANULARITIES, "auto"),
     "residual": ("cut", "leak"),
     "backend": BACKENDS,
-    "parallel": (None, *PARALLEL),
+    "parallel": PARALLEL,
 }
 
 
@@ -57,7 +57,7 @@ class Options:
     dynamic: bool | None = None
     backend: str = "inductor"
     backend_options: dict[str, Any] | None = None
-    parallel: str | None = None
+    parallel: str = "off"
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():

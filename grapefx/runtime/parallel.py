@@ -36,17 +36,12 @@ ON_CPU = {"off": ("off",), "graphs": ("off",), "horizontal": ("horizontal",),
 ON_CUDA = {**{form: (form,) for form in FORMS}, "auto": FORMS}
 
 
-def choice(parallel: str | None, device: str) -> str:
-    """What ``parallel=None`` means on a device."""
-    return parallel or ("auto" if device == "cuda" else "off")
-
-
-def forms_of(parallel: str | None, device: str, *, fixed: bool) -> tuple[str, ...]:
+def forms_of(parallel: str, device: str, *, fixed: bool) -> tuple[str, ...]:
     """The forms to compile. A symbolic batch size leaves no choice."""
     if not fixed:
         return ("off",)
     table = ON_CUDA if device == "cuda" else ON_CPU
-    return table[choice(parallel, device)]
+    return table[parallel]
 
 
 def lower_forms(

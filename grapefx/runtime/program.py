@@ -86,7 +86,7 @@ class Program:
 
     def __init__(self, plan: Plan | None, inference: StepGraph | None, out_spec: Any,
                  constants: dict[str, Tensor], backend: str, options: dict[str, Any] | None,
-                 dynamic: bool | None, parallel: str | None = None) -> None:  # fmt: skip
+                 dynamic: bool | None, parallel: str = "off") -> None:  # fmt: skip
         self.plan = plan
         self.inference = inference
         self.out_spec = out_spec
@@ -191,7 +191,7 @@ def compile_step(
     sizes: dict[Any, int] | None,
     backend: str,
     options: dict[str, Any] | None,
-    parallel: str | None = "off",
+    parallel: str = "off",
 ) -> CompiledStep:
     """Split and lower one step graph; ``parallel`` is how its update runs."""
     start = time.perf_counter()

@@ -32,8 +32,8 @@ from tests.zoo import MLP, assert_same_gradients, compiled, eager_twin, train_st
 def test_every_choice_has_forms() -> None:
     for table in (ON_CPU, ON_CUDA):
         assert set(table) == set(PARALLEL)
-    assert forms_of(None, "cpu", fixed=True) == ("off",)
-    assert forms_of(None, "cuda", fixed=True) == parallel.FORMS
+    assert Options().parallel == "off"
+    assert forms_of("auto", "cuda", fixed=True) == parallel.FORMS
     assert forms_of("auto", "cpu", fixed=True) == ("off", "horizontal")
     assert forms_of("horizontal", "cuda", fixed=False) == ("off",)
 
