@@ -270,7 +270,11 @@ class Sweep:
         if not opens:
             return None
         if node in self.interior:
-            return opens[0] if len(opens) == 1 else self._merge(opens)
+            if len(opens) == 1:
+                return opens[0]
+            seg = self._merge(opens)  # with weights that the fan-out had not seen
+            seg.candidates.clear()
+            return seg
         if len(opens) == 1:
             values = [a for a in data_in if is_float(a)]
             gate = name in ("mul", "div") and len(values) > 1

@@ -116,3 +116,17 @@ class Gated(nn.Module):
         h = self.a(x)
         h = self.b(h * torch.sigmoid(h))
         return self.out((h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True) + 1e-3).sqrt())
+
+
+class DualPath(nn.Module):
+    """The halves of a projection meet again, but one has met other weights (dual path networks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.a = nn.Linear(8, 10), nn.Linear(8, 7)
+        self.b, self.c, self.out = nn.Linear(7, 6), nn.Linear(7, 5), nn.Linear(15, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.skip(x)
+        h = torch.relu(self.a(x))
+        return self.out(torch.cat([s[:, :6] + self.b(h), s[:, 6:], self.c(h)], 1))

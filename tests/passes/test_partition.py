@@ -151,6 +151,11 @@ def test_branches_that_meet_again_are_one_segment() -> None:
     assert found["a"] == "mul" and found["b"] == "div"
 
 
+def test_branches_that_meet_other_weights_are_not_cut_before_they_do() -> None:
+    found = points(planned(models.DualPath(), torch.randn(4, 8)))
+    assert found == {"a": "relu", "c": "linear", "skip": "cat"}
+
+
 def test_frozen_layers_carry_no_feedback_point() -> None:
     model = models.Gated()
     model.b.requires_grad_(False)
