@@ -183,5 +183,8 @@ def load_config(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
     setting = {k: v for k, v in raw.items() if k in SETTING}
     _check_setting(path.name, setting)
     rows = {n: _row(path.name, n, r, setting) for n, r in raw["methods"].items()}
-    differs = tuple(raw.get("differs", ()))
+    try:  # a subset is named by what --set made of it
+        differs = tuple(d.format(**setting) for d in raw.get("differs", ()))
+    except (KeyError, IndexError, ValueError) as e:
+        raise ConfigError(f"{path.name}: differs: {e!r} is no key of the config") from e
     return Config(name, raw["title"], raw["source"], differs, setting, rows, _hash(setting), sets)
