@@ -11,6 +11,7 @@ from torch.fx import Node
 from grapefx.ir import Layer, StepGraph
 from grapefx.passes import markers
 from grapefx.passes.blocks import module_path
+from grapefx.passes.order import ancestors, descendants
 
 HEAD = "head"
 
@@ -19,7 +20,7 @@ def mark_forward(step: StepGraph, layers: tuple[Layer, ...]) -> None:
     """Before cuts are erased: the layer of each forward node."""
     names = [layer.name for layer in layers]
     first: dict[Node, int] = {}
-    useful = _before([n for _, n in step.produced("output") if isinstance(n, Node)])
+    useful = ancestors([n for _, n in step.produced("output") if isinstance(n, Node)])
     for node in reversed(list(step.gm.graph.nodes)):
         if node.op == "output":
             continue
@@ -38,9 +39,9 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
     """Fill in ``grapefx_phase`` and ``grapefx_layer`` in place."""
     layer_of = {p: layer.index for layer in layers for p in layer.parameters}
     names = [layer.name for layer in layers] + [HEAD]
-    backward = _behind([n for _, n in step.select("cotangent")])
+    backward = descendants([n for _, n in step.select("cotangent")])
     # what leads to the error (through a wide head, or a loss inside the model) is nobody's update
-    error = _before([n for n in step.gm.graph.nodes if n.meta.get("grapefx_phase") == "error"])
+    error = ancestors([n for n in step.gm.graph.nodes if n.meta.get("grapefx_phase") == "error"])
     reach: dict[Node, set[int]] = {}
     deepest: dict[Node, int] = {}
     for k, (slot, node) in enumerate(step.produced("gradient")):
@@ -78,25 +79,3 @@ def _by_module(node: Node, layers: tuple[Layer, ...]) -> str | None:
             if any(p.startswith(path + ".") for p in layer.parameters):
                 return layer.name
     return None
-
-
-def _before(ends: list[Node]) -> set[Node]:
-    seen: set[Node] = set(ends)
-    stack = list(ends)
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return seen
-
-
-def _behind(starts: list[Node]) -> set[Node]:
-    seen: set[Node] = set()
-    stack = list(starts)
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen and user.op == "call_function":
-                seen.add(user)
-                stack.append(user)
-    return seen

@@ -29,9 +29,9 @@ from grapefx.torch_compat import retrace, size_hint, vmap_rules_only
 
 aten = torch.ops.aten
 
-# Bytes worth stacking (a copy) to save one operator call of one layer. On a CPU 10 KiB break even
-# and 32 KiB lose (docs/performance.md). For CUDA reckoned, not measured: a small kernel takes 2 to
-# 4 us, in which memory moves some MiB.
+# Bytes worth stacking (a copy) to save one operator call of one layer. On a CPU 32 KiB lose
+# (docs/performance.md). For CUDA reckoned, not measured: a small kernel takes 2 to 4 us, in which
+# memory moves some MiB.
 WORTH = {"cpu": 12 * 2**10, "cuda": 2 * 2**20}
 
 _UPDATE = ("alignment", "projection", "refit", "weight_grad", "input_grad", "metric")
@@ -371,7 +371,7 @@ class _Rewrite:
                 self.attention(family, node)
             else:
                 self.batched(family, node)
-        except Exception:  # no batching rule, or one that fails on these shapes
+        except (NotImplementedError, RuntimeError):  # no batching rule, or not for these shapes
             family.value = None
             for n in family.nodes.values():
                 del self.family_of[n]

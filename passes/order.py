@@ -1,6 +1,8 @@
-"""Small graph utilities: topological order and dead code."""
+"""Small graph utilities: topological order, dead code, what leads where."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
@@ -54,3 +56,27 @@ def dead_code(graph: Graph) -> int:
 def _writes(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def ancestors(ends: Iterable[Node]) -> set[Node]:
+    """All nodes that lead to one of ``ends``, and these."""
+    seen = set(ends)
+    stack = list(seen)
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    return seen
+
+
+def descendants(starts: Iterable[Node]) -> set[Node]:
+    """All nodes that depend on one of ``starts``, and these."""
+    seen = set(starts)
+    stack = list(seen)
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen

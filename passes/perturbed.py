@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import MethodError, TangentError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes import markers
-from grapefx.passes.order import dead_code, topological
+from grapefx.passes.order import ancestors, dead_code, topological
 from grapefx.passes.propagate import TangentEmitter, propagate
 from grapefx.passes.restride import restride
 
@@ -50,9 +50,9 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
             )
     taps = markers.find(graph, markers.TAP)
     errors = markers.find(graph, markers.TAP_BACKWARD)
-    before = _ancestors([n for i, n in taps.items() if i in errors])
+    earlier = ancestors([n for i, n in taps.items() if i in errors])
     wanted = {s.name for s, n in step.produced("gradient") if isinstance(n, Node)}
-    sources = [(s, n) for s, n in step.select("parameter") if s.name in wanted and n in before]
+    sources = [(s, n) for s, n in step.select("parameter") if s.name in wanted and n in earlier]
     em = TangentEmitter(step, batch, batch_size, None, batch_stats="full")
     slots, directions = [], {}
     anchor = step.placeholders()[-1]
@@ -66,7 +66,7 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
         slots.append(Slot("random", slot.name))
         em.tangents[p] = directions[slot.name] = anchor
     derived: dict[str, None] = {}
-    propagate(em, _between([n for _, n in sources], before), {}, derived)
+    propagate(em, _between([n for _, n in sources], earlier), {}, derived)
     pairs = [(errors[i], em.tangents[n]) for i, n in taps.items() if i in errors and em.t(n)]
     if not pairs:
         raise TangentError("no parameter reaches the error tap through differentiable ops")
@@ -91,17 +91,6 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
     restride(graph, moved)
     made = replace(step, gm=GraphModule(step.gm, graph), inputs=step.inputs + tuple(slots))
     return Perturbed(made, tuple(derived))
-
-
-def _ancestors(ends: list[Node]) -> set[Node]:
-    found: set[Node] = set(ends)
-    stack = list(ends)
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in found:
-                found.add(a)
-                stack.append(a)
-    return found
 
 
 def _between(starts: list[Node], before: set[Node]) -> list[Node]:

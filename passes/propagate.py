@@ -21,6 +21,7 @@ from grapefx.ir import StepGraph
 from grapefx.passes import markers
 from grapefx.passes.batch import Fold, batch_folds
 from grapefx.passes.emit import Emitter
+from grapefx.passes.order import descendants
 from grapefx.passes.rules import derive, lookup
 from grapefx.torch_compat import batch_symbol
 
@@ -47,7 +48,7 @@ class TangentEmitter(Emitter):
         self.data: set[Node] = set()
         if batch is None:  # a size alone tells a batch only where the value comes from an input
             inputs = [n for n in self.graph.nodes if n.meta.get("grapefx_role") == "input"]
-            self.data = _behind(inputs)
+            self.data = descendants(inputs)
             self.folds = {n: f for n, f in self.folds.items() if n in self.data}
         self.counts: dict[int, Node] = {}
         self.tangents: dict[Node, Any] = {}
@@ -232,18 +233,6 @@ def _check_batch(em: TangentEmitter, node: Node) -> None:
         f"tangent_fraction < 1 needs samples that do not mix, but {node.target} (node "
         f"{node.name!r}) joins them\n{_where(node)}  remedy: tangent_fraction=1"
     )
-
-
-def _behind(nodes: list[Node]) -> set[Node]:
-    """All nodes that depend on one of ``nodes``."""
-    found: set[Node] = set(nodes)
-    stack = list(nodes)
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
 
 
 def _where(node: Node) -> str:

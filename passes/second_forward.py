@@ -22,7 +22,7 @@ from grapefx.ir import Slot, StepGraph
 from grapefx.methods.base import Method
 from grapefx.passes import markers
 from grapefx.passes.emit import Emitter
-from grapefx.passes.order import dead_code, topological
+from grapefx.passes.order import ancestors, dead_code, topological
 from grapefx.passes.restride import restride
 
 aten = torch.ops.aten
@@ -149,12 +149,12 @@ def _stack(step: StepGraph, x: Node, tap: Node, method: str) -> tuple[list[Stage
     """The layers from input to output, and the forward nodes whose value depends on the input."""
     weights = _weights(step)
     parameters = {n: s.name for s, n in step.select("parameter")}
-    before = _ancestors(tap)
+    earlier = ancestors([tap])
     stage: dict[Node, int] = {x: -1}
     stages: list[Stage] = []
     data: list[Node] = []
     for node in step.gm.graph.nodes:
-        if node.op != "call_function" or node not in before or _random(node):
+        if node.op != "call_function" or node not in earlier or _random(node):
             continue
         if not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue  # sizes
@@ -213,17 +213,6 @@ def _random(node: Node) -> bool:
     return (
         torch.Tag.nondeterministic_seeded in tags and node.target is not aten.native_dropout.default
     )
-
-
-def _ancestors(node: Node) -> set[Node]:
-    found = {node}
-    stack = [node]
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in found:
-                found.add(a)
-                stack.append(a)
-    return found
 
 
 def _again(em: Emitter, output: Node, data: list[Node], x: Node, changed: Node) -> dict[Node, Node]:

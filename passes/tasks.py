@@ -6,7 +6,7 @@ compute what the one does, bit for bit. Layers' parts do not wait for each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,6 @@ class Tasks:
 
     tasks: tuple[Task, ...]
     results: tuple[Ref | None, ...]
-
-    def run(self, calls: Sequence[Callable[[list[Any]], Any]], inputs: Sequence[Any]) -> list[Any]:
-        """All tasks one after the other, each by its callable."""
-        made: list[Any] = []
-        for task, call in zip(self.tasks, calls, strict=True):
-            made.append(call([take(r, made, inputs) for r in task.reads]))
-        return [None if r is None else take(r, made, inputs) for r in self.results]
 
 
 def take(ref: Ref, made: Sequence[Any], inputs: Sequence[Any]) -> Any:
