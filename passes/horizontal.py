@@ -379,9 +379,9 @@ class _Rewrite:
 
     def part(self, family: Family, node: Node) -> None:
         """One result of an operator with several."""
-        source = self.family_of[node.args[0]]  # type: ignore[index]
-        if list(source.nodes) != list(family.nodes):
-            raise NotImplementedError("parts of some layers' results")
+        source = self.family_of.get(node.args[0])  # type: ignore[arg-type]
+        if source is None or list(source.nodes) != list(family.nodes):
+            raise NotImplementedError("parts of results that were not batched together")
         family.value, family.common = source.value[node.args[1]], source.common
 
     def batched(self, family: Family, node: Node) -> None:
