@@ -11,18 +11,21 @@ the mean, as it does not within a batch: where ranks disagree the step is shorte
 mean are a little under norm 1 until the next step rescales them. Maps that a calibration fitted are
 the mean of the ranks' fits, not the fit of all samples, and go through the method's ``refit`` once
 more, for what it derives from a fitted map. A step that is not finite on one rank is skipped by
-all.
+all. Ranks may have batches of their own size, and other sample shapes where the maps are the same
+(tokens share one); otherwise the step is refused on all ranks, before anything is exchanged.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grapefx.errors import InputError
 from grapefx.methods import Method
 
 
@@ -76,6 +79,7 @@ def agree(
     sent += [learned[k] for k in keys]
     if not sent:
         return learned, metrics
+    _same_everywhere([*names, *keys], sent)
     found = averaged(sent)
     seen = dict(zip(names, found, strict=False))
     new = {**learned, **dict(zip(keys, found[len(names) :], strict=True))}
@@ -86,6 +90,28 @@ def agree(
         seen["finite"] = seen["finite"] == 1
         new = {k: torch.where(seen["finite"], t, old[k]) for k, t in new.items()}
     return new, seen
+
+
+def _same_everywhere(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Refuse what the ranks cannot average: gloo would abort the process.
+
+    Not on a GPU, where the answer would have to be waited for; TORCH_DISTRIBUTED_DEBUG=DETAIL
+    checks there.
+    """
+    if tensors[0].device.type != "cpu":
+        return
+    text = repr([(n, tuple(t.shape)) for n, t in zip(names, tensors, strict=True)])
+    mark = zlib.crc32(text.encode())
+    found = torch.tensor([mark, -mark])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if int(found[0]) != -int(found[1]):
+        shapes = {n: tuple(t.shape) for n, t in zip(names, tensors, strict=True) if "/B" in n}
+        raise InputError(
+            "the ranks are in different steps and cannot average their feedback maps; rank "
+            f"{rank()} learned {shapes}. All ranks must see sample shapes that share their maps "
+            "(pad or crop batches to one size) and call set_epoch() and calibration() alike. "
+            "Weights and maps are as before the step"
+        )
 
 
 def _derived(method: Method, states: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class Tokens(nn.Module):
+    """A map a token: shared by sequences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mix, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.table(x)
+        out: Tensor = self.head(h + torch.tanh(self.mix(h)))
+        return out
+
+
+class Pixels(nn.Module):
+    """A map of all pixels: another image size has another map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.next, self.last = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Linear(2, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.next(torch.tanh(self.first(x)))).mean((2, 3)))
+        return out
+
+
 def parts() -> list[Tensor]:
     generator = torch.Generator().manual_seed(11)
     return list(torch.randn(WORLD, 6, 8, generator=generator, dtype=torch.float64))
@@ -77,6 +106,26 @@ def work(rank: int, folder: str) -> None:
         net.zero_grad()
         kept.append((net.feedback, net.skipped_updates))
     seen["skip"] = kept
+    net = compiled(Tokens(), "grape", calib_unit="step", calib_every=3)
+    ddp = nn.parallel.DistributedDataParallel(net)
+    kept = []
+    for step in range(5):  # another number of samples, and of tokens, on each rank and in each step
+        tokens = torch.arange(3 + rank)[:, None] + torch.arange(4 + (rank + step) % 2)
+        loss_of(ddp(tokens % 7)).backward()
+        net.zero_grad()
+        kept.append(net.feedback)
+    seen["lengths"] = kept
+    net = compiled(Pixels(), "grape", calib_every=None)
+    image = torch.linspace(0, 1, 3 * 36, dtype=torch.float64).view(3, 1, 6, 6)
+    loss_of(net(image)).backward()
+    before = net.feedback
+    try:
+        loss_of(net(image[..., : 6 - rank, :])).backward()
+    except grapefx.InputError as e:
+        same = all(torch.equal(v, net.feedback[k]) for k, v in before.items())
+        seen["shapes"] = (str(e), same)
+    loss_of(net(image)).backward()  # and goes on
+    seen["after"] = net.feedback
     torch.save(seen, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -156,6 +205,22 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
         assert not torch.equal(one["layers.0/B"], two["layers.0/B"])
         assert not torch.equal(three["layers.0/B"], four["layers.0/B"])
     assert_equal(ranks[0]["skip"][-1][0], ranks[1]["skip"][-1][0])
+
+
+def test_ranks_may_have_sequences_of_their_own_length(ranks: list[dict[str, Any]]) -> None:
+    first, second = (r["lengths"] for r in ranks)
+    for a, b in zip(first, second, strict=True):
+        assert_equal(a, b)
+    assert not torch.equal(first[1]["mix/B"], first[-1]["mix/B"])
+
+
+def test_shapes_with_different_maps_are_refused_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for r, found in enumerate(ranks):
+        message, same = found["shapes"]
+        assert "first" in message and f"rank {r}" in message and "pad or crop" in message
+        assert same
+    first, second = (r["after"] for r in ranks)
+    assert_equal(first, {k: second[k] for k in first})  # beside the map of the refused shape
 
 
 def test_one_process_alone_asks_nobody() -> None:
