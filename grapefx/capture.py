@@ -308,14 +308,18 @@ def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
         module.recompile()
 
 
-def _tidy(gm: torch.fx.GraphModule) -> None:
-    """Drop assertions on dtypes and devices: each call is compared with the capture anyway.
+def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
+    """Drop assertions: on dtypes and devices (each call is compared with the capture), on values.
 
     A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``.
     """
     meta, cpu = torch.device("meta"), torch.device("cpu")
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+        elif node.target in (aten._assert_async.msg, aten._assert_async.default):
+            text = repr(node.args[1]) if len(node.args) > 1 else "torch._assert_async"
+            notes.append(f"the model's assertion on values is not checked in a step: {text}")
             gm.graph.erase_node(node)
         elif meta in node.args or meta in node.kwargs.values():
             node.args = tuple(cpu if a == meta else a for a in node.args)
@@ -331,7 +335,7 @@ def _read(
     notes: list[str],
 ) -> Captured:
     gm = exported.graph_module
-    _tidy(gm)
+    _tidy(gm, notes)
     signature = exported.graph_signature
     buffers = dict(model.named_buffers(remove_duplicate=False))
     # tied parameters go by the name that named_parameters() gives them

@@ -123,7 +123,7 @@ def logsumexp(em: Any, node: Node) -> Any:
     dims, keep = dims_of(node), bool(argument(node, "keepdim", False))
 
     def fn(x: Any, t: Any, y: Any) -> Any:
-        if not keep:
+        if not keep and x.ndim:
             for d in sorted(dims):
                 y = y.unsqueeze(d)
         y = torch.where(y.abs() == torch.inf, 0.0, y)  # a row of -inf only

@@ -296,10 +296,10 @@ def test_cudnn_batch_norm(training: bool, statistics: str) -> None:
 
 
 def _real(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-_PLANE = _real(2, 3, 4, 5)
+_LINE, _PLANE, _SOLID = _real(2, 3, 4), _real(2, 3, 4, 5), _real(1, 2, 3, 3, 2)
 # operators that torch takes apart while it traces, so that its samples never show them
 CALLS: dict[str, tuple[Any, list[Tensor], tuple[Any, ...], dict[str, Any]]] = {
     "rms_norm": (aten._fused_rms_norm.default, [_real(4, 6)], ([6], _real(6), 1e-5), {}),
@@ -323,6 +323,32 @@ CALLS: dict[str, tuple[Any, list[Tensor], tuple[Any, ...], dict[str, Any]]] = {
     "stable sort": (aten.sort.stable, [_real(4, 6)], (), {"stable": True, "dim": 0}),
     "linear": (aten.linear.default, [_real(4, 6), _real(5, 6), _real(5)], (), {}),
     "norm": (aten.norm.Scalar, [_real(4, 6)], (3,), {}),
+    "nearest 1d vec": (aten.upsample_nearest1d.vec, [_LINE], ([9], None), {}),
+    "nearest 3d": (aten.upsample_nearest3d.default, [_SOLID], ([4, 5, 3],), {}),
+    "nearest 3d vec": (aten.upsample_nearest3d.vec, [_SOLID], (None, [2.0, 1.5, 2.0]), {}),
+    "exact 1d": (aten._upsample_nearest_exact1d.default, [_LINE], ([9],), {}),
+    "exact 2d": (aten._upsample_nearest_exact2d.default, [_PLANE], ([9, 3],), {}),
+    "exact 3d": (aten._upsample_nearest_exact3d.default, [_SOLID], ([4, 5, 3],), {}),
+    "linear 1d": (aten.upsample_linear1d.default, [_LINE], ([9], True), {}),
+    "linear 1d vec": (aten.upsample_linear1d.vec, [_LINE], ([9], False, None), {}),
+    "bilinear vec": (aten.upsample_bilinear2d.vec, [_PLANE], (None, True, [1.5, 2.0]), {}),
+    "bicubic vec": (aten.upsample_bicubic2d.vec, [_PLANE], ([9, 8], False, None), {}),
+    "bicubic smooth": (aten._upsample_bicubic2d_aa.default, [_PLANE], ([2, 3], False), {}),
+    "trilinear vec": (aten.upsample_trilinear3d.vec, [_SOLID], ([4, 5, 3], False, None), {}),
+    "adaptive 1d": (aten.adaptive_avg_pool1d.default, [_LINE], ([3],), {}),
+    "average 1d": (aten.avg_pool1d.default, [_LINE], ([2], [1], [1]), {}),
+    "slice copy": (aten.slice_copy.Tensor, [_LINE], (2, 1, 4, 2), {}),
+    "select copy": (aten.select_copy.int, [_LINE], (1, -1), {}),
+    "split": (aten.unsafe_split_with_sizes.default, [_LINE], ([1, 3], 2), {}),
+    "chunk": (aten.chunk.default, [_LINE], (2, 1), {}),
+    "contiguous": (aten.contiguous.default, [_LINE.transpose(0, 1)], (), {}),
+    "reshape": (aten.reshape.default, [_LINE.transpose(0, 1)], ([6, -1],), {}),
+    "matmul": (aten.matmul.default, [_real(5, 4, 6), _real(6, 2)], (), {}),
+    "matmul of vectors": (aten.matmul.default, [_real(6), _real(6)], (), {}),
+    "fill": (aten.fill.Tensor, [_LINE, _real()], (), {}),
+    "conjugate": (aten.conj_physical.default, [_LINE], (), {}),
+    "training batch norm": (aten.native_batch_norm.default, [_PLANE, _real(3), _real(3)],
+                            (None, None, True, 0.1, 1e-5), {}),
     "eval batch norm": (
         aten._native_batch_norm_legit_no_training.default,
         [_PLANE, _real(3), _real(3)],
@@ -350,7 +376,7 @@ def test_single_call_against_central_differences(name: str) -> None:
     def at(h: float) -> Tensor:
         moved = [x + h * t for x, t in zip(tensors, tangents, strict=True)]
         out = op(*moved, *rest, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, (tuple, list)) else out
 
     h = 1e-6
     torch.testing.assert_close(d, (at(h) - at(-h)) / (2 * h), rtol=1e-6, atol=1e-7)

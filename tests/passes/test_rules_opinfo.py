@@ -187,8 +187,10 @@ def check(op: Any, sample: Sample) -> dict[str, str]:
         want = torch.zeros_like(value) if want is None else want.to(value.dtype)
         assert tangent.shape == value.shape, (i, tangent.shape, value.shape)
         assert tangent.dtype == value.dtype, (i, tangent.dtype, value.dtype)
+        # behind a value of -inf (all masked) torch's forward AD is nan, its gradient and ours zero
+        known = value.isfinite() | ~want.isnan()
         torch.testing.assert_close(
-            tangent, want.expand(value.shape), rtol=1e-6, atol=1e-8, equal_nan=True
+            tangent[known], want.expand(value.shape)[known], rtol=1e-6, atol=1e-8, equal_nan=True
         )
     return kinds
 

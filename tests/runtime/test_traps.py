@@ -185,3 +185,20 @@ def test_no_warning_on_a_plain_run() -> None:
         warnings.simplefilter("error", GrapefxWarning)
         for _ in range(2):
             train_step(net, args)
+
+
+def test_an_assertion_on_values_is_left_out_with_a_warning() -> None:
+    class Checked(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert_async(x.sum() < 1e6, "inputs are too large")
+            return super().forward(x)
+
+    twin = MLP().double()
+    model = Checked().double()
+    model.load_state_dict(twin.state_dict())
+    net = compiled(model, "bp")
+    x = torch.randn(5, 8).double()
+    with pytest.warns(GrapefxWarning, match="inputs are too large"):
+        train_step(net, (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(net, twin)

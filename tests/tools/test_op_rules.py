@@ -1,0 +1,46 @@
+"""The table of operators: verdicts, and that a wrong rule is seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import op_rules
+from grapefx.passes.rules import rules
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("addmm", "rule"),
+        ("linalg.eigh", "derived"),
+        ("index_reduce.prod", "unsupported"),
+        ("corrcoef", "untraced"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_verdicts(name: str, verdict: str) -> None:
+    row = op_rules.examine(name, timeout=60)
+    assert row["verdict"] == verdict, row
+    assert row["samples"] == (row["of"] if verdict in ("rule", "derived") else 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_partly_refused_says_so() -> None:
+    row = op_rules.examine("nn.functional.embedding_bag", timeout=60)
+    assert row["refused"] and row["samples"] and "mode" in row["note"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(em: Any, node: Any) -> Any:
+        return em.t(node.args[0])
+
+    monkeypatch.setitem(rules(), aten.exp.default, wrong)
+    row = op_rules.examine("exp", timeout=60)
+    assert row["verdict"] == "wrong"
+    assert "| exp | wrong |" in op_rules.document([row | {"torch": "0"}])
