@@ -136,7 +136,7 @@ def _missed(names: list[str]) -> list[str]:
         return []
     text = ", ".join(f"`{n}`" for n in names)
     head = [
-        "Not reached, for torch takes them apart while it traces or another device has them (most of",
+        "Not reached: torch takes them apart while it traces, or another device has them (most of",
         "the former are called directly in `tests/passes/test_rules.py`):",
     ]
     return [*head, text, ""]
