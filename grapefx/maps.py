@@ -91,8 +91,12 @@ class FeedbackMap:
     def value_rows(self, h: Tensor) -> Tensor:
         """A value (or noise, or cotangent) at the feedback point, as rows (R, n)."""
         x = to_samples(h, self.layer.fold)
-        for dim, block in self._blocks():
-            x = x.unflatten(dim, (-1, block)).mean(dim + 1)
+        within = []
+        for done, (dim, block) in enumerate(self._blocks()):
+            x = x.unflatten(dim + done, (-1, block))
+            within.append(dim + done + 1)
+        # one mean: Inductor writes a short one out, and two nested ones as their product
+        x = x.mean(within) if within else x
         return x.reshape(-1, self.value_dim)
 
     def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
