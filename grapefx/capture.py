@@ -314,16 +314,19 @@ def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
     A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``.
     """
     meta, cpu = torch.device("meta"), torch.device("cpu")
-    for node in list(gm.graph.nodes):
+    parts = [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]  # no_grad regions
+    for node in [n for m in parts for n in m.graph.nodes]:
         if node.target is aten._assert_tensor_metadata.default:
-            gm.graph.erase_node(node)
+            node.graph.erase_node(node)
         elif node.target in (aten._assert_async.msg, aten._assert_async.default):
             text = repr(node.args[1]) if len(node.args) > 1 else "torch._assert_async"
             notes.append(f"the model's assertion on values is not checked in a step: {text}")
-            gm.graph.erase_node(node)
+            node.graph.erase_node(node)
         elif meta in node.args or meta in node.kwargs.values():
             node.args = tuple(cpu if a == meta else a for a in node.args)
             node.kwargs = {k: cpu if a == meta else a for k, a in node.kwargs.items()}
+    for m in parts:
+        m.recompile()
 
 
 def _read(

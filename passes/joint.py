@@ -225,9 +225,27 @@ def _finish(
         if node.op == "call_function" and node.target in (aten.alias.default, aten.detach.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten._assert_async.msg:  # of torch's own, in what it took apart
+            graph.erase_node(node)
     graph.eliminate_dead_code()
+    _out_of_place(graph)
     step = StepGraph(GraphModule(gm, graph), tuple(slots), tuple(outputs))
     for slot, node in zip(step.inputs, step.placeholders(), strict=True):
         node.meta["grapefx_role"] = slot.role
         node.meta["grapefx_name"] = slot.name
     return step
+
+
+def _out_of_place(graph: torch.fx.Graph) -> None:
+    """Pure forms of writes into fresh values, which come from operators that torch takes apart."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        source = node.args[0]
+        made = getattr(getattr(source, "target", None), "_schema", None)
+        fresh = made is not None and all(r.alias_info is None for r in made.returns)
+        packet = getattr(aten, schema.name.partition("::")[2].removesuffix("_"), None)
+        pure = getattr(packet, schema.overload_name or "default", None)
+        if fresh and len(source.users) == 1 and pure is not None and not pure._schema.is_mutable:
+            node.target = pure

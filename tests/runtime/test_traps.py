@@ -202,3 +202,31 @@ def test_an_assertion_on_values_is_left_out_with_a_warning() -> None:
         train_step(net, (x,))
     train_step(twin, (x,))
     assert_same_gradients(net, twin)
+
+
+@pytest.mark.parametrize("method", ["bp", "grape"])
+def test_writes_inside_an_operator_that_torch_takes_apart(method: str) -> None:
+    """``rms_norm`` of another dtype than its weight adds in place; ``one_hot`` asserts."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.scale = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.rms_norm(torch.tanh(self.a(x)).float(), (6,), self.scale, 1e-5).to(x.dtype)
+            return self.c(torch.tanh(self.b(h)) + F.one_hot((x[:, 0] > 0).long(), 6))
+
+    model = Norm().double()
+    twin = eager_twin(model)
+    net = compiled(model, method, calib_every=None)
+    x = torch.randn(5, 8).double()
+    train_step(net, (x,))
+    train_step(twin, (x,))
+    if method == "bp":
+        assert_same_gradients(net, twin)
+    assert net.plan is not None
+    for node in net.plan.joint.gm.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        assert schema is None or not schema.is_mutable, node
