@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from grapefx.passes.horizontal import layers_alone
+from grapefx.passes.families import layers_alone
 
 # Where a value comes from: (index of a task, index among its outputs); task -1: the graph's inputs.
 Ref = tuple[int, int]

@@ -101,7 +101,7 @@ class Program:
         self.steps: dict[tuple[str, int | None], CompiledStep] = {}
         self.forwards: dict[int | None, CompiledForward] = {}
         # batching and CUDA graphs want a fixed batch size
-        self.dynamic = dynamic if backend != "eager" or (parallel or "off") != "off" else True
+        self.dynamic = dynamic if backend != "eager" or parallel != "off" else True
         self._kept: list[Tensor] = []
 
     def keep(self, buffers: list[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 import networks
 from grapefx.lowering import prepare
-from grapefx.passes import horizontal
+from grapefx.passes import families, horizontal
 from grapefx.passes.horizontal import WORTH, batch_layers
 from grapefx.passes.split import Split, split
 from grapefx.plan import Plan, build_plan
@@ -193,9 +193,8 @@ def test_what_is_shared_is_not_stacked() -> None:
     """The error goes into the batched projection as it is."""
     plan, _, args = case("mlp", "dfa")
     parts = parts_of(plan, "update", args, "eager", True)
-    families = horizontal.find_families(parts.update, ANY)
     (projection,) = [
-        f for f in families if len(f.nodes) == 5
+        f for f in families.find_families(parts.update, ANY) if len(f.nodes) == 5
         and all(n.target is torch.ops.aten.mm.default for n in f.nodes.values())
     ]  # fmt: skip
-    assert len(list(horizontal._stacks(projection, {}))) == 1
+    assert len(list(families.stacks(projection, {}))) == 1
