@@ -398,7 +398,11 @@ def quiet_export() -> Iterator[None]:
     if detect is not None:
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        # torch prints the graph of a failed export: to stdout, from 2.15 on to stderr
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             yield
     finally:
         logger.setLevel(level)

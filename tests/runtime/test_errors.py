@@ -66,7 +66,9 @@ def test_not_a_module() -> None:
         grapefx.compile(lambda x: x)  # type: ignore[arg-type]
 
 
-def test_data_dependent_branch_names_the_line_and_the_way_out() -> None:
+def test_data_dependent_branch_names_the_line_and_the_way_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Branch(MLP):
         def forward(self, x: Tensor) -> Tensor:
             if x.sum() > 0:  # the user's line
@@ -80,6 +82,8 @@ def test_data_dependent_branch_names_the_line_and_the_way_out() -> None:
         text = str(caught.value)
         assert "if x.sum() > 0" in text and "test_errors.py" in text and "torch.where" in text
     assert net.plan is None
+    printed = capsys.readouterr()
+    assert "forward(self" not in printed.out + printed.err  # torch's dump of the graph
 
 
 def test_a_forward_that_raises_keeps_its_own_message() -> None:
