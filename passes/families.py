@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from grapefx.passes.annotate import HEAD
+from grapefx.passes.order import aliases
 from grapefx.torch_compat import size_hint
 
 aten = torch.ops.aten
@@ -220,8 +221,7 @@ def _works(family: Family) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(r.alias_info is not None for r in schema.returns)
+    return not hasattr(node.target, "_schema") or aliases(node)
 
 
 __all__ = ["Family", "find_families", "layers_alone", "operands", "places_of", "stacks"]

@@ -17,6 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.passes.emit import Emitter
+from grapefx.passes.order import aliases
 from grapefx.torch_compat import size_hint
 
 aten = torch.ops.aten
@@ -89,8 +90,7 @@ def _returned(graph: Graph) -> set[Node]:
         if node in found:
             continue
         found.add(node)
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and any(r.alias_info is not None for r in schema.returns):
+        if aliases(node):
             stack.extend(node.all_input_nodes[:1])
     return found
 

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import GrapefxError
 from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes import functions, markers, recurrent
+from grapefx.passes.order import aliases, writes
 from grapefx.passes.partition import Placement
 from grapefx.torch_compat import fake_tensor, make_fx, new_fake_mode, python_dispatcher, pytree
 
@@ -225,7 +226,8 @@ def _finish(
         if node.op == "call_function" and node.target in (aten.alias.default, aten.detach.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is aten._assert_async.msg:  # of torch's own, in what it took apart
+        elif getattr(node.target, "overloadpacket", None) is aten._assert_async:
+            # torch's own, in what it took apart; the model's are gone since the capture
             graph.erase_node(node)
     graph.eliminate_dead_code()
     _out_of_place(graph)
@@ -239,13 +241,11 @@ def _finish(
 def _out_of_place(graph: torch.fx.Graph) -> None:
     """Pure forms of writes into fresh values, which come from operators that torch takes apart."""
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
+        source = node.args[0] if node.op == "call_function" and writes(node) else None
+        if not isinstance(source, torch.fx.Node) or len(source.users) > 1:
             continue
-        source = node.args[0]
-        made = getattr(getattr(source, "target", None), "_schema", None)
-        fresh = made is not None and all(r.alias_info is None for r in made.returns)
-        packet = getattr(aten, schema.name.partition("::")[2].removesuffix("_"), None)
-        pure = getattr(packet, schema.overload_name or "default", None)
-        if fresh and len(source.users) == 1 and pure is not None and not pure._schema.is_mutable:
+        fresh = isinstance(source.target, torch._ops.OpOverload) and not aliases(source)
+        name = node.target._schema.name.partition("::")[2].removesuffix("_")
+        pure = getattr(getattr(aten, name, None), node.target._overloadname, None)
+        if fresh and pure is not None and not pure._schema.is_mutable:
             node.target = pure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch.fx import Graph, Node
 
@@ -47,36 +47,39 @@ def dead_code(graph: Graph) -> int:
     """Erase nodes that nothing uses (all operators here are pure); returns how many."""
     count = 0
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not _writes(node):
+        if node.op == "call_function" and not node.users and not writes(node):
             graph.erase_node(node)
             count += 1
     return count
 
 
-def _writes(node: Node) -> bool:
+def writes(node: Node) -> bool:
+    """Whether an operator writes into one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
+def aliases(node: Node) -> bool:
+    """Whether an operator's result may be one of its arguments, or a view of it, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
 def ancestors(ends: Iterable[Node]) -> set[Node]:
     """All nodes that lead to one of ``ends``, and these."""
-    seen = set(ends)
-    stack = list(seen)
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return seen
+    return _reached(ends, lambda n: n.all_input_nodes)
 
 
 def descendants(starts: Iterable[Node]) -> set[Node]:
     """All nodes that depend on one of ``starts``, and these."""
+    return _reached(starts, lambda n: n.users)
+
+
+def _reached(starts: Iterable[Node], next_to: Callable[[Node], Iterable[Node]]) -> set[Node]:
     seen = set(starts)
     stack = list(seen)
     while stack:
-        for user in stack.pop().users:
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
+        new = [n for n in next_to(stack.pop()) if n not in seen]
+        seen.update(new)
+        stack += new
     return seen

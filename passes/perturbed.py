@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import MethodError, TangentError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes import markers
-from grapefx.passes.order import ancestors, dead_code, topological
+from grapefx.passes.order import ancestors, dead_code, descendants, topological
 from grapefx.passes.propagate import TangentEmitter, propagate
 from grapefx.passes.restride import restride
 
@@ -95,10 +95,5 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
 
 def _between(starts: list[Node], before: set[Node]) -> list[Node]:
     """Nodes of ``before`` that depend on one of ``starts``, in order."""
-    behind = set(starts)
-    ordered = []
-    for n in before and next(iter(before)).graph.nodes:
-        if n in before and n not in behind and any(a in behind for a in n.all_input_nodes):
-            behind.add(n)
-            ordered.append(n)
-    return ordered
+    wanted = (descendants(starts) & before) - set(starts)
+    return [n for n in starts[0].graph.nodes if n in wanted] if starts else []

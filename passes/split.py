@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
-from grapefx.passes.order import dead_code
+from grapefx.passes.order import aliases, dead_code
 from grapefx.torch_compat import min_cut_partition
 
 aten = torch.ops.aten
@@ -127,12 +127,11 @@ def _aliases(node: Node) -> bool:
     """Whether a node's value may be (a view of) its first input."""
     if node.op != "call_function" or not node.all_input_nodes:
         return False
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:  # getitem of an operator with several results
+    if not hasattr(node.target, "_schema"):  # getitem of an operator with several results
         return _aliases(node.all_input_nodes[0])
     if node.target is torch.ops.aten._unsafe_view.default:  # a view that its schema denies
         return True
-    return any(r.alias_info is not None for r in schema.returns)
+    return aliases(node)
 
 
 def forward_only(step: StepGraph) -> tuple[GraphModule, tuple[int, ...]]:

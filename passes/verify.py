@@ -7,6 +7,7 @@ from torch.fx import Node
 from grapefx.errors import VerifyError
 from grapefx.ir import INPUT_ROLES, OUTPUT_ROLES, Layer, StepGraph
 from grapefx.passes import markers
+from grapefx.passes.order import writes
 
 
 def check(step: StepGraph, after: str) -> StepGraph:
@@ -31,8 +32,7 @@ def check(step: StepGraph, after: str) -> StepGraph:
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise VerifyError(f"{after}: node {node.name!r} is a {node.op}")
-        schema = getattr(node.target, "_schema", None)
-        mutable = node.op == "call_function" and schema is not None and schema.is_mutable
+        mutable = node.op == "call_function" and writes(node)
         if mutable and not node.users:  # its effect, a gradient perhaps, would be lost
             raise VerifyError(
                 f"{after}: node {node.name!r} ({node.target}) writes into a view, which the graph "

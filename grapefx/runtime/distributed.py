@@ -3,7 +3,7 @@
 Gradients are averaged by whoever averages them for a plain module (DistributedDataParallel). The
 learning state is ours: every rank starts a step with the same maps, learns from its own part of the
 batch, and the mean of what they learned is what all go on with. One all_reduce of one flat tensor
-in a step that learns or measures, none in the others.
+in a step that learns or measures (on a CPU one of two numbers before it), none in the others.
 
 For a state that moves linearly with its estimate (fdfa: B + a (J^ - B)) the mean of the updates is
 the update with the mean of J^. A cosine step (grape) takes each rank's direction at length 1 before

@@ -321,10 +321,10 @@ class FeedbackModule(nn.Module):
             program = Program(plan, None, captured.out_spec, captured.constants, *backend)
             program.renamed = self._ensure(plan)
             self.__dict__["_plan"] = plan
-            for note in plan.notes:
-                warnings.warn(note, GrapefxWarning, stacklevel=4)
         else:
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
+        for note in plan.notes if training else captured.notes:
+            warnings.warn(note, GrapefxWarning, stacklevel=4)
         program.lead = captured.lead
         program.written = captured.mutated
         restless = self._fingerprint.restless(reading)

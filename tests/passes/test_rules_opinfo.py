@@ -172,7 +172,7 @@ def check(op: Any, sample: Sample) -> dict[str, str]:
     step, constants = trace(sample.fn, sample.tensors, sample.which)
     used = {n.target for n in step.gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     derived = differentiate(step, sample.which)
-    kinds = {str(op): kind(op) for op in used if kind(op) != "derived" or str(op) in derived}
+    kinds = {str(u): kind(u) for u in used if kind(u) != "derived" or str(u) in derived}
     wanted = reference(op, sample)
     torch.manual_seed(SEED)
     with torch.no_grad():
