@@ -1,6 +1,6 @@
 """Which published architectures work: capture, exact gradients, feedback steps, tangents.
 
-    python tools/coverage.py --zoo timm              # everything not measured yet, then the table
+    python tools/coverage.py --zoo timm              # everything not measured yet, then a summary
     python tools/coverage.py --zoo torchvision --only resnet18 vit_b_16 --again
     python tools/coverage.py --table                 # only docs/coverage.md, from what is there
 
@@ -12,18 +12,12 @@ model is written as soon as it is known, so a killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import itertools
-import json
-import multiprocessing
 import os
-import re
-import resource
 import sys
-import time
 import traceback
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,12 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import apart
 import grapefx
-from coverage_zoos import BATCH, ZOOS, Sample, cut
+from coverage_page import document, line, summary
 from grapefx.capture import flatten_call
 from grapefx.choices import resolve
 from grapefx.passes.tangent import add_tangents
 from grapefx.plan import Plan, build_plan
+from zoos import ZOOS, Sample, cut
 
 # by name: the tests are no part of what mypy checks
 oracle = importlib.import_module("tests.passes.tangent_oracle")
@@ -53,7 +49,6 @@ OPTIONS: dict[str, Any] = {"backend": "eager", "calib_every": None, "feedback_bu
 # bytes of float64 maps above which points are placed by block: a step holds each five times
 MAP_LIMIT = 0.5 * 2**30
 RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p", "attn_drop", "layerdrop")
-STAGES = ("build", "eager", "capture", "bp", "dfa", "grape", "tangent")
 
 
 class Mismatch(Exception):
@@ -64,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a zoo and write the table."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
     args = parse_args(argv)
-    known = read(args.jsonl)
+    known = apart.read(args.jsonl, lambda r: (r["zoo"], r["name"]))
     if args.zoo:
         jobs = [
             (args.zoo, name)
@@ -81,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warm_up()
         for k, (zoo, name) in enumerate(jobs):
             row = guarded(zoo, name, args.timeout, args.memory * 2**30, args.depth)
-            args.jsonl.parent.mkdir(parents=True, exist_ok=True)
-            with args.jsonl.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+            apart.append(args.jsonl, row)
             known[zoo, name] = row
             print(f"[{k + 1}/{len(jobs)}] {line(row)}", flush=True)
     if args.table:
@@ -116,24 +109,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--table", action="store_true", help="write the table of all results")
     p.add_argument("--out", type=Path, default=ROOT / "docs/coverage.md", help="where to")
     p.add_argument("--timeout", type=float, default=240, help="seconds a model may take")
-    p.add_argument("--memory", type=float, default=7, help="GiB that a model may take")
+    p.add_argument("--memory", type=float, default=16, help="GiB that a model may take")
     args = p.parse_args(argv)
     if not args.zoo and not args.table:
         p.error("name a --zoo, or ask for the --table")
     return args
-
-
-def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Results so far, the last of each model; a line that a kill tore is left out."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError:
-            print("a damaged line was left out: its model runs again", file=sys.stderr)
-            continue
-        rows[row["zoo"], row["name"]] = row
-    return rows
 
 
 # one model in a process
@@ -149,88 +129,44 @@ def warm_up() -> None:
         pass
 
 
-def guarded(zoo: str, name: str, timeout: float, memory: float, depth: int) -> dict[str, Any]:
+def guarded(zoo: str, name: str, timeout: float, memory: float, depth: int) -> apart.Row:
     """One model in a process of its own; a crash, a hang or a hunger becomes its reason."""
-    context = multiprocessing.get_context("fork")  # torch and the zoos are imported once
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(zoo, name, depth, theirs), daemon=True)
-    last = time.monotonic()
-    waited = 0.0
-    process.start()
-    theirs.close()
-    row: dict[str, Any] = {"zoo": zoo, "name": name}
-    stop, peak = "", 0.0
-    while True:
-        if ours.poll(0.25):
-            try:
-                row |= ours.recv()  # the child reports after each stage
-                if "ok" in row:
-                    break
-            except EOFError:
-                break
-            continue
-        peak = max(peak, used := _resident(process.pid))
-        # a machine that sleeps, or processes that were stopped, use up none of the time
-        waited += min(time.monotonic() - last, 1.0)
-        last = time.monotonic()
-        if waited > timeout:
-            stop = f"no result within {timeout:.0f} s"
-        elif used > memory:
-            stop = f"more than {memory / 2**30:.0f} GiB of memory"
-        if stop:
-            process.kill()
-            break
-    process.join(10)
+    out = apart.run(functools.partial(_report, zoo, name, depth), timeout=timeout, memory=memory)
+    row: apart.Row = {"zoo": zoo, "name": name, **out.row}
     if "ok" not in row:
-        reason = stop or f"the process died (exit code {process.exitcode})"
-        row |= {"ok": False, "reason": f"{row.get('stage', 'build')}: {reason}"}
-    waited += min(time.monotonic() - last, 1.0)
-    row["seconds"] = round(waited, 1)
-    row.setdefault("rss_mib", round(peak / 2**20))
-    return row
+        row |= {"ok": False, "reason": f"{row.get('stage', 'build')}: {out.stop or out.death}"}
+    return row | {"rss_mib": out.rss_mib, "seconds": out.seconds}
 
 
-def _resident(pid: int | None) -> float:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
-def _child(zoo: str, name: str, depth: int, out: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    row: dict[str, Any] = {}
+def _report(zoo: str, name: str, depth: int, send: Callable[[apart.Row], None]) -> None:
+    row: apart.Row = {}
     try:
         for stage, found in check(zoo, name, depth):
             row |= found
             row["stage"] = stage
-            out.send(dict(row))
+            send(row)
         row["ok"] = True
     except BaseException as e:  # whatever it is, it is this model's result
         row |= {"ok": False, "reason": reason(row.get("stage", "build"), e)}
         if os.environ.get("GRAPEFX_COVERAGE_TRACE"):
             traceback.print_exc()
-    row["rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-    out.send(row)
-    out.close()
+    send(row)
 
 
 def reason(stage: str, error: BaseException) -> str:
     """One line: where it failed and the first line of the error."""
-    text = next((s for s in str(error).splitlines() if s.strip()), "").strip()
     kind = "" if isinstance(error, Mismatch) else f"{type(error).__name__}: "
-    return f"{stage}: {kind}{text}"[:300]
+    return f"{stage}: {kind}{apart.one_line(error)}"[:300]
 
 
-def check(zoo: str, name: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+def check(zoo: str, name: str, depth: int = 0) -> Iterator[tuple[str, apart.Row]]:
     """The stages, each announced before it runs with what is known by then."""
     yield "build", {}
     torch.manual_seed(0)
     yield from examine(ZOOS[zoo]()[name](), depth)
 
 
-def examine(sample: Sample, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def examine(sample: Sample, depth: int) -> Iterator[tuple[str, apart.Row]]:
     """``check`` from the model on."""
     sample = prepared(sample)
     model, args, kwargs = sample.model, sample.args, sample.kwargs
@@ -285,15 +221,7 @@ def prepared(sample: Sample) -> Sample:
     """
     model = sample.model.double()
     for module in model.modules():
-        for key in (
-            "p",
-            "drop_prob",
-            "drop_rate",
-            "dropout",
-            "dropout_p",
-            "attn_drop",
-            "layerdrop",
-        ):
+        for key in RATES:
             if isinstance(getattr(module, key, None), float):
                 setattr(module, key, 0.0)
     with torch.no_grad():
@@ -424,104 +352,6 @@ def _expected(case: Any) -> tuple[Tensor, str]:
         up = case._eager({i: h * v for i, v in case.noise.items()})
         down = case._eager({i: -h * v for i, v in case.noise.items()})
         return (up - down) / (2 * h), "differences"
-
-
-# what is shown
-
-
-def line(row: dict[str, Any]) -> str:
-    """One result on one line."""
-    state = "ok  " if row["ok"] else "FAIL"
-    figures = f"{row.get('points', '-')} points, {row.get('nodes', '-')} nodes"
-    figures += f", {row['seconds']:.0f} s, {row['rss_mib']} MiB"
-    return f"{state} {row['name']}: {figures}{'' if row['ok'] else '  ' + row['reason']}"
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """How many of each zoo work."""
-    out = []
-    for zoo, group in itertools.groupby(sorted(rows, key=_order), key=lambda r: r["zoo"]):
-        members = list(group)
-        ok = sum(r["ok"] for r in members)
-        out.append(f"{zoo}: {ok} of {len(members)} ({100 * ok / len(members):.0f} %)")
-        out += [f"  {r['name']}: {r['reason']}" for r in members if not r["ok"]]
-    return "\n".join(out)
-
-
-def _order(row: dict[str, Any]) -> tuple[str, str]:
-    return row["zoo"], row["name"]
-
-
-HEAD = """# Coverage
-
-Which published architectures train, measured by `python tools/coverage.py --zoo ZOO`
-(`--table` writes this page). Weights are random, batch {batch}, float64, CPU, `backend="eager"`,
-torch {torch}. A model works when
-
-- it is captured as one graph,
-- `bp` gives eager PyTorch's gradients and loss to a relative 1e-6,
-- one step of `dfa` and one of `grape` give finite gradients,
-- the tangents at the output equal forward AD of the same noise to a relative 1e-6 (to 1e-3 of
-  differences where torch has no forward AD for an operator, and to the gradients transposed where
-  the model calls custom autograd functions; the column says which).
-
-Dropout and stochastic depth are switched off (p = 0); batch norm trains unless the column says
-`eval`. Parameters that start at one value (zeros, layer scales) are perturbed: they would hide
-errors. `points`: feedback points; `nodes`: the forward and backward graph; `block`: placed by
-`granularity="block"`, because the maps would be too large on a small machine otherwise. `without n
-repeated blocks`: measured with `--depth`, which drops repeats of equal blocks. A model of a zoo
-that has no row has not been measured yet.
-"""
-
-
-def document(rows: Iterable[dict[str, Any]]) -> str:
-    """The page: a summary, the failures with their reasons, every model."""
-    ordered = sorted(rows, key=_order)
-    out = [HEAD.format(batch=BATCH, torch=torch.__version__.split("+")[0])]
-    out += ["## Summary\n", "| zoo | models | work | part |", "| --- | ---: | ---: | ---: |"]
-    groups = {z: [r for r in ordered if r["zoo"] == z] for z in sorted({r["zoo"] for r in ordered})}
-    for zoo, members in [*groups.items(), ("all", ordered)]:
-        ok = sum(r["ok"] for r in members)
-        part = f"{100 * ok / len(members):.0f} %" if members else "-"
-        out.append(f"| {zoo} | {len(members)} | {ok} | {part} |")
-    failed = [r for r in ordered if not r["ok"]]
-    out.append(f"\n## Failures\n\n{'' if failed else 'None.'}")
-    out += [f"- {r['zoo']} `{r['name']}`: {_plain(r['reason'])}" for r in failed]
-    columns = (
-        "model | works | mode | M params | points | nodes | bp error | tangent | s | MiB | note"
-    )
-    for zoo, members in groups.items():
-        out += [f"\n## {zoo}\n", f"| {columns} |"]
-        out.append("| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |")
-        out += [_row(r) for r in members]
-    return "\n".join(out).rstrip() + "\n"
-
-
-def _row(r: dict[str, Any]) -> str:
-    tangent = str(r.get("tangent", "-"))
-    if "tangent_error" in r:
-        tangent += f" {r['tangent_error']:.0e}"
-    notes = [r.get("note", ""), "block" if r.get("granularity") == "block" else ""]
-    cells = [
-        r["name"],
-        "yes" if r["ok"] else f"no: {r['reason'].split(':')[0]}",
-        r.get("mode", "-"),
-        f"{r['parameters'] / 1e6:.2g}" if "parameters" in r else "-",
-        r.get("points", "-"),
-        r.get("nodes", "-"),
-        f"{r['bp_error']:.0e}" if "bp_error" in r else "-",
-        tangent,
-        f"{r['seconds']:.0f}",
-        r["rss_mib"],
-        "; ".join(n for n in notes if n),
-    ]
-    return f"| {' | '.join(_plain(str(c)) for c in cells)} |"
-
-
-def _plain(text: str) -> str:
-    """Without what would break a table, and without anybody's folders."""
-    text = re.sub(r"(/[^\s/:'\"]+){2,}/", "", text)
-    return text.replace("|", "/").replace("<", "(").replace(">", ")")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))  # it imports coverage_zoos by name
+sys.path.insert(0, str(TOOLS))  # it imports others by name
 # by path: a package of the same name measures the coverage of tests
 spec = importlib.util.spec_from_file_location("grapefx_coverage", TOOLS / "coverage.py")
 assert spec and spec.loader

@@ -1,0 +1,106 @@
+"""How results of ``coverage.py`` are shown: on a line, summed up, as the page."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from apart import Row
+from zoos import BATCH
+
+HEAD = """# Coverage
+
+Which published architectures train, measured by `python tools/coverage.py --zoo ZOO`
+(`--table` writes this page). Weights are random, batch {batch}, float64, CPU, `backend="eager"`,
+torch {torch}. A model works when
+
+- it is captured as one graph,
+- `bp` gives eager PyTorch's gradients and loss to a relative 1e-6,
+- one step of `dfa` and one of `grape` give finite gradients,
+- the tangents at the output equal forward AD of the same noise to a relative 1e-6 (to 1e-3 of
+  differences where torch has no forward AD for an operator, and to the gradients transposed where
+  the model calls custom autograd functions; the column says which).
+
+Dropout and stochastic depth are switched off (p = 0); batch norm trains unless the column says
+`eval`. Parameters that start at one value (zeros, layer scales) are perturbed: they would hide
+errors. `points`: feedback points; `nodes`: the forward and backward graph; `block`: placed by
+`granularity="block"`, because the maps would be too large on a small machine otherwise. `without n
+repeated blocks`: measured with `--depth`, which drops repeats of equal blocks. A model of a zoo
+that has no row has not been measured yet.
+"""
+
+
+def line(row: Row) -> str:
+    """One result on one line."""
+    state = "ok  " if row["ok"] else "FAIL"
+    figures = f"{row.get('points', '-')} points, {row.get('nodes', '-')} nodes"
+    figures += f", {row['seconds']:.0f} s, {row['rss_mib']} MiB"
+    return f"{state} {row['name']}: {figures}{'' if row['ok'] else '  ' + row['reason']}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many of each zoo work."""
+    out = []
+    for zoo, group in itertools.groupby(sorted(rows, key=_order), key=lambda r: r["zoo"]):
+        members = list(group)
+        ok = sum(r["ok"] for r in members)
+        out.append(f"{zoo}: {ok} of {len(members)} ({100 * ok / len(members):.0f} %)")
+        out += [f"  {r['name']}: {r['reason']}" for r in members if not r["ok"]]
+    return "\n".join(out)
+
+
+def _order(row: Row) -> tuple[str, str]:
+    return row["zoo"], row["name"]
+
+
+def document(rows: Iterable[Row]) -> str:
+    """The page: a summary, the failures with their reasons, every model."""
+    ordered = sorted(rows, key=_order)
+    out = [HEAD.format(batch=BATCH, torch=torch.__version__.split("+")[0])]
+    out += ["## Summary\n", "| zoo | models | work | part |", "| --- | ---: | ---: | ---: |"]
+    groups = {z: [r for r in ordered if r["zoo"] == z] for z in sorted({r["zoo"] for r in ordered})}
+    for zoo, members in [*groups.items(), ("all", ordered)]:
+        ok = sum(r["ok"] for r in members)
+        part = f"{100 * ok / len(members):.0f} %" if members else "-"
+        out.append(f"| {zoo} | {len(members)} | {ok} | {part} |")
+    failed = [r for r in ordered if not r["ok"]]
+    out.append(f"\n## Failures\n\n{'' if failed else 'None.'}")
+    out += [f"- {r['zoo']} `{r['name']}`: {_plain(r['reason'])}" for r in failed]
+    columns = (
+        "model | works | mode | M params | points | nodes | bp error | tangent | s | MiB | note"
+    )
+    for zoo, members in groups.items():
+        out += [f"\n## {zoo}\n", f"| {columns} |"]
+        out.append("| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |")
+        out += [_row(r) for r in members]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _row(r: Row) -> str:
+    tangent = str(r.get("tangent", "-"))
+    if "tangent_error" in r:
+        tangent += f" {r['tangent_error']:.0e}"
+    notes = [r.get("note", ""), "block" if r.get("granularity") == "block" else ""]
+    cells = [
+        r["name"],
+        "yes" if r["ok"] else f"no: {r['reason'].split(':')[0]}",
+        r.get("mode", "-"),
+        f"{r['parameters'] / 1e6:.2g}" if "parameters" in r else "-",
+        r.get("points", "-"),
+        r.get("nodes", "-"),
+        f"{r['bp_error']:.0e}" if "bp_error" in r else "-",
+        tangent,
+        f"{r['seconds']:.0f}",
+        r["rss_mib"],
+        "; ".join(n for n in notes if n),
+    ]
+    return f"| {' | '.join(_plain(str(c)) for c in cells)} |"
+
+
+def _plain(text: str) -> str:
+    """Without what would break a table, and without anybody's folders."""
+    text = re.sub(r"(/[^\s/:'\"]+){2,}/", "", text)
+    return text.replace("|", "/").replace("<", "(").replace(">", ")")
