@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import multiprocessing
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import apart
 from grapefx.passes.rules import rules_table
 
 oracle = importlib.import_module("tests.passes.test_rules_opinfo")
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--jsonl", type=Path, default=ROOT / "docs/results/op_rules.jsonl")
     p.add_argument("--out", type=Path, default=ROOT / "docs/op_rules.md")
     args = p.parse_args(argv)
-    known = read(args.jsonl)
+    known = apart.read(args.jsonl, lambda r: str(r["name"]))
     if unknown := sorted(set(args.only or ()) - set(oracle.OPS)):
         print(f"the database has no operator {', '.join(unknown)}", file=sys.stderr)
         return 2
@@ -52,63 +50,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [n for n in names if args.again or n not in known]
     for k, name in enumerate(names):
         known[name] = row = guarded(name, args.timeout)
-        with args.jsonl.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        apart.append(args.jsonl, row)
         print(f"[{k + 1}/{len(names)}] {name}: {row['verdict']} {row['note']}", flush=True)
     args.out.write_text(document([known[n] for n in sorted(known)]))
     print(f"wrote {args.out}")
     return int(any(r["verdict"] == "wrong" for r in known.values()))
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Results so far, the last of each operator."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {r["name"]: r for r in rows}
-
-
-def guarded(name: str, timeout: float) -> dict[str, Any]:
+def guarded(name: str, timeout: float) -> apart.Row:
     """One operator in a process of its own: stopped between two samples, or killed."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, timeout, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    row: dict[str, Any] = {"name": name, "verdict": "crashed", "note": ""}
-    try:
-        if ours.poll(timeout * 2):
-            row = ours.recv()
-        else:
-            row |= {"verdict": "stopped", "note": f"a sample takes over {timeout:.0f} s"}
-    except EOFError:
-        pass
-    process.kill()
-    process.join()
+
+    def report(send: Callable[[apart.Row], None]) -> None:
+        send(examine(name, timeout))
+
+    out = apart.run(report, timeout=timeout * 2)
+    row = out.row or {"name": name, "verdict": "crashed", "note": out.death}
+    if out.stop and not out.row:
+        row |= {"verdict": "stopped", "note": f"a sample takes over {timeout:.0f} s"}
     return row | {"torch": torch.__version__.partition("+")[0]}
 
 
-def _child(name: str, timeout: float, out: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    out.send(examine(name, timeout))
-
-
-def examine(name: str, timeout: float) -> dict[str, Any]:
+def examine(name: str, timeout: float) -> apart.Row:
     """Every sample of one operator; the verdict is that of the worst."""
     op = oracle.OPS[name]
     started = time.monotonic()
-    row: dict[str, Any] = {
+    row: apart.Row = {
         "name": name,
         "samples": 0,
         "of": 0,
         "refused": 0,
+        "untraced": 0,
         "kinds": {},
         "note": "",
     }
-    if name in oracle.UNTRACED:
-        return row | {"verdict": "untraced", "note": "torch cannot make a graph of it"}
     samples = oracle.samples(op, every=True)
     row["of"] = len(samples)
-    for sample in samples:
+    for i, sample in enumerate(samples):
         if time.monotonic() - started > timeout:
             row["note"] = f"stopped after {timeout:.0f} s"
             break
@@ -118,17 +95,38 @@ def examine(name: str, timeout: float) -> dict[str, Any]:
             row["refused"] += 1
             row["note"] = str(e).splitlines()[0]
             continue
-        except AssertionError as e:
-            text = next((s for s in str(e).splitlines() if s.strip()), "")
-            return row | {"verdict": "wrong", "note": f"sample {row['samples']}: {text}"[:200]}
-        except Exception as e:  # neither traced nor differentiated by torch: nothing to compare
-            text = f"sample {row['samples']}: {type(e).__name__}: {e}"
-            return row | {"verdict": "no oracle", "note": text.splitlines()[0][:200]}
+        except Exception as e:
+            if why := untraced(sample):
+                row["untraced"] += 1
+                row["note"] = why
+                continue
+            if isinstance(e, AssertionError):
+                text = f"sample {i}: {apart.one_line(e)}"
+                return row | {"verdict": "wrong", "note": text[:200]}
+            # torch does not differentiate it: nothing to compare
+            text = f"sample {i}: {error_text(e)}"
+            return row | {"verdict": "no oracle", "note": text[:200]}
         row["samples"] += 1
     if row["refused"] and not row["samples"]:
         return row | {"verdict": "unsupported"}
+    if row["untraced"] and not row["samples"]:
+        return row | {"verdict": "untraced"}
     kinds = set(row["kinds"].values())
     return row | {"verdict": next((k for k in reversed(ORDER) if k in kinds), "no tangent")}
+
+
+def untraced(sample: Any) -> str:
+    """Why torch cannot make a graph of it; empty if it can."""
+    try:
+        oracle.trace(sample.fn, sample.tensors, sample.which)
+    except Exception as e:
+        return error_text(e)[:200]
+    return ""
+
+
+def error_text(error: Exception) -> str:
+    """The error on one line."""
+    return f"{type(error).__name__}: {apart.one_line(error)}"
 
 
 def _missed(names: list[str]) -> list[str]:
@@ -142,7 +140,7 @@ def _missed(names: list[str]) -> list[str]:
     return [*head, text, ""]
 
 
-def document(rows: Iterable[dict[str, Any]]) -> str:
+def document(rows: Iterable[apart.Row]) -> str:
     """The Markdown page."""
     rows = list(rows)
     count = Counter(r["verdict"] for r in rows)
@@ -184,7 +182,8 @@ def document(rows: Iterable[dict[str, Any]]) -> str:
         derived = [f"`{k}`" for k, v in r.get("kinds", {}).items() if v == "derived"]
         why = "; ".join([*derived, *([r["note"].replace("|", "\\|")] if r["note"] else [])])
         done = f"{r.get('samples', 0)} of {r.get('of', 0)}"
-        done += f", {r['refused']} refused" if r.get("refused") else ""
+        for k in ("refused", "untraced"):
+            done += f", {r[k]} {k}" if r.get(k) else ""
         lines.append(f"| {r['name']} | {r['verdict']} | {done} | {why} |")
     lines += ["", "## Rules", "", "| operator | samples |", "| --- | ---: |"]
     lines += [

@@ -38,6 +38,24 @@ def test_what_is_partly_refused_says_so() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_is_partly_untraced_says_so() -> None:
+    row = op_rules.examine("tensor_split", timeout=60)
+    assert row["untraced"] and row["samples"] + row["untraced"] == row["of"]
+    assert row["note"].startswith("GuardOnDataDependentSymNode: ")
+    assert f", {row['untraced']} untraced |" in op_rules.document([row | {"torch": "0"}])
+
+
+def test_what_torch_cannot_differentiate_has_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> Any:
+        raise RuntimeError("\nno derivative")
+
+    monkeypatch.setattr(op_rules.oracle, "check", refuses)
+    row = op_rules.examine("exp", timeout=60)
+    assert row["verdict"] == "no oracle"
+    assert row["note"] == "sample 0: RuntimeError: no derivative"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(em: Any, node: Any) -> Any:
         return em.t(node.args[0])
