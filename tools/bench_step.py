@@ -8,7 +8,8 @@ Each round runs one step (gradients cleared, forward, loss, backward) of every v
 order; ``ratio`` is the median of the paired ratios to ``torch.compile``d backpropagation, between
 its quartiles. ``floor`` is the ratio of the FLOPs of products: what FLOPs allow if everything else
 were free. ``peak`` counts what one step allocates at most, from the allocator's events; ``compile``
-is the time to the end of the first step with all caches off (first kind + calibration).
+is the time to the end of the first step (+ of the first calibration step, more) in a new process
+with an empty kernel cache (``tools/bench/compile_time.py``).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def table(rows: list[Row]) -> str:
         "| --- " * 13 + "|",
     ]
     for r in rows:
-        seconds = " + ".join(f"{s:.1f}" for s in r.get("compile_s", {}).values()) or "-"
+        parts = [r.get("compile_s", {}).get(k) for k in ("first", "calibration")]
+        seconds = " + ".join(f"{s:.1f}" for s in parts if s) or "-"
         out.append(
             f"| {r['model']} | {r['batch']} | {r['variant']} | {text(r['step_ms'], 2)} | "
             f"{text(r['forward_ms'], 2)} | {text(r['update_ms'], 2)} | "
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         help="count processor time on one thread: for a machine that does other work meanwhile",
     )
     p.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
-    p.add_argument("--compile-time", action="store_true", help="also compile with caches off")
+    p.add_argument("--compile-time", action="store_true", help="also compile in a new process")
     p.add_argument("--json", type=Path, help="write rows here, after every network")
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
     a = p.parse_args(argv)

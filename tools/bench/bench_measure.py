@@ -14,16 +14,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_models import MODELS, PLAIN, VARIANTS, Step, build
+from bench_models import PLAIN, VARIANTS, Step, make
+from compile_time import compile_seconds
 
 Row = dict[str, Any]
-
-
-def make(name: str, variant: str, batch: int) -> Step:
-    """A step, with the same batch for every variant."""
-    torch.manual_seed(1)
-    x, y = MODELS[name].example(batch)
-    return Step(build(name, variant), x, y)
 
 
 def period(variant: str) -> int:
@@ -135,26 +129,6 @@ def peak_memory(step: Step, count: int) -> float:
         level += change
         peak = max(peak, level)
     return peak / 2**20
-
-
-def compile_seconds(name: str, variant: str, batch: int) -> dict[str, float]:
-    """Seconds to the end of the first step of each kind, caches off."""
-    from torch._inductor import config
-
-    torch._dynamo.reset()
-    out = {}
-    with config.patch(force_disable_caches=True):
-        step = make(name, variant, batch)
-        start = time.perf_counter()
-        step()
-        kind = "step" if variant in PLAIN or variant == "bp" else "first kind"
-        out[kind] = time.perf_counter() - start
-        if variant not in (*PLAIN, "bp"):
-            start = time.perf_counter()
-            with step.net.calibration():  # type: ignore[operator]
-                step()
-            out["calibration"] = time.perf_counter() - start
-    return out
 
 
 def run_model(

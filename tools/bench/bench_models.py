@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,14 @@ class Benchmark:
 def mlp(depth: int, width: int) -> Callable[[], nn.Module]:
     """``depth`` weight layers."""
     return lambda: networks.mlp(SMALL, 10, depth, width, "relu", False)
+
+
+def deep(depth: int) -> nn.Module:
+    """What compile time is measured on by depth: equal layers, none of which costs much."""
+    body: list[nn.Module] = []
+    for _ in range(depth):
+        body += [nn.Linear(64, 64), nn.Tanh()]
+    return nn.Sequential(*body, nn.Linear(64, 10))
 
 
 def cnn() -> nn.Module:
@@ -88,15 +97,27 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
 PLAIN = ("eager", "compiled")
 
 
-def build(name: str, variant: str, seed: int = 0) -> nn.Module:
+def benchmark(name: str) -> Benchmark:
+    """One of ``MODELS``, ``depthN`` (N hidden layers, 64 wide) or a torchvision classifier."""
+    if name in MODELS:
+        return MODELS[name]
+    if name.startswith("depth") and name[5:].isdigit():
+        return Benchmark(lambda: deep(int(name[5:])), (64,))
+    zoo = importlib.import_module("torchvision.models")
+    return Benchmark(lambda: zoo.get_model(name, weights=None), (3, 224, 224))
+
+
+def build(name: str, variant: str, seed: int = 0, backend: str = "inductor") -> nn.Module:
     """A network under one variant; ``eager`` and ``compiled`` are plain backpropagation."""
     torch.manual_seed(seed)
-    model = MODELS[name].build()
+    found = benchmark(name)
+    model = found.build()
     if variant == "eager":
         return model
     if variant == "compiled":
-        return torch.compile(model)  # type: ignore[return-value]
-    return grapefx.compile(model, **VARIANTS[variant][0], **dict(MODELS[name].options))
+        return torch.compile(model, backend=backend)  # type: ignore[return-value]
+    options = VARIANTS[variant][0] | dict(found.options)
+    return grapefx.compile(model, backend=backend, **options)
 
 
 @dataclass
@@ -115,3 +136,10 @@ class Step:
 
     def __call__(self) -> None:
         self.forward().backward()
+
+
+def make(name: str, variant: str, batch: int, backend: str = "inductor") -> Step:
+    """A step, with the same batch for every variant."""
+    torch.manual_seed(1)
+    x, y = benchmark(name).example(batch)
+    return Step(build(name, variant, backend=backend), x, y)

@@ -19,20 +19,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-VARIANTS = ("compiled", "dfa", "grape")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+
+from bench_models import PLAIN, VARIANTS, benchmark, make  # noqa: E402
+from grapefx.choices import resolve  # noqa: E402
+from grapefx.plan import build_plan  # noqa: E402
+
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table."""
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--model", default="resnet50", help="a torchvision classifier")
+    p.add_argument("--model", default="resnet50", help="of bench_models.py, or of torchvision")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--depths", type=int, nargs="+", help="MLPs of these depths, 64 wide, instead")
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    p.add_argument(
+        "--variants",
+        nargs="+",
+        choices=("compiled", *VARIANTS),
+        default=["compiled", "dfa", "grape"],
+    )
     p.add_argument("--no-kernels", action="store_true", help="the passes alone, no Inductor")
-    p.add_argument("--one", nargs=2, metavar=("WHAT", "VARIANT"), help=argparse.SUPPRESS)
+    p.add_argument("--one", nargs=2, metavar=("NAME", "VARIANT"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.one:
         print(json.dumps(measure(*args.one, batch=args.batch, kernels=not args.no_kernels)))
@@ -41,72 +54,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         "| network | variant | plan s | first step s | calibration s | processor s | nodes |\n"
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
     )
-    for what in [f"mlp{d}" for d in args.depths] if args.depths else [args.model]:
+    for name in [f"depth{d}" for d in args.depths] if args.depths else [args.model]:
         for variant in args.variants:
-            row = apart(what, variant, args.batch, not args.depths, not args.no_kernels)
+            row = compile_seconds(
+                name, variant, args.batch, workers=not args.depths, kernels=not args.no_kernels
+            )
             cells = [row["plan"], row["first"], row["calibration"], row["processor"]]
             text = " | ".join("" if c is None else f"{c:.1f}" for c in cells)
-            print(f"| {what} | {variant} | {text} | {row['nodes'] or ''} |", flush=True)
+            print(f"| {name} | {variant} | {text} | {row['nodes'] or ''} |", flush=True)
     return 0
 
 
-def apart(what: str, variant: str, batch: int, workers: bool, kernels: bool) -> dict[str, Any]:
-    """One row, measured in a new process without caches."""
+def compile_seconds(
+    name: str, variant: str, batch: int, *, workers: bool = True, kernels: bool = True
+) -> Row:
+    """``measure`` in a new process without caches."""
     with tempfile.TemporaryDirectory() as cache:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         if not workers:
             env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", what, variant, "--batch", str(batch)]
+        command = [sys.executable, __file__, "--one", name, variant, "--batch", str(batch)]
         command += [] if kernels else ["--no-kernels"]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measure(what: str, variant: str, *, batch: int, kernels: bool) -> dict[str, Any]:
-    """Seconds of each part, in this process."""
-    import torch
-    from torch import nn
-
-    import grapefx
-    from grapefx.choices import resolve
-    from grapefx.plan import build_plan
-
-    if what.startswith("mlp"):
-        body: list[nn.Module] = []
-        for _ in range(int(what[3:])):
-            body += [nn.Linear(64, 64), nn.Tanh()]
-        model: nn.Module = nn.Sequential(*body, nn.Linear(64, 10))
-        x = torch.randn(batch, 64)
-    else:
-        import torchvision
-
-        model, x = getattr(torchvision.models, what)(weights=None), torch.randn(batch, 3, 224, 224)
-    backend = "inductor" if kernels else "eager"
-    row: dict[str, Any] = {"plan": None, "calibration": None, "nodes": None}
-    if variant != "compiled":
-        method, options = resolve(variant, {"calib_every": None})
-        start = time.perf_counter()
-        plan = build_plan(model, (x,), {}, method=method, options=options)
-        for kind in plan.kinds():
-            plan.graph(kind)
-        row |= {"plan": time.perf_counter() - start, "nodes": len(plan.joint.gm.graph.nodes)}
+def measure(name: str, variant: str, *, batch: int, kernels: bool) -> Row:
+    """Seconds of each part, in this process; None where a variant has no such part."""
+    row: Row = {"plan": None, "calibration": None, "nodes": None}
+    if variant not in PLAIN:
+        row |= _planned(name, variant, batch)
+    step = make(name, variant, batch, "inductor" if kernels else "eager")
     cpu = time.process_time()
-    if variant == "compiled":
-        net: Any = torch.compile(model, backend=backend)
-        row["first"] = _seconds(lambda: net(x).sum().backward())
-        row["processor"] = time.process_time() - cpu
-        return row
-    net = grapefx.compile(model, method=variant, calib_every=None, backend=backend)
-    row["first"] = _seconds(lambda: net(x).sum().backward())
+    row["first"] = _seconds(step)
     row["processor"] = time.process_time() - cpu
+    if variant in (*PLAIN, "bp"):
+        return row
 
     def calibrate() -> None:
-        with net.calibration():
-            net(x).sum().backward()
+        with step.net.calibration():  # type: ignore[operator]
+            step()
 
     row["calibration"] = _seconds(calibrate)
     return row
+
+
+def _planned(name: str, variant: str, batch: int) -> Row:
+    found = benchmark(name)
+    options = VARIANTS[variant][0] | dict(found.options)
+    method, resolved = resolve(options.pop("method"), options)
+    model, (x, _) = found.build(), found.example(batch)
+    start = time.perf_counter()
+    plan = build_plan(model, (x,), {}, method=method, options=resolved)
+    for kind in plan.kinds():
+        plan.graph(kind)
+    return {"plan": time.perf_counter() - start, "nodes": len(plan.joint.gm.graph.nodes)}
 
 
 def _seconds(run: Callable[[], None]) -> float:
