@@ -38,9 +38,9 @@ from torch import Tensor, nn  # noqa: E402
 
 import grapefx  # noqa: E402
 import networks  # noqa: E402
-from bench_models import COLOUR, MODELS, SMALL  # noqa: E402
+from bench_models import COLOUR, MODELS, SMALL, VARIANTS, Step  # noqa: E402
+from gpu_page import METHODS, PLAIN, Row, page  # noqa: E402
 
-Row = dict[str, Any]
 FORMS = ("off", "graphs", "horizontal", "streams", "auto")
 # every form once on the smallest model; on the others the forms that rewrite the graph
 PARITY = (
@@ -56,12 +56,6 @@ SMOKE_PARITY = (
     ("mlp", "grape", "streams", torch.float64),
     ("mlp", "dfa", "horizontal", torch.float64),
 )
-METHODS: dict[str, dict[str, Any]] = {
-    "dfa": {"method": "dfa"},
-    "grape": {"method": "grape"},
-    "grape 1/8": {"method": "grape", "tangent_fraction": 1 / 8},
-}
-PLAIN = ("eager", "compiled", "compiled + CUDA graphs")
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Case:
     variants: tuple[str, ...]
 
 
-def _variants(forms: Sequence[str], methods: Sequence[str] = tuple(METHODS)) -> tuple[str, ...]:
+def _variants(forms: Sequence[str], methods: Sequence[str] = METHODS) -> tuple[str, ...]:
     return (*PLAIN, *(f"{m}, {form}" for m in methods for form in forms))
 
 
@@ -88,7 +82,7 @@ def cases(smoke: bool) -> list[Case]:
     found = []
     for depth, forms in ((8, FORMS), (16, ("off", "auto")), (2, ("off", "auto")), (4, ("auto",))):
         for kind in ("micro", "macro"):
-            methods = tuple(METHODS) if depth == 8 else ("dfa", "grape 1/8")
+            methods = METHODS if depth == 8 else ("dfa", "grape 1/8")
             found.append(
                 Case(f"transformer{depth}", f"transformer{depth}-{kind}", 8,
                      _variants(forms, methods))
@@ -297,24 +291,16 @@ def forms_agree(run: Run, made: Any, method: str, form: str, options: dict[str, 
 
 
 @dataclass
-class Trained:
+class Trained(Step):
     """A variant ready to be timed."""
 
-    net: nn.Module
-    x: Tensor
-    y: Tensor
     marks: bool
 
     def forward(self) -> Tensor:
         """Loss."""
         if self.marks:
             torch.compiler.cudagraph_mark_step_begin()
-        for p in self.net.parameters():
-            p.grad = None
-        return F.cross_entropy(self.net(self.x).flatten(0, -2), self.y.flatten())
-
-    def __call__(self) -> None:
-        self.forward().backward()
+        return super().forward()
 
 
 def build(run: Run, case: Case, variant: str) -> Trained:
@@ -334,7 +320,7 @@ def build(run: Run, case: Case, variant: str) -> Trained:
         return Trained(net, x, y, graphs)
     method, form = variant.split(", ")
     net = grapefx.compile(
-        model, **METHODS[method], calib_every=None, parallel=form, backend=run.a.backend, **options
+        model, **VARIANTS[method][0], parallel=form, backend=run.a.backend, **options
     )
     return Trained(net, x, y, False)
 
@@ -414,82 +400,6 @@ def timed(run: Run, step: Trained, inner: int) -> tuple[float, float]:
     loss.backward()
     run.sync()
     return whole, time.perf_counter() - start
-
-
-# the page
-
-
-def page(rows: dict[str, Row], where: str) -> str:
-    """The results as markdown."""
-    out = [
-        "# On a GPU", "", f"Made by `make gpu-check` on {where}.", "",
-        "Times in ms: a step is gradients cleared, forward, loss, backward; update is backward "
-        "alone. `found` is what `parallel=\"auto\"` measured for the update.", "",
-    ]  # fmt: skip
-    checks = {k: r for k, r in rows.items() if r.get("section") == "parity"}
-    bad = {k: r for k, r in checks.items() if not r["ok"]}
-    if checks:
-        out += [f"Parity: {len(checks) - len(bad)} of {len(checks)} comparisons hold."]
-        out += [f"- {k}: {r.get('error') or r.get('difference')}" for k, r in bad.items()] + [""]
-    out += verdicts(rows)
-    cases: dict[str, dict[str, Row]] = {}
-    for key, row in rows.items():
-        if row.get("section") != "parity":
-            name, batch, variant = key.split("/", 2)
-            cases.setdefault(f"{name}, batch {batch}", {})[variant] = row
-    for title, found in cases.items():
-        eager, compiled = (found.get(v, {}).get("step_ms") for v in (PLAIN[0], PLAIN[2]))
-        out += ["", f"## {title}", "",
-                "| variant | step | update | / eager | / compiled + graphs | compile s | found |",
-                "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
-        for variant, r in found.items():
-            if not r["ok"]:
-                out.append(f"| {variant} | | | | | | {r['error']} |")
-                continue
-            ratios = [f"{r['step_ms'] / b:.2f}" if b else "-" for b in (eager, compiled)]
-            timings = ", ".join(f"{k} {v}" for k, v in r.get("found_ms", {}).items())
-            text = f"{r['chose']} ({timings})" if timings else ""
-            out.append(
-                f"| {variant} | {r['step_ms']:.3f} | {r['update_ms']:.3f} | {ratios[0]} | "
-                f"{ratios[1]} | {r['compile_s']} | {text} |"
-            )
-    return "\n".join(out) + "\n"
-
-
-def best(rows: dict[str, Row], case: str, method: str, what: str) -> float | None:
-    """The least time of a method's forms."""
-    values = [
-        r[what] for k, r in rows.items()
-        if r.get("ok") and k.startswith(f"{case}/{method}, ") and what in r
-    ]  # fmt: skip
-    return min(values, default=None)
-
-
-def verdicts(rows: dict[str, Row]) -> list[str]:
-    """The targets, met or not."""
-    out = []
-    for kind in ("micro", "macro"):
-        case = f"transformer8-{kind}/8"
-        for method in METHODS:
-            mine = best(rows, case, method, "step_ms")
-            for base, goal in ((PLAIN[0], 1 / 3), (PLAIN[2], 0.75)):
-                other = rows.get(f"{case}/{base}", {}).get("step_ms")
-                if mine and other:
-                    met = "met" if mine / other <= goal else "missed"
-                    out.append(
-                        f"- depth 8 {kind}, {method}: {mine / other:.2f} of {base} BP "
-                        f"(target {goal:.2f}): {met}"
-                    )
-            short, long = (
-                best(rows, f"transformer{d}-{kind}/8", method, "update_ms") for d in (2, 16)
-            )
-            if short and long:
-                met = "met" if long / short < 1.5 else "missed"
-                out.append(
-                    f"- {kind}, {method}: the update grows by {long / short:.2f} from depth 2 to "
-                    f"16 (target below 1.5): {met}"
-                )
-    return ["## Targets", "", *out] if out else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

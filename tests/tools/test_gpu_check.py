@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gpu_check
-from gpu_check import Case, best, page, verdicts
+from gpu_check import Case
+from gpu_page import best, page, verdicts
 
 SMOKE = ["--device", "cpu", "--smoke", "--rounds", "1", "--inner", "1", "--seconds", "90000"]
 
