@@ -20,7 +20,8 @@ INPUT_ROLES = (
     "feedback",
     "target",
 )
-OUTPUT_ROLES = ("output", "buffer", "gradient", "input_gradient", "feedback", "metric")
+# "kept" is for the graph that runs after the step.
+OUTPUT_ROLES = ("output", "buffer", "gradient", "input_gradient", "feedback", "metric", "kept")
 
 # What a node of a step graph is for; ``Node.meta["grapefx_phase"]``.
 PHASES = (

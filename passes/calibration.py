@@ -56,9 +56,9 @@ def refit(b: Builder) -> None:
         g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
         return torch.linalg.solve(g, e.t())
 
-    def fit(solved: list[Tensor], e: Tensor, delta: Tensor, state: State, m: FeedbackMap) -> State:
+    def fit(solved: list[Tensor], e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
         dtype = solved[0].dtype
-        rows = m.value_rows(delta).to(dtype)
+        rows = rows.to(dtype)
         parts = []
         for g, part in enumerate(solved):
             top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
@@ -86,9 +86,11 @@ def refit(b: Builder) -> None:
             inverse[key] = b.emit(
                 lambda e, m=m: [gram(m.pick(e, g)) for g in range(m.groups)], e, phase="refit"
             )
+        # with the gradients, not in the tail: rows may be far smaller than delta
+        rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
         new = b.emit(
-            lambda s, e, d, st, m=m: fit(s, e, d, st, m),
-            inverse[key], e, node.args[0], state,
+            lambda s, e, r, st, m=m: fit(s, e, r, st, m),
+            inverse[key], e, rows, state,
             phase="refit", layer=m.layer.name,
         )  # fmt: skip
         b.new_states.append(new)

@@ -13,6 +13,7 @@ from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.join_products import join_products
 from grapefx.passes.split import forward_only, split
+from grapefx.passes.tail import Tail, cut_tail
 from grapefx.plan import Plan
 from grapefx.runtime import cudagraph
 from grapefx.runtime.cudagraph import Graphed
@@ -207,6 +208,9 @@ def compile_step(
         for i, s in enumerate(step.inputs)
         if s.role == "random" and (val := placeholders[i].meta["val"]) is not None
     )
+    tail = None
+    if kind == "calibration":
+        step, tail = cut_tail(step)
     parts = split(prepare(step, sizes, backend))
     sources = tuple(_source(step, i) for i in parts.forward_inputs)
     saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][
@@ -235,6 +239,10 @@ def compile_step(
             stable=stable_inputs(step, parts.forward_inputs),
             lasting=frozenset(range(len(parts.forward_outputs))),
         )
+    results = [(s.role, s.name) for s in parts.update_outputs]
+    if tail is not None:
+        update = _followed(update, tail)
+        results[-len(tail.orders) :] = [(s.role, s.name) for s in tail.outputs]
     return CompiledStep(
         kind=kind,
         forward=forward,
@@ -246,12 +254,17 @@ def compile_step(
         saved_tensors=tuple(i for i, v in enumerate(saved) if isinstance(v, Tensor)),
         saved_sizes=tuple(i for i, v in enumerate(saved) if not isinstance(v, Tensor)),
         late=late,
-        results=tuple((s.role, s.name) for s in parts.update_outputs),
+        results=tuple(results),
         gradients=tuple(
             (s.role, s.name) for s in step.outputs if s.role in ("gradient", "input_gradient")
         ),
         seconds=time.perf_counter() - start,
     )
+
+
+def _followed(update: Compiled, tail: Tail) -> Compiled:
+    tail.gm.recompile()
+    return lambda inputs: tail.run(update(inputs))
 
 
 def _device_of(step: StepGraph) -> str:
