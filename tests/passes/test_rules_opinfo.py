@@ -34,14 +34,14 @@ SEED = 42  # torch's samples of random operators seed with this one
 
 # torch cannot trace them: sparse values, or shapes and branches that depend on values
 UNTRACED = {
-    "sparse.sampled_addmm", "sparse.mm.reduce", "to_sparse", "corrcoef", "cov", "tensor_split",
-    "nn.functional.ctc_loss", "nn.functional.gaussian_nll_loss", "linalg.lstsq",
-    "linalg.lstsq.grad_oriented", "nonzero_static", "as_strided.partial_views",
+    "sparse.sampled_addmm", "sparse.mm.reduce", "corrcoef", "cov", "nn.functional.ctc_loss",
+    "nn.functional.gaussian_nll_loss", "linalg.lstsq", "linalg.lstsq.grad_oriented",
+    "as_strided.partial_views",  # views that lie outside of the tensor: its copies have less memory
 }  # fmt: skip
 # no forward derivative: refused by name
 REFUSED = {
     "index_reduce.prod", "scatter_reduce.prod", "_segment_reduce.lengths",
-    "_segment_reduce.offsets", "nn.functional.linear_cross_entropy.chunked_none",
+    "_segment_reduce.offsets", "nn.functional.linear_cross_entropy.chunked_none", "to_sparse",
 }  # fmt: skip
 # results 1, 2, ... are statistics for the backward: nothing in a forward graph reads them
 FIRST_ONLY = ("native_", "norm_legit", "_batch_norm", "scaled_dot_product")
