@@ -3,7 +3,8 @@
 In: a step graph. Out: the same graph (changed in place) in which such a pooling keeps one byte for
 each window, the place of its maximum, and the gradient of an input position is its window's where
 the place is its own: pointwise. A scatter over indices into the plane is the slowest kernel of a
-small network on a CPU.
+small network on a CPU. An activation whose derivative is a function of its value, in front of the
+pooling, gets its gradient before it spreads: the plane, or its mask, need not be saved.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ _BACKWARD = {
     aten.max_pool2d_with_indices.default: aten.max_pool2d_with_indices_backward.default,
     aten.max_pool3d_with_indices.default: aten.max_pool3d_with_indices_backward.default,
 }
+# of (gradient, value of the activation, ...); zero where the gradient is
+_BY_VALUE = (
+    aten.threshold_backward.default,
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+)
 _MOST = 25  # positions of a window, for which Inductor keeps places
 
 
@@ -53,9 +60,16 @@ def tile_pools(step: StepGraph) -> int:
         with em.before(node, **_meta(node)):
             pair = em.call(ops[0], x, window, window, *rest, False)
             place = em.get(pair, 1)
+            top = em.get(pair, 0)
             if 0 in items:
-                items[0].replace_all_uses_with(em.get(pair, 0))
+                items[0].replace_all_uses_with(top)
         for user in gradients:
+            for act in [u for u in user.users if u.target in _BY_VALUE and u.args[1] is x]:
+                # the gradient reaches the places of the maxima, where the value is the maximum
+                with em.before(act, **_meta(act)):
+                    small = em.call(act.target, user.args[0], top, *act.args[2:])
+                    act.replace_all_uses_with(em.trace(_spread_over(window), small, place))
+                graph.erase_node(act)
             with em.before(user, **_meta(user)):
                 new = em.trace(_spread_over(window), user.args[0], place)
             user.replace_all_uses_with(new)

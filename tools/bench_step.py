@@ -9,7 +9,8 @@ order; ``ratio`` is the median of the paired ratios to ``torch.compile``d backpr
 its quartiles. ``floor`` is the ratio of the FLOPs of products: what FLOPs allow if everything else
 were free. ``peak`` counts what one step allocates at most, from the allocator's events; ``compile``
 is the time to the end of the first step (+ of the first calibration step, more) in a new process
-with an empty kernel cache (``tools/bench/compile_time.py``).
+with an empty kernel cache (``tools/bench/compile_time.py``). Where the package ``biotorch`` is
+installed, its DFA is measured as well.
 """
 
 from __future__ import annotations

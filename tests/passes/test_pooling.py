@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,3 +104,35 @@ def test_nothing_is_saved_but_a_byte_a_window() -> None:
     assert not any(v.dtype == torch.int64 for v in saved)
     places = [v for v in saved if v.dtype == torch.int8]
     assert [tuple(v.shape[1:]) for v in places] == [(3, 6, 6)]
+    assert not [v for v in saved if tuple(v.shape[1:]) == (3, 12, 12)]  # nor the ReLU's mask
+
+
+@pytest.mark.parametrize("act", [torch.relu, torch.tanh, torch.sigmoid])
+def test_the_gradient_passes_the_activation_before_it_spreads(act: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), _Act(act), nn.MaxPool2d(2), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(32, 3)).double()
+    twin = eager_twin(model)
+    x, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randint(3, (5,))
+    x[0] = 0.0  # ties
+    step = build_plan(model, (x,), method="bp").graph("calibration").copy()
+    name = {torch.relu: "threshold_backward"}.get(act, f"{act.__name__}_backward")
+
+    def sizes() -> list[int]:
+        found = [n for n in step.gm.graph.nodes if n.target is getattr(aten, name).default]
+        return [int(n.meta["val"].shape[-1]) for n in found]
+
+    assert sizes() == [8]
+    assert tile_pools(step) == 1 and sizes() == [4]
+    F.cross_entropy(twin(x), y).backward()
+    F.cross_entropy(compiled(model, "bp", backend="inductor")(x), y).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+class _Act(nn.Module):
+    def __init__(self, fn: Any) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x)

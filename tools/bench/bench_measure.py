@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_models import PLAIN, VARIANTS, Step, make
+from bench_models import PLAIN, VARIANTS, Step, make, peers
 from compile_time import compile_seconds
 
 Row = dict[str, Any]
@@ -143,7 +143,7 @@ def run_model(
 ) -> list[Row]:
     """One row a variant."""
     steps: dict[str, Step] = {}
-    everything = [*PLAIN, *variants]
+    everything = [*PLAIN, *peers(name), *variants]
     times = paired(name, everything, batch=batch, rounds=rounds, clock=clock, steps=steps)
     reference = None
     rows = []
@@ -173,6 +173,6 @@ def run_model(
     steps.clear()
     if compile_time:
         for row in rows:
-            if row["variant"] != "eager":
+            if row["variant"] == "compiled" or row["variant"] in VARIANTS:
                 row["compile_s"] = compile_seconds(name, row["variant"], batch)
     return rows

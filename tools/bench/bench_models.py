@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +98,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "grape k=8": ({"method": "grape", "calib_every": None, "align_every": 8}, 8),
 }
 PLAIN = ("eager", "compiled")
+# by the mode of another package, if it is installed: eager, and of images only (it has no linear
+# layer of sequences)
+PEERS = {"biotorch dfa": "dfa"}
+
+
+def peers(name: str) -> list[str]:
+    """The variants of ``PEERS`` that can train a network here."""
+    installed = importlib.util.find_spec("biotorch") is not None
+    return list(PEERS) if installed and benchmark(name).kind == "image" else []
 
 
 def benchmark(name: str) -> Benchmark:
@@ -116,6 +128,11 @@ def build(name: str, variant: str, seed: int = 0, backend: str = "inductor") -> 
         return model
     if variant == "compiled":
         return torch.compile(model, backend=backend)  # type: ignore[return-value]
+    if variant in PEERS:
+        peer = importlib.import_module("biotorch.module.biomodule")
+        with contextlib.redirect_stdout(io.StringIO()):  # it says which layers it converts
+            made: nn.Module = peer.BioModule(model, mode=PEERS[variant], output_dim=10)
+        return made
     options = VARIANTS[variant][0] | dict(found.options)
     return grapefx.compile(model, backend=backend, **options)
 
@@ -138,8 +155,19 @@ class Step:
         self.forward().backward()
 
 
+class PeerStep(Step):
+    """BioTorch's own call: the network is told the targets and the loss."""
+
+    def forward(self) -> Tensor:
+        """Loss."""
+        for p in self.net.parameters():
+            p.grad = None
+        return F.cross_entropy(self.net(self.x, self.y, F.cross_entropy), self.y)
+
+
 def make(name: str, variant: str, batch: int, backend: str = "inductor") -> Step:
     """A step, with the same batch for every variant."""
     torch.manual_seed(1)
     x, y = benchmark(name).example(batch)
-    return Step(build(name, variant, backend=backend), x, y)
+    kind = PeerStep if variant in PEERS else Step
+    return kind(build(name, variant, backend=backend), x, y)

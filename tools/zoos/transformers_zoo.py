@@ -46,6 +46,10 @@ def _pairs() -> dict[str, Any]:
     return _text(decoder_input_ids=torch.randint(3, 99, (BATCH, T - 2)))
 
 
+def _masked_pairs() -> dict[str, Any]:
+    return _pairs() | {"attention_mask": torch.ones(BATCH, T, dtype=torch.long)}
+
+
 def _pixels() -> dict[str, Any]:
     return {"pixel_values": images(32)}
 
@@ -100,7 +104,8 @@ TRANSFORMERS: dict[str, tuple[Inputs, dict[str, Any]]] = {
          "num_key_value_heads": 4},
     ),
     "SwitchTransformersForConditionalGeneration": (
-        _pairs, {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+        # under a tracer its encoder makes no mask of its own
+        _masked_pairs, {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
     ),
     "Mamba2ForCausalLM": (
         _text, {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}
