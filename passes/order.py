@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 from torch.fx import Graph, Node
 
@@ -67,19 +68,20 @@ def aliases(node: Node) -> bool:
 
 def ancestors(ends: Iterable[Node]) -> set[Node]:
     """All nodes that lead to one of ``ends``, and these."""
-    return _reached(ends, lambda n: n.all_input_nodes)
+    return _reached(ends, attrgetter("all_input_nodes"))
 
 
 def descendants(starts: Iterable[Node]) -> set[Node]:
     """All nodes that depend on one of ``starts``, and these."""
-    return _reached(starts, lambda n: n.users)
+    return _reached(starts, attrgetter("users"))
 
 
 def _reached(starts: Iterable[Node], next_to: Callable[[Node], Iterable[Node]]) -> set[Node]:
     seen = set(starts)
     stack = list(seen)
     while stack:
-        new = [n for n in next_to(stack.pop()) if n not in seen]
-        seen.update(new)
-        stack += new
+        for n in next_to(stack.pop()):
+            if n not in seen:
+                seen.add(n)
+                stack.append(n)
     return seen

@@ -64,7 +64,7 @@ def tile_pools(step: StepGraph) -> int:
             if 0 in items:
                 items[0].replace_all_uses_with(top)
         for user in gradients:
-            for act in [u for u in user.users if u.target in _BY_VALUE and u.args[1] is x]:
+            for act in [u for u in user.users if _passes(u, x)]:
                 # the gradient reaches the places of the maxima, where the value is the maximum
                 with em.before(act, **_meta(act)):
                     small = em.call(act.target, user.args[0], top, *act.args[2:])
@@ -84,6 +84,15 @@ def tile_pools(step: StepGraph) -> int:
         graph.lint()
         step.gm.recompile()
     return done
+
+
+def _passes(act: Node, x: Node) -> bool:
+    """Whether a user of the pooling's gradient is that of the activation in front of it.
+
+    Batch norm reads its gradient three times and would spread it each time: left as it is.
+    """
+    once = all(u.target is aten.convolution_backward.default for u in act.users)
+    return act.target in _BY_VALUE and act.args[1] is x and once
 
 
 def _meta(node: Node) -> dict[str, Any]:
@@ -116,19 +125,27 @@ def _full(sizes: Any, dims: int) -> list[int]:
 
 
 def _spread_over(window: Sequence[int]) -> Any:
-    def spread(grad: Tensor, place: Tensor) -> Tensor:
-        """The gradient to the input (..., H, W) from that to the output (..., H/kh, W/kw)."""
-        dims = len(window)
-        own = torch.zeros((), dtype=torch.int8, device=place.device)
-        for k in window:  # the place of each position of a window: (kh, 1, kw)
-            steps = torch.arange(k, dtype=torch.int8, device=place.device)
-            own = (own * k).unsqueeze(-1).unsqueeze(-1) + steps
+    dims = len(window)
+
+    def wide(x: Tensor) -> Tensor:
+        """Each value at all positions of its window: (..., h, w) to (..., h * kh, w * kw)."""
+        lead, plane = list(x.shape[:-dims]), list(x.shape[-dims:])
+        apart = [n for pair in zip(plane, window, strict=True) for n in pair]
         for d in range(dims):
-            place, grad = (x.unsqueeze(x.ndim - 2 * d) for x in (place, grad))
-        wide = torch.where(place == own, grad, 0.0)
-        lead = wide.ndim - 2 * dims
-        plane = [wide.shape[d] * wide.shape[d + 1] for d in range(lead, wide.ndim, 2)]
-        return wide.reshape(*wide.shape[:lead], *plane)
+            x = x.unsqueeze(len(lead) + 2 * d + 1)
+        full = [n * k for n, k in zip(plane, window, strict=True)]
+        return x.expand(*lead, *apart).reshape(*lead, *full)
+
+    def spread(grad: Tensor, place: Tensor) -> Tensor:
+        """The gradient to the input (..., H, W) from that to the output (..., H/kh, W/kw).
+
+        Every operand has the plane's shape: a loop over one window is too short for vectors.
+        """
+        own = torch.zeros((), dtype=torch.int64, device=place.device)
+        for n, k in zip(place.shape[-dims:], window, strict=True):
+            steps = torch.arange(n * k, device=place.device) % k
+            own = own.unsqueeze(-1) * k + steps
+        return torch.where(wide(place) == own.to(torch.int8), wide(grad), 0.0)
 
     return spread
 

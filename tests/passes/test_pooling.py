@@ -129,6 +129,15 @@ def test_the_gradient_passes_the_activation_before_it_spreads(act: Any) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_batch_norm_reads_the_gradient_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2))
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(18, 3))
+    step = build_plan(model, (torch.randn(5, 1, 8, 8),), method="bp").graph("calibration").copy()
+    assert tile_pools(step) == 1
+    acts = [n for n in step.gm.graph.nodes if n.target is aten.threshold_backward.default]
+    assert [n.meta["val"].shape[-1] for n in acts] == [6]
+
+
 class _Act(nn.Module):
     def __init__(self, fn: Any) -> None:
         super().__init__()
