@@ -80,8 +80,23 @@ class Plan:
             refits=self.method.refits and calibrates,
         )
         self.notes = [*self.captured.notes, *said]
-        if self.placement.note and self.method.feedback:
-            self.notes.append(self.placement.note)
+        if self.method.feedback:
+            self.notes += filter(None, (self.placement.note, self._poor()))
+
+    def _poor(self) -> str:
+        """Why feedback can teach little with this placement; empty where it can."""
+        if self.full_maps and max(m.error_dim for m in self.full_maps) == 1:
+            return (
+                "the error has one entry a sample: at each feedback point all samples' feedback "
+                "lies on one line; error_at= can tap it in front of the output layer"
+            )
+        inside = [p for layer in self.layers for p in layer.parameters]
+        if len(self.layers) == 1 and self.options.points is None and len(inside) >= 8:
+            return (
+                f"one feedback point: the {len(inside)} parameters behind it learn by "
+                "backpropagation from there; granularity='sublayer' or points= may find more"
+            )
+        return ""
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of step that this method uses."""

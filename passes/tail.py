@@ -77,6 +77,8 @@ def cut_tail(step: StepGraph) -> tuple[StepGraph, Tail | None]:
 
     for node in [n for n in work.gm.graph.nodes if n in tail]:
         fetch(node)
+    if not all(_is_tensor(n) for n in kept):  # a size that comes as an input
+        return step, None
     graph.output(tuple(twin[n] for _, n in moved))
     _inputs_first(graph)
     dead_code(graph)

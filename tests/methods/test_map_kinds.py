@@ -200,3 +200,22 @@ def test_bad_choices(options: dict[str, object], match: str) -> None:
     with pytest.raises(OptionError, match=match):
         net = grapefx.compile(cnn(), backend="eager", **options)  # type: ignore[arg-type]
         net(torch.randn(4, 1, 8, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50", "gpt2-small"])
+def test_large_networks_plan_under_the_default_budget(name: str) -> None:
+    """25 % of the parameters' bytes, or 256 MiB if that is more."""
+    if name == "resnet50":
+        models = pytest.importorskip("torchvision").models
+        model, x = models.resnet50(weights=None), torch.randn(2, 3, 224, 224)
+    else:
+        from inspect_models import gpt
+
+        model = gpt(12, 768, heads=12, vocabulary=50257)
+        x = torch.randint(0, 50257, (2, 64))
+    plan = build_plan(model, (x,), method="grape")
+    limit = max(sum(4 * p.numel() for p in model.parameters()) / 4, 256 * 2**20)
+    assert len(plan.maps) > 12
+    assert 0 < sum(m.bytes for m in plan.maps) <= limit
+    assert plan.over_budget() == ""

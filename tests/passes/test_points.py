@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -526,3 +527,31 @@ def test_group_norm_behind_a_frozen_layer() -> None:
 def test_bad_choices(options: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         plan_of(Decoder(), ids(), **options)
+
+
+def test_an_error_of_one_entry_is_mentioned() -> None:
+    def notes(width: int, **options: object) -> list[str]:
+        body = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, width)]
+        return plan_of(nn.Sequential(*body), torch.randn(4, 8), **options).notes
+
+    assert any("one entry a sample" in n for n in notes(1))
+    assert notes(2) == [] and notes(1, method="bp") == []
+
+
+def test_one_point_for_a_whole_network_is_mentioned() -> None:
+    class Wide(nn.Module):
+        """Many layers side by side: one value holds them all."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(8, 2) for _ in range(5))
+            self.last = nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(torch.cat([p(x) for p in self.parts], 1)))
+
+    tanh = torch.ops.aten.tanh.default
+    chosen = plan_of(Wide(), torch.randn(4, 8), points=lambda node: node.target is tanh)
+    assert len(chosen.layers) == 1 and chosen.notes == []
+    found = replace(chosen, options=replace(chosen.options, points=None))
+    assert any("one feedback point" in n for n in found.notes)

@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--epochs", type=int, default=10)
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--test", type=int, default=2000, help="test images of an evaluation")
     p.add_argument("--turn", type=int, default=10, help="steps between evaluations")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--parts", type=float, nargs="+", default=[0.95, 0.99])
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as e:
         print(e, file=sys.stderr)
         return 2
+    data = data.head(len(data.train_y), a.test)
     a.steps = len(data.train_y) // a.batch
     print(f"{data.name}, {a.epochs} epochs of {a.steps} steps, {torch.get_num_threads()} threads")
     print(table(race(data, a), a.parts))
