@@ -92,9 +92,10 @@ class Plan:
             )
         inside = [p for layer in self.layers for p in layer.parameters]
         if len(self.layers) == 1 and self.options.points is None and len(inside) >= 8:
+            finer = "" if self.options.granularity == "layer" else "granularity='layer' or "
             return (
                 f"one feedback point: the {len(inside)} parameters behind it learn by "
-                "backpropagation from there; granularity='sublayer' or points= may find more"
+                f"backpropagation from there; {finer}points= may place more"
             )
         return ""
 

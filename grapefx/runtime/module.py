@@ -6,8 +6,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import math
-import operator
 import types
 import warnings
 from collections.abc import Iterator
@@ -29,7 +27,6 @@ from grapefx.runtime.owner import Owner, autocast_off
 from grapefx.runtime.program import CompiledStep, Program, module_slots
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
-from grapefx.torch_compat import subtraction
 
 if TYPE_CHECKING:
     from grapefx.report import Report
@@ -382,49 +379,6 @@ class FeedbackModule(nn.Module):
 
     # after a step
 
-    def _finish(
-        self,
-        owner: Owner,
-        step: CompiledStep,
-        learned: dict[str, Tensor],
-        metrics: dict[str, Tensor],
-        found: list[Any],
-    ) -> list[Any]:
-        """Everything that a step changes, in one assignment: an interrupt finds all or nothing."""
-        options, calibrated = self._options, owner.calibration
-        new = {**self._metrics, **{k: (v, owner.layers) for k, v in metrics.items()}}
-        cosine = math.nan
-        if calibrated and options.calib_every == "auto" and "cos_gradient" in new:
-            cosine = float(new["cos_gradient"][0].nanmean())
-        schedule = copy.copy(self._schedule)
-        schedule.done(calibrated, cosine)
-        ok = True
-        flag = new.pop("finite", (None,))[0]
-        if flag is not None and flag.device.type == "cpu":
-            ok = bool(flag)
-        elif flag is not None:
-            # reading a flag on an accelerator would wait for it: it is read with the metrics
-            new["unread"] = (*new.get("unread", ()), flag)
-        state: dict[str, Any] = {"_schedule": schedule, "_metrics": new}
-        if learned:
-            state["_feedback"] = self._feedback.having(learned)
-        if owner.took_targets:
-            state["_targets"] = None  # used up: old targets never train a new batch
-        if calibrated and options.calib_update == "sgd":
-            weights, momenta, found = self._own_sgd(step, found)
-            state["_momentum"] = {**self._momentum, **momenta}
-            write = subtraction(weights, list(momenta.values()), 0.01)
-            take = functools.partial(self.__dict__.update, state)
-            with torch.no_grad():
-                # called from C: Python looks for signals between its own instructions only
-                list(map(operator.call, (write, take)))  # type: ignore[arg-type]
-        else:
-            self.__dict__.update(state)
-        self._note_finite(ok)
-        if len(new.get("unread", ())) >= 256:
-            self._read_flags()
-        return found
-
     def _read_flags(self) -> None:
         flags = self._metrics.pop("unread", ())
         for ok in torch.stack(flags).tolist() if flags else ():
@@ -442,30 +396,6 @@ class FeedbackModule(nn.Module):
                 GrapefxWarning,
                 stacklevel=2,
             )
-
-    def _own_sgd(
-        self, step: CompiledStep, found: list[Any]
-    ) -> tuple[list[Tensor], dict[str, Tensor], list[Any]]:
-        """001 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None.
-
-        Returns the weights, their new momenta, and what is left of ``found``.
-        """
-        own = [
-            k
-            for k, ((role, _), g) in enumerate(zip(step.gradients, found, strict=True))
-            if role == "gradient" and g is not None
-        ]
-        grads = [found[k] for k in own]
-        if distributed.parallel():  # nobody else averages them: they never reach p.grad
-            grads = distributed.averaged(grads)
-        weights, momenta = [], {}
-        for k, grad in zip(own, grads, strict=True):
-            name = step.gradients[k][1]
-            old = self._momentum.get(name)
-            momenta[name] = grad.clone() if old is None else old * 0.9 + grad
-            store, key = self._slots[name]
-            weights.append(store[key])
-        return weights, momenta, [None if k in own else g for k, g in enumerate(found)]
 
     # what users ask
 

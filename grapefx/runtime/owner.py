@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +17,7 @@ from grapefx.errors import InputError
 from grapefx.runtime import distributed
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.targets import one_hot
+from grapefx.torch_compat import subtraction
 
 if TYPE_CHECKING:
     from grapefx.runtime.module import FeedbackModule
@@ -101,4 +106,70 @@ class Owner:
                 torch.zeros_like(g) if role == "gradient" and g is not None else g
                 for (role, _), g in zip(step.gradients, found, strict=True)
             ]
-        return module._finish(self, step, learned, metrics, found)
+        return self._finish(step, learned, metrics, found)
+
+    def _finish(
+        self,
+        step: CompiledStep,
+        learned: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        found: list[Any],
+    ) -> list[Any]:
+        """Everything that a step changes, in one assignment: an interrupt finds all or nothing."""
+        module, options = self.module, self.module._options
+        new = {**module._metrics, **{k: (v, self.layers) for k, v in metrics.items()}}
+        cosine = math.nan
+        if self.calibration and options.calib_every == "auto" and "cos_gradient" in new:
+            cosine = float(new["cos_gradient"][0].nanmean())
+        schedule = copy.copy(module._schedule)
+        schedule.done(self.calibration, cosine)
+        ok = True
+        flag = new.pop("finite", (None,))[0]
+        if flag is not None and flag.device.type == "cpu":
+            ok = bool(flag)
+        elif flag is not None:
+            # reading a flag on an accelerator would wait for it: it is read with the metrics
+            new["unread"] = (*new.get("unread", ()), flag)
+        state: dict[str, Any] = {"_schedule": schedule, "_metrics": new}
+        if learned:
+            state["_feedback"] = module._feedback.having(learned)
+        if self.took_targets:
+            state["_targets"] = None  # used up: old targets never train a new batch
+        if self.calibration and options.calib_update == "sgd":
+            weights, momenta, found = self._own_sgd(step, found)
+            state["_momentum"] = {**module._momentum, **momenta}
+            write = subtraction(weights, list(momenta.values()), 0.01)
+            take = functools.partial(module.__dict__.update, state)
+            with torch.no_grad():
+                # called from C: Python looks for signals between its own instructions only
+                list(map(operator.call, (write, take)))  # type: ignore[arg-type]
+        else:
+            module.__dict__.update(state)
+        module._note_finite(ok)
+        if len(new.get("unread", ())) >= 256:
+            module._read_flags()
+        return found
+
+    def _own_sgd(
+        self, step: CompiledStep, found: list[Any]
+    ) -> tuple[list[Tensor], dict[str, Tensor], list[Any]]:
+        """001 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None.
+
+        Returns the weights, their new momenta, and what is left of ``found``.
+        """
+        own = [
+            k
+            for k, ((role, _), g) in enumerate(zip(step.gradients, found, strict=True))
+            if role == "gradient" and g is not None
+        ]
+        grads = [found[k] for k in own]
+        if distributed.parallel():  # nobody else averages them: they never reach p.grad
+            grads = distributed.averaged(grads)
+        weights, momenta = [], {}
+        for k, grad in zip(own, grads, strict=True):
+            name = step.gradients[k][1]
+            old = self.module._momentum.get(name)
+            momenta[name] = grad.clone() if old is None else old * 0.9 + grad
+            store, key = self.module._slots[name]
+            weights.append(store[key])
+        return weights, momenta, [None if k in own else g for k, g in enumerate(found)]

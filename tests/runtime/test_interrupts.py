@@ -206,7 +206,7 @@ def test_ctrl_c_before_every_line_of_the_commit(options: dict[str, Any]) -> None
 
     train_step(net, args)
     finished = everything(net)
-    for function in (Step.backward, owner_module.Owner.commit, FeedbackModule._finish):
+    for function in (Step.backward, owner_module.Owner.commit, owner_module.Owner._finish):
         outcomes = set()
         for line in lines(function):
             before = rewind()

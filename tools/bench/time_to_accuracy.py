@@ -5,8 +5,9 @@
 
 Every variant trains from the same weights on the same batches with Adam, its rate decayed linearly
 to 0. They take turns of some steps in shuffled order, so that a slow minute is everyone's;
-evaluation and compilation do not count. The goal is a part of what compiled backpropagation reaches
-at the end.
+evaluation and compilation do not count. Subnormal numbers are flushed to 0 for all: a CPU is slow
+with them, and feedback that starts badly makes many. The goal is a part of what compiled
+backpropagation reaches at the end.
 """
 
 from __future__ import annotations
@@ -54,12 +55,10 @@ class Runner:
     seconds: float = 0.0
     curve: list[tuple[float, float]] = field(default_factory=list)  # seconds, accuracy
 
-    def train(self, batches: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+    def train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Some steps, on the clock."""
         start = time.perf_counter()
-        for epoch, x, y in batches:
-            if hasattr(self.net, "set_epoch"):
-                self.net.set_epoch(epoch)
+        for x, y in batches:
             F.cross_entropy(self.net(x), y).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -74,22 +73,23 @@ class Runner:
 def start(name: str, options: dict[str, Any] | None, steps: int, a: argparse.Namespace) -> Runner:
     """A variant with its kernels compiled and its weights as they were."""
     x, y = MODELS[name].example(a.batch)
-
-    def made() -> tuple[nn.Module, Any]:
-        torch.manual_seed(a.seed)
-        model = MODELS[name].build()
-        if options is None:
-            return model, torch.compile(model)
-        return model, grapefx.compile(model, seed=a.seed, steps_per_epoch=a.steps, **options)
-
-    model, net = made()
+    torch.manual_seed(a.seed)
+    model = MODELS[name].build()
+    net: Any = (
+        torch.compile(model)
+        if options is None
+        else grapefx.compile(model, seed=a.seed, steps_per_epoch=a.steps, **options)
+    )
     weights = {k: v.clone() for k, v in net.state_dict().items()}
+    learned = None if options is None else net.feedback_state_dict()
     if options is not None:
         with net.calibration():
             F.cross_entropy(net(x), y).backward()
     for _ in range(3):
         F.cross_entropy(net(x), y).backward()
     net.load_state_dict(weights)
+    if learned is not None:  # maps and counters as well: the first step that counts calibrates
+        net.load_feedback_state_dict(learned)
     model.zero_grad()
     optimizer = torch.optim.Adam(model.parameters(), lr=a.lr, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -102,10 +102,10 @@ def race(data: ImageData, a: argparse.Namespace) -> dict[str, Runner]:
     total = a.epochs * a.steps
     runners = {v: start(a.model, o, total, a) for v, o in VARIANTS.items()}
     order = torch.Generator().manual_seed(a.seed)
-    queue: list[tuple[int, Tensor, Tensor]] = []
-    for epoch in range(a.epochs):
+    queue: list[tuple[Tensor, Tensor]] = []
+    for _ in range(a.epochs):
         index = torch.randperm(len(data.train_y), generator=order)[: a.steps * a.batch]
-        queue += [(epoch, x_all[i], data.train_y[i]) for i in index.split(a.batch)]
+        queue += [(x_all[i], data.train_y[i]) for i in index.split(a.batch)]
     for first in range(0, total, a.turn):
         for name in random.sample(list(runners), len(runners)):
             runner = runners[name]
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--parts", type=float, nargs="+", default=[0.95, 0.99])
     a = p.parse_args(argv)
     warnings.simplefilter("ignore")
+    torch.set_flush_denormal(True)
     try:
         data = load_images("mnist", a.data_dir)
     except DataError as e:
