@@ -167,7 +167,7 @@ def inductor_compile(
 
 @dataclass
 class Counts:
-    """Kernels that Inductor generated (library calls left out), and bytes that they move."""
+    """Kernels that Inductor generated (library calls left out), and bytes that all of them move."""
 
     kernels: int = 0
     bytes: int = 0
@@ -175,20 +175,29 @@ class Counts:
 
 @contextlib.contextmanager
 def inductor_counts() -> Iterator[Counts]:
-    """What Inductor generates inside, counted; its caches are off, so that it does generate."""
-    from torch._inductor import compile_fx, config, metrics
+    """What Inductor generates inside, counted, without a C++ compiler: such kernels do nothing.
+
+    So results inside are undefined. Caches are off, so that it does generate.
+    """
+    from torch._inductor import async_compile, compile_fx, config, metrics
+
+    def nothing(*_: Any) -> Callable[..., None]:
+        return lambda *_: None
 
     counts = Counts()
     kernels, moved = metrics.generated_kernel_count, metrics.num_bytes_accessed
     log = compile_fx.inductor_metrics_log  # bytes are only counted when this log listens
     level, propagate = log.level, log.propagate
+    build = async_compile.AsyncCompile.cpp_pybinding
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(quiet := logging.NullHandler())
     try:
+        async_compile.AsyncCompile.cpp_pybinding = nothing  # type: ignore
         with config.patch({"force_disable_caches": True}):
             yield counts
     finally:
+        async_compile.AsyncCompile.cpp_pybinding = build  # type: ignore
         log.setLevel(level)
         log.propagate = propagate
         log.removeHandler(quiet)

@@ -6,11 +6,14 @@
 
 Each round runs one step (gradients cleared, forward, loss, backward) of every variant in shuffled
 order; ``ratio`` is the median of the paired ratios to ``torch.compile``d backpropagation, between
-its quartiles. ``floor`` is the ratio of the FLOPs of products: what FLOPs allow if everything else
-were free. ``peak`` counts what one step allocates at most, from the allocator's events; ``compile``
-is the time to the end of the first step (+ of the first calibration step, more) in a new process
-with an empty kernel cache (``tools/bench/compile_time.py``). Where the package ``biotorch`` is
-installed, its DFA is measured as well.
+its quartiles. Two floors: ``FLOPs``, the ratio of the products' FLOPs (what they allow if all else
+were free), and ``bytes``, that of the bytes which kernels and library calls read and write.
+``roofline`` is the longer of the FLOPs at a large product's rate and the bytes at the memory's,
+both measured at the start; only a step whose data stays in caches can be faster. ``peak`` counts
+what one step allocates at most, from the allocator's events; ``compile`` is the time to the end of
+the first step (+ of the first calibration step, more) in a new process with an empty kernel cache
+(``tools/bench/compile_time.py``). Where the package ``biotorch`` is installed, its DFA is measured
+as well.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +32,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
-from bench_measure import Row, run_model
+from bench_measure import Row, peaks, run_model
 from bench_models import MODELS, VARIANTS
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
-# (networks, batch sizes, rounds)
-FULL: tuple[tuple[tuple[str, ...], tuple[int, ...], int], ...] = (
-    (("mlp3x1024", "mlp8x1024", "mlp32x256", "lenet", "fdfa_cnn", "cnn"), (128,), 30),
-    (("tiny",), (128,), 100),
-    (("resnet20", "transformer2-macro", "transformer2-micro"), (128,), 10),
-    (("transformer8-micro", "vgg16"), (32,), 5),
-    (("mlp8x1024", "cnn"), (8, 32, 512), 15),
-    (("mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 15),
+SHORT = ("dfa", "grape", "grape 1/8")
+# (networks, batch sizes, rounds, variants)
+FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str]], ...] = (
+    (("mlp3x1024", "mlp8x1024", "lenet", "fdfa_cnn", "cnn"), (128,), 40, tuple(VARIANTS)),
+    (("tiny",), (128,), 100, tuple(VARIANTS)),
+    (("resnet20", "mlp32x256"), (128,), 12, SHORT),
+    (("transformer2-macro", "transformer2-micro", "transformer8-micro"), (32,), 12, SHORT),
+    (("vgg16",), (32,), 6, SHORT),
+    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SHORT),
+    (("mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 15, SHORT),
 )
 
 
@@ -51,8 +57,8 @@ def table(rows: list[Row]) -> str:
 
     out = [
         "| network | batch | variant | ms | forward | update | calibration | ratio | quartiles "
-        "| floor | peak MiB | maps MiB | compile s |",
-        "| --- " * 13 + "|",
+        "| FLOPs | bytes | roofline ms | peak MiB | maps MiB | compile s |",
+        "| --- " * 15 + "|",
     ]
     for r in rows:
         parts = [r.get("compile_s", {}).get(k) for k in ("first", "calibration")]
@@ -62,9 +68,17 @@ def table(rows: list[Row]) -> str:
             f"{text(r['forward_ms'], 2)} | {text(r['update_ms'], 2)} | "
             f"{text(r['calibration_ms'], 2)} | {r['ratio']:.2f} | "
             f"{r['low']:.2f}-{r['high']:.2f} | {text(r['floor'], 2)} | "
+            f"{text(r.get('floor_bytes'), 2)} | {text(r.get('roofline_ms'), 2)} | "
             f"{text(r.get('peak_mib'), 1)} | {text(r.get('maps_mib'), 2)} | {seconds} |"
         )
     return "\n".join(out)
+
+
+def roofline(row: Row, flops: float, bandwidth: float) -> float | None:
+    """Milliseconds of a step at these rates a second, of the products and of the memory."""
+    if "gflop" not in row or "moved_mib" not in row:
+        return None
+    return 1e3 * max(row["gflop"] * 1e9 / flops, row["moved_mib"] * 2**20 / bandwidth)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -110,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         help="count processor time on one thread: for a machine that does other work meanwhile",
     )
     p.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    p.add_argument("--no-bytes", action="store_true", help="leave the count of moved bytes out")
     p.add_argument("--compile-time", action="store_true", help="also compile in a new process")
     p.add_argument("--json", type=Path, help="write rows here, after every network")
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
@@ -118,25 +133,30 @@ def main(argv: list[str] | None = None) -> int:
     if a.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
+    rates = peaks()
     machine = (
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {'processor' if a.cpu_time else 'wall'} time"
+        f"{torch.get_num_threads()} threads, {'processor' if a.cpu_time else 'wall'} time, "
+        f"products {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.0f} GB/s"
     )
     print(machine, flush=True)
-    plan = FULL if a.full else ((tuple(a.models or QUICK), tuple(a.batch), a.rounds),)
+    plan = FULL if a.full else ((a.models or QUICK, a.batch, a.rounds, a.variants),)
     rows: list[Row] = []
-    for models, batches, rounds in plan:
+    for models, batches, rounds, variants in plan:
         for name in models:
             for batch in batches:
                 found = run_model(
                     name,
-                    a.variants,
+                    variants,
                     batch,
                     rounds,
                     clock=clock,
                     memory=not a.no_memory,
+                    count_bytes=not a.no_bytes,
                     compile_time=a.compile_time,
                 )
+                for row in found:
+                    row["roofline_ms"] = roofline(row, *rates)
                 rows += found
                 print(table(found), flush=True)
                 if a.json:

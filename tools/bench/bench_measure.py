@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench_models import PLAIN, VARIANTS, Step, make, peers
 from compile_time import compile_seconds
+from grapefx.torch_compat import inductor_counts
 
 Row = dict[str, Any]
 
@@ -110,6 +111,42 @@ def variant_products(net: Any, variant: str, batch: int) -> float:
     return next(flops[k] for k in ("align", "update", "calibration") if k in flops)
 
 
+def moved(name: str, variant: str, batch: int) -> float:
+    """Bytes that a mean step's kernels and library calls read and write.
+
+    As Inductor counts them: every operand of every kernel once, in a cache or not.
+    """
+    torch.compiler.reset()
+    step = make(name, variant, batch)
+    counts = []
+    for _ in range(min(2, period(variant))):  # the first step of a period is unlike the others
+        with inductor_counts() as found:
+            step()
+        counts.append(found.bytes)
+    return (counts[0] + (period(variant) - 1) * counts[-1]) / period(variant)
+
+
+def peaks() -> tuple[float, float]:
+    """What this machine sustains now: FLOP/s of a product of 1,024 x 1,024, and bytes/s of memory.
+
+    The best of some tries, with torch's present number of threads.
+    """
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    x = torch.ones(2**24)  # 64 MiB: larger than the caches
+    y = torch.empty_like(x)
+
+    def best(call: Callable[[], object], tries: int = 20) -> float:
+        times = []
+        for _ in range(tries):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    copied = best(lambda: torch.add(x, 1.0, out=y))
+    return 2 * 1024**3 / best(lambda: a @ b.T), 2 * x.numel() * x.element_size() / copied
+
+
 def peak_memory(step: Step, count: int) -> float:
     """MiB above the level at the start of a step, from the allocator's own events."""
     from torch.profiler import ProfilerActivity, profile
@@ -139,9 +176,14 @@ def run_model(
     *,
     clock: Callable[[], float],
     memory: bool,
+    count_bytes: bool,
     compile_time: bool,
 ) -> list[Row]:
     """One row a variant."""
+    bytes_of: dict[str, float] = {}
+    if count_bytes:
+        bytes_of = {v: moved(name, v, batch) for v in ("compiled", *variants)}
+    torch.compiler.reset()  # else torch.compile takes other sizes for dynamic, or gives up
     steps: dict[str, Step] = {}
     everything = [*PLAIN, *peers(name), *variants]
     times = paired(name, everything, batch=batch, rounds=rounds, clock=clock, steps=steps)
@@ -167,6 +209,10 @@ def run_model(
             net: Any = steps[v].net
             maps = net.plan.maps if v != "bp" else ()
             row["maps_mib"] = sum(m.bytes for m in maps) / 2**20
+            row["gflop"] = mine / 1e9
+        if v in bytes_of:
+            row["moved_mib"] = bytes_of[v] / 2**20
+            row["floor_bytes"] = bytes_of[v] / bytes_of["compiled"]
         if memory:
             row["peak_mib"] = peak_memory(steps[v], period(v))
         rows.append(row)
