@@ -175,14 +175,19 @@ class Counts:
 
 @contextlib.contextmanager
 def inductor_counts() -> Iterator[Counts]:
-    """What Inductor generates inside, counted, without a C++ compiler: such kernels do nothing.
+    """What Inductor generates inside, counted, without a C++ compiler: such kernels write zeros.
 
-    So results inside are undefined. Caches are off, so that it does generate.
+    Caches are off, so that it does generate.
     """
     from torch._inductor import async_compile, compile_fx, config, metrics
 
-    def nothing(*_: Any) -> Callable[..., None]:
-        return lambda *_: None
+    def zeros(_: Any, types: list[str], __: str) -> Callable[..., None]:
+        def kernel(*arguments: Any) -> None:
+            for kind, value in zip(types, arguments, strict=True):
+                if isinstance(value, torch.Tensor) and "const" not in kind:
+                    value.zero_()
+
+        return kernel
 
     counts = Counts()
     kernels, moved = metrics.generated_kernel_count, metrics.num_bytes_accessed
@@ -193,7 +198,7 @@ def inductor_counts() -> Iterator[Counts]:
     log.propagate = False
     log.addHandler(quiet := logging.NullHandler())
     try:
-        async_compile.AsyncCompile.cpp_pybinding = nothing  # type: ignore
+        async_compile.AsyncCompile.cpp_pybinding = zeros  # type: ignore
         with config.patch({"force_disable_caches": True}):
             yield counts
     finally:

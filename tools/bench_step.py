@@ -1,7 +1,8 @@
 """The benchmark of record: step time against compiled backpropagation, interleaved.
 
     python tools/bench_step.py                                 # quick: four networks, batch 128
-    python tools/bench_step.py --full --json bench.json --plot bench.png
+    python tools/bench_step.py --full --json bench.json --page bench.md --plot bench.png
+    python tools/bench_step.py --show bench.json --page bench.md              # of an earlier run
     python tools/bench_step.py --models mlp8x1024 cnn --batch 8 32 128 512 --rounds 30
 
 Each round runs one step (gradients cleared, forward, loss, backward) of every variant in shuffled
@@ -37,15 +38,15 @@ from bench_models import MODELS, VARIANTS
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
-# (networks, batch sizes, rounds, variants)
-FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str]], ...] = (
-    (("mlp3x1024", "mlp8x1024", "lenet", "fdfa_cnn", "cnn"), (128,), 40, tuple(VARIANTS)),
-    (("tiny",), (128,), 100, tuple(VARIANTS)),
-    (("resnet20", "mlp32x256"), (128,), 12, SHORT),
-    (("transformer2-macro", "transformer2-micro", "transformer8-micro"), (32,), 12, SHORT),
-    (("vgg16",), (32,), 6, SHORT),
-    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SHORT),
-    (("mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 15, SHORT),
+# (networks, batch sizes, rounds, variants, whether to count moved bytes)
+FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] = (
+    (("mlp3x1024", "mlp8x1024", "lenet", "fdfa_cnn", "cnn"), (128,), 40, tuple(VARIANTS), True),
+    (("tiny",), (128,), 100, tuple(VARIANTS), False),
+    (("resnet20", "mlp32x256"), (128,), 12, SHORT, True),
+    (("transformer2-macro", "transformer2-micro", "transformer8-micro"), (32,), 12, SHORT, True),
+    (("vgg16",), (32,), 6, SHORT, True),
+    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SHORT, False),
+    (("mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 15, SHORT, False),
 )
 
 
@@ -72,6 +73,41 @@ def table(rows: list[Row]) -> str:
             f"{text(r.get('peak_mib'), 1)} | {text(r.get('maps_mib'), 2)} | {seconds} |"
         )
     return "\n".join(out)
+
+
+def summary(rows: list[Row]) -> str:
+    """One line a network: each variant's ratio and, in brackets, its floors of FLOPs and bytes."""
+    names = list(dict.fromkeys(r["variant"] for r in rows if r["variant"] != "compiled"))
+    out = [
+        f"| network | batch | compiled, ms | {' | '.join(names)} |",
+        "| --- | ---: | ---: " + "| ---: " * len(names) + "|",
+    ]
+    for case in dict.fromkeys((r["model"], r["batch"]) for r in rows):
+        mine = {r["variant"]: r for r in rows if (r["model"], r["batch"]) == case}
+        cells = []
+        for name in names:
+            row = mine.get(name)
+            floors = [row[k] for k in ("floor", "floor_bytes") if row.get(k)] if row else []
+            inside = f" ({', '.join(f'{f:.2f}' for f in floors)})" if floors else ""
+            cells.append(f"{row['ratio']:.2f}{inside}" if row else "")
+        base = mine["compiled"]["step_ms"]
+        out.append(f"| {case[0]} | {case[1]} | {base:.1f} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def page(rows: list[Row], machine: str) -> str:
+    """The results as a page: the summary, then every row."""
+    return "\n\n".join(
+        [
+            "# Step time over compiled backpropagation",
+            "Made by `python tools/bench_step.py --full --json FILE --page FILE`; its help says "
+            f"what is measured.\n{machine[0].upper()}{machine[1:]}.",
+            "Ratios to compiled BP (in brackets: the ratio of FLOPs and, where counted, of bytes).",
+            summary(rows),
+            "## All rows",
+            table(rows) + "\n",
+        ]
+    )
 
 
 def roofline(row: Row, flops: float, bandwidth: float) -> float | None:
@@ -127,9 +163,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--no-bytes", action="store_true", help="leave the count of moved bytes out")
     p.add_argument("--compile-time", action="store_true", help="also compile in a new process")
     p.add_argument("--json", type=Path, help="write rows here, after every network")
+    p.add_argument("--show", type=Path, help="measure nothing: the rows of this file")
+    p.add_argument("--page", type=Path, help="write all rows here as a markdown page")
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
     a = p.parse_args(argv)
     warnings.simplefilter("ignore")
+    if a.show:
+        saved = json.loads(a.show.read_text())
+        write(saved["rows"], saved["machine"], a)
+        return 0
     if a.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
@@ -140,9 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         f"products {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.0f} GB/s"
     )
     print(machine, flush=True)
-    plan = FULL if a.full else ((a.models or QUICK, a.batch, a.rounds, a.variants),)
+    plan = FULL if a.full else ((a.models or QUICK, a.batch, a.rounds, a.variants, True),)
     rows: list[Row] = []
-    for models, batches, rounds, variants in plan:
+    for models, batches, rounds, variants, bytes_too in plan:
         for name in models:
             for batch in batches:
                 found = run_model(
@@ -152,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                     rounds,
                     clock=clock,
                     memory=not a.no_memory,
-                    count_bytes=not a.no_bytes,
+                    count_bytes=bytes_too and not a.no_bytes,
                     compile_time=a.compile_time,
                 )
                 for row in found:
@@ -161,9 +203,18 @@ def main(argv: list[str] | None = None) -> int:
                 print(table(found), flush=True)
                 if a.json:
                     a.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    write(rows, machine, a)
+    return 0
+
+
+def write(rows: list[Row], machine: str, a: argparse.Namespace) -> None:
+    """The page and the picture, where they are wanted."""
+    if a.page:
+        a.page.write_text(page(rows, machine))
+    elif a.show:
+        print(table(rows))
     if a.plot:
         plot(rows, a.plot)
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from torch import nn
 
+import bench_measure
 import bench_step
 import compile_time
 from bench_models import MODELS, VARIANTS, benchmark
@@ -63,3 +67,28 @@ def test_the_benchmark_shows_both_steps() -> None:
     lines = bench_step.table([*rows, row | {"variant": "eager"}]).splitlines()
     assert lines[2].endswith("| 3.0 + 2.0 |")
     assert lines[-2].endswith("| 4.0 |") and lines[-1].endswith("| - |")
+
+
+def test_page_of_an_earlier_run(tmp_path: Path) -> None:
+    row = {
+        "model": "tiny", "batch": 8, "ratio": 0.5, "low": 0.4, "high": 0.6, "floor": 0.75,
+        **dict.fromkeys(("step_ms", "forward_ms", "update_ms", "calibration_ms"), 2.0),
+    }  # fmt: skip
+    moved = {"moved_mib": 4.0, "gflop": 1.0, "floor_bytes": 0.25}
+    assert bench_step.roofline(row, 1e12, 2**30) is None
+    assert bench_step.roofline(row | moved, 1e12, 2**30) == pytest.approx(1e3 / 256)
+    assert bench_step.roofline(row | moved, 1e11, 2**40) == pytest.approx(10.0)
+    rows = [row | {"variant": "compiled", "ratio": 1.0}, row | moved | {"variant": "dfa"}]
+    (tmp_path / "run.json").write_text(json.dumps({"machine": "torch 9, here", "rows": rows}))
+    argv = ["--show", str(tmp_path / "run.json"), "--page", str(tmp_path / "run.md")]
+    assert bench_step.main(argv) == 0
+    text = (tmp_path / "run.md").read_text()
+    assert "| tiny | 8 | 2.0 | 0.50 (0.75, 0.25) |" in text and "\nTorch 9, here.\n" in text
+    assert text.count("| tiny | 8 | dfa |") == 1
+
+
+def test_moved_bytes() -> None:
+    """At least weights, their gradients and activations; less without the chain."""
+    wide = [bench_measure.moved("mlp3x1024", v, 8) for v in ("compiled", "dfa")]
+    weights = 4 * (784 * 1024 + 1024 * 1024 + 1024 * 10)
+    assert 3 * weights < wide[0] < 4 * weights and wide[1] < wide[0] - 0.9 * 4 * 1024 * 1024
