@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS])
     )
-    p.add_argument("--full", action="store_true", help="every network and sweep (half an hour)")
+    p.add_argument("--full", action="store_true", help="every network and sweep (long)")
     p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     p.add_argument("--batch", type=int, nargs="+", default=[128])
     p.add_argument("--rounds", type=int, default=30)
