@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 from bench_measure import Row, peaks, run_model
 from bench_models import MODELS, VARIANTS
+from grapefx.analysis.device import DeviceModel
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
@@ -95,13 +97,13 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(out)
 
 
-def page(rows: list[Row], machine: str) -> str:
+def page(rows: list[Row], machine: str, command: str) -> str:
     """The results as a page: the summary, then every row."""
     return "\n\n".join(
         [
             "# Step time over compiled backpropagation",
-            "Made by `python tools/bench_step.py --full --json FILE --page FILE`; its help says "
-            f"what is measured.\n{machine[0].upper()}{machine[1:]}.",
+            f"Made by `{command}`, whose help says what is measured.\n"
+            f"{machine[0].upper()}{machine[1:]}.",
             "Ratios to compiled BP (in brackets: the ratio of FLOPs and, where counted, of bytes).",
             summary(rows),
             "## All rows",
@@ -110,11 +112,12 @@ def page(rows: list[Row], machine: str) -> str:
     )
 
 
-def roofline(row: Row, flops: float, bandwidth: float) -> float | None:
-    """Milliseconds of a step at these rates a second, of the products and of the memory."""
+def roofline(row: Row, device: DeviceModel) -> float | None:
+    """Milliseconds of a step's products and moved bytes at a device's rates."""
     if "gflop" not in row or "moved_mib" not in row:
         return None
-    return 1e3 * max(row["gflop"] * 1e9 / flops, row["moved_mib"] * 2**20 / bandwidth)
+    flops, moved = row["gflop"] * 1e9, row["moved_mib"] * 2**20
+    return 1e3 * device.seconds(flops, 0, moved, torch.float32, launches=0)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -151,9 +154,9 @@ def main(argv: list[str] | None = None) -> int:
         "--models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS])
     )
     p.add_argument("--full", action="store_true", help="every network and sweep (long)")
-    p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    p.add_argument("--batch", type=int, nargs="+", default=[128])
-    p.add_argument("--rounds", type=int, default=30)
+    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all")
+    p.add_argument("--batch", type=int, nargs="+", help="default: 128")
+    p.add_argument("--rounds", type=int, help="default: 30")
     p.add_argument(
         "--cpu-time",
         action="store_true",
@@ -168,21 +171,37 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
     a = p.parse_args(argv)
     warnings.simplefilter("ignore")
+    if a.full and (a.models or a.variants or a.batch or a.rounds):
+        p.error("--full has networks, variants, batch sizes and rounds of its own")
     if a.show:
-        saved = json.loads(a.show.read_text())
-        write(saved["rows"], saved["machine"], a)
+        try:
+            saved = json.loads(a.show.read_text())
+            run = [saved[k] for k in ("rows", "machine", "command")]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            p.error(f"--show {a.show}: not a file that --json wrote ({type(e).__name__}: {e})")
         return 0
+    command = shlex.join(
+        ["python", "tools/bench_step.py", *(sys.argv[1:] if argv is None else argv)]
+    )
     if a.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
-    rates = peaks()
+    here = peaks()
     machine = (
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, {'processor' if a.cpu_time else 'wall'} time, "
-        f"products {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.0f} GB/s"
+        f"products {here.matmul_flops['float32'] / 1e9:.0f} GFLOP/s, "
+        f"memory {here.bandwidth / 1e9:.0f} GB/s"
     )
     print(machine, flush=True)
-    plan = FULL if a.full else ((a.models or QUICK, a.batch, a.rounds, a.variants, True),)
+    one = (
+        a.models or QUICK,
+        a.batch or (128,),
+        a.rounds or 30,
+        a.variants or tuple(VARIANTS),
+        True,
+    )
+    plan = FULL if a.full else (one,)
     rows: list[Row] = []
     for models, batches, rounds, variants, bytes_too in plan:
         for name in models:
@@ -198,19 +217,20 @@ def main(argv: list[str] | None = None) -> int:
                     compile_time=a.compile_time,
                 )
                 for row in found:
-                    row["roofline_ms"] = roofline(row, *rates)
+                    row["roofline_ms"] = roofline(row, here)
                 rows += found
                 print(table(found), flush=True)
                 if a.json:
-                    a.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-    write(rows, machine, a)
+                    done = {"machine": machine, "command": command, "rows": rows}
+                    a.json.write_text(json.dumps(done, indent=1))
+    write(a, rows, machine, command)
     return 0
 
 
-def write(rows: list[Row], machine: str, a: argparse.Namespace) -> None:
+def write(a: argparse.Namespace, rows: list[Row], machine: str, command: str) -> None:
     """The page and the picture, where they are wanted."""
     if a.page:
-        a.page.write_text(page(rows, machine))
+        a.page.write_text(page(rows, machine, command))
     elif a.show:
         print(table(rows))
     if a.plot:

@@ -12,6 +12,9 @@ import bench_measure
 import bench_step
 import compile_time
 from bench_models import MODELS, VARIANTS, benchmark
+from grapefx.analysis.device import DeviceModel
+
+RATES = ((1e12, 2.0**30), (1e11, 2.0**40))  # FLOP/s, bytes/s: memory limits, products limit
 
 
 @pytest.mark.filterwarnings("ignore:calib_every")
@@ -75,16 +78,31 @@ def test_page_of_an_earlier_run(tmp_path: Path) -> None:
         **dict.fromkeys(("step_ms", "forward_ms", "update_ms", "calibration_ms"), 2.0),
     }  # fmt: skip
     moved = {"moved_mib": 4.0, "gflop": 1.0, "floor_bytes": 0.25}
-    assert bench_step.roofline(row, 1e12, 2**30) is None
-    assert bench_step.roofline(row | moved, 1e12, 2**30) == pytest.approx(1e3 / 256)
-    assert bench_step.roofline(row | moved, 1e11, 2**40) == pytest.approx(10.0)
+    slow, fast = (DeviceModel("", {"float32": f}, {"float32": f}, b, 0.0) for f, b in RATES)
+    assert bench_step.roofline(row, slow) is None
+    assert bench_step.roofline(row | moved, slow) == pytest.approx(1e3 / 256)
+    assert bench_step.roofline(row | moved, fast) == pytest.approx(10.0)
     rows = [row | {"variant": "compiled", "ratio": 1.0}, row | moved | {"variant": "dfa"}]
-    (tmp_path / "run.json").write_text(json.dumps({"machine": "torch 9, here", "rows": rows}))
+    run = {"machine": "torch 9, here", "command": "python this", "rows": rows}
+    (tmp_path / "run.json").write_text(json.dumps(run))
     argv = ["--show", str(tmp_path / "run.json"), "--page", str(tmp_path / "run.md")]
     assert bench_step.main(argv) == 0
     text = (tmp_path / "run.md").read_text()
     assert "| tiny | 8 | 2.0 | 0.50 (0.75, 0.25) |" in text and "\nTorch 9, here.\n" in text
-    assert text.count("| tiny | 8 | dfa |") == 1
+    assert text.count("| tiny | 8 | dfa |") == 1 and "`python this`" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--full", "--batch", "8"], "--full has"),
+        (["--show", "nowhere.json"], "nowhere.json: not a file that --json wrote"),
+    ],
+)
+def test_bad_arguments(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_step.main(argv)
+    assert said in capsys.readouterr().err
 
 
 def test_moved_bytes() -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench_models import PLAIN, VARIANTS, Step, make, peers
 from compile_time import compile_seconds
+from grapefx.analysis.device import DeviceModel
 from grapefx.torch_compat import inductor_counts
 
 Row = dict[str, Any]
@@ -126,8 +127,8 @@ def moved(name: str, variant: str, batch: int) -> float:
     return (counts[0] + (period(variant) - 1) * counts[-1]) / period(variant)
 
 
-def peaks() -> tuple[float, float]:
-    """What this machine sustains now: FLOP/s of a product of 1,024 x 1,024, and bytes/s of memory.
+def peaks() -> DeviceModel:
+    """What this machine sustains now, of a product of 1,024 x 1,024 and of its memory.
 
     The best of some tries, with torch's present number of threads.
     """
@@ -144,7 +145,8 @@ def peaks() -> tuple[float, float]:
         return min(times)
 
     copied = best(lambda: torch.add(x, 1.0, out=y))
-    return 2 * 1024**3 / best(lambda: a @ b.T), 2 * x.numel() * x.element_size() / copied
+    rate = {"float32": 2 * 1024**3 / best(lambda: a @ b.T)}
+    return DeviceModel("here", rate, rate, 2 * x.nbytes / copied, launch_overhead=0.0)
 
 
 def peak_memory(step: Step, count: int) -> float:

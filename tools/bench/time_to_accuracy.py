@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--parts", type=float, nargs="+", default=[0.95, 0.99])
     a = p.parse_args(argv)
+    if min(a.epochs, a.batch, a.test, a.turn) < 1:
+        p.error("--epochs, --batch, --test and --turn are at least 1")
     warnings.simplefilter("ignore")
     torch.set_flush_denormal(True)
     try:
