@@ -179,10 +179,10 @@ def main(argv: list[str] | None = None) -> int:
             run = [saved[k] for k in ("rows", "machine", "command")]
         except (OSError, ValueError, KeyError, TypeError) as e:
             p.error(f"--show {a.show}: not a file that --json wrote ({type(e).__name__}: {e})")
+        write(a, *run)
         return 0
-    command = shlex.join(
-        ["python", "tools/bench_step.py", *(sys.argv[1:] if argv is None else argv)]
-    )
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "tools/bench_step.py", *given])
     if a.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
