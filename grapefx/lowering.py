@@ -16,6 +16,8 @@ from torch.fx import GraphModule
 
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
+from grapefx.passes.channels_last import channels_last
+from grapefx.passes.join_products import join_products
 from grapefx.passes.order import dead_code
 from grapefx.passes.pooling import tile_pools
 from grapefx.passes.tasks import Tasks
@@ -93,6 +95,7 @@ def lower_pair(
     The update may overwrite the ``donated`` ones of the saved values.
     """
     first, strides = lower_saving(forward, outputs, saved, backend, options)
+    channels_last(update, strides)
     return first, lower_update(update, strides, donated, backend, options)
 
 
@@ -104,6 +107,8 @@ def lower_saving(
     options: dict[str, Any] | None = None,
 ) -> tuple[Compiled, list[Any]]:
     """Compile a forward graph; also the strides of what it saves (none reported: an empty list)."""
+    if backend != "eager":
+        join_products(forward)
     first, strides = _lower(forward, backend, options, _examples(forward), outputs, False)
     return first, strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
 

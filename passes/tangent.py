@@ -64,7 +64,7 @@ def add_tangents(
     all. ``rows_hint`` gives tangents to a sub-batch of that (symbolic) size, None to all samples.
     ``batch_stats`` says whether the statistics of a training batch norm are constants
     (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
-    ``signs`` the noise arrives as random bytes, of which only the sign counts: +1 or -1. Layers in
+    ``signs`` the noise arrives as bytes, 0 for -1 and 1 for +1. Layers in
     ``quiet`` get noise that no tangent follows: one more stream, without taps. ``perturb`` says
     where noise is added (``passes.weight_noise``).
     """
@@ -165,13 +165,13 @@ class _Inputs:
             return size if k == 1 else self.em.call(operator.floordiv, size, k)
 
     def ready(self, node: Node, at: Node) -> Node:
-        """The noise as numbers: random bytes become +1 and -1 in front of what they perturb."""
+        """The noise as numbers: bytes 0 and 1 become -1 and +1 in front of what they perturb."""
         if not self.signs:
             return node
         dtype = self.dtypes[node]
 
         def sign(b: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return (b < 0).to(dtype) * -2 + 1
+            return b.to(dtype) * 2 - 1
 
         with self.em.before(at, grapefx_layer=at.meta.get("grapefx_layer")):
             made: Node = self.em.trace(sign, node)

@@ -21,6 +21,7 @@ from grapefx.analysis.dag import Task as Work
 from grapefx.errors import GrapefxWarning
 from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_tasks, lower_update
+from grapefx.passes.channels_last import channels_last
 from grapefx.passes.horizontal import batch_layers
 from grapefx.passes.split import Split
 from grapefx.passes.tasks import Tasks, split_tasks, take
@@ -55,6 +56,7 @@ def lower_forms(
     cuda: bool = False,
 ) -> Compiled:
     """The update as one callable. Where nothing can be batched, that form is left out."""
+    channels_last(parts.update, strides)
     made: dict[str, Compiled] = {}
     stable = frozenset(range(parts.saved))
     lasting = frozenset(

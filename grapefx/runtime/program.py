@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
-from grapefx.passes.join_products import join_products
 from grapefx.passes.split import forward_only, split
 from grapefx.passes.tail import Tail, cut_tail
 from grapefx.plan import Plan
@@ -223,8 +222,6 @@ def compile_step(
         else (step.inputs[i].role, step.inputs[i].name)
         for i in parts.late_inputs
     )
-    if backend != "eager":
-        join_products(parts.forward)
     device = _device_of(step)
     forms = forms_of(parallel, device, fixed=sizes is not None)
     forward, strides = lower_saving(
