@@ -40,15 +40,16 @@ from grapefx.analysis.device import DeviceModel
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
-# (networks, batch sizes, rounds, variants, whether to count moved bytes)
+# (networks, batch sizes, rounds, variants, whether moved bytes and calibration steps count too)
 FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] = (
     (("mlp3x1024", "mlp8x1024", "lenet", "fdfa_cnn", "cnn"), (128,), 40, tuple(VARIANTS), True),
     (("tiny",), (128,), 100, tuple(VARIANTS), False),
-    (("resnet20", "mlp32x256"), (128,), 12, SHORT, True),
-    (("transformer2-macro", "transformer2-micro", "transformer8-micro"), (32,), 12, SHORT, True),
-    (("vgg16",), (32,), 6, SHORT, True),
+    (("resnet20",), (128,), 12, SHORT, True),
+    (("vgg16",), (32,), 8, SHORT, True),
+    (("transformer2-micro",), (32,), 20, SHORT, True),
+    (("transformer2-macro", "transformer8-micro"), (32,), 12, SHORT, False),
+    (("mlp32x256", "mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 20, SHORT, False),
     (("mlp8x1024", "cnn"), (8, 32, 512), 15, SHORT, False),
-    (("mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 15, SHORT, False),
 )
 
 
@@ -203,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     plan = FULL if a.full else (one,)
     rows: list[Row] = []
-    for models, batches, rounds, variants, bytes_too in plan:
+    begin = time.perf_counter()
+    for models, batches, rounds, variants, whole in plan:
         for name in models:
             for batch in batches:
                 found = run_model(
@@ -213,13 +215,15 @@ def main(argv: list[str] | None = None) -> int:
                     rounds,
                     clock=clock,
                     memory=not a.no_memory,
-                    count_bytes=bytes_too and not a.no_bytes,
+                    count_bytes=whole and not a.no_bytes,
+                    calibrate=whole,
                     compile_time=a.compile_time,
                 )
                 for row in found:
                     row["roofline_ms"] = roofline(row, here)
                 rows += found
-                print(table(found), flush=True)
+                print(table(found))
+                print(f"{(time.perf_counter() - begin) / 60:.1f} min so far", flush=True)
                 if a.json:
                     done = {"machine": machine, "command": command, "rows": rows}
                     a.json.write_text(json.dumps(done, indent=1))

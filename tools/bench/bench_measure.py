@@ -35,11 +35,13 @@ def paired(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     steps: dict[str, Step] | None = None,
+    calibrate: bool = True,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each variant in each round: "step", "forward", "update" and "calibration".
 
     In a round every variant runs once, in shuffled order; ``steps`` receives the steps. The two
-    halves are timed apart only where one step is a period.
+    halves are timed apart only where one step is a period. Without ``calibrate`` no calibration
+    step is compiled and timed.
     """
     own = steps if steps is not None else {}
     for v in variants:
@@ -50,7 +52,7 @@ def paired(
         v: {"step": [], "forward": [], "update": [], "calibration": []} for v in variants
     }
     for v in variants:
-        if _calibrates(v):
+        if calibrate and _calibrates(v):
             with own[v].net.calibration():  # type: ignore[operator]
                 own[v]()
     for i in range(rounds + 2):
@@ -69,7 +71,7 @@ def paired(
                 found["step"].append(end - start)
                 found["forward"].append(middle - start)
                 found["update"].append(end - middle)
-            if _calibrates(v):
+            if calibrate and _calibrates(v):
                 start = clock()
                 with own[v].net.calibration():  # type: ignore[operator]
                     own[v]()
@@ -179,6 +181,7 @@ def run_model(
     clock: Callable[[], float],
     memory: bool,
     count_bytes: bool,
+    calibrate: bool,
     compile_time: bool,
 ) -> list[Row]:
     """One row a variant."""
@@ -188,7 +191,15 @@ def run_model(
     torch.compiler.reset()  # else torch.compile takes other sizes for dynamic, or gives up
     steps: dict[str, Step] = {}
     everything = [*PLAIN, *peers(name), *variants]
-    times = paired(name, everything, batch=batch, rounds=rounds, clock=clock, steps=steps)
+    times = paired(
+        name,
+        everything,
+        batch=batch,
+        rounds=rounds,
+        clock=clock,
+        steps=steps,
+        calibrate=calibrate,
+    )
     exact = make(name, "bp", batch, backend="eager")
     exact()
     reference = variant_products(exact.net, "bp", batch)
