@@ -66,9 +66,27 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "grape, calibrated, weights only": ("grape", {"calib_refit": "weights"}),
     "dfa, calibrated on demand": ("dfa", {"calib_every": "auto"}),
     "grape, calibrated on demand": ("grape", {"calib_every": "auto"}),
+    "dfa, calibrated on demand, a tenth of the steps": (
+        "dfa",
+        {"calib_every": "auto", "calib_budget": 0.1},
+    ),
+    "grape, calibrated on demand, a tenth of the steps": (
+        "grape",
+        {"calib_every": "auto", "calib_budget": 0.1},
+    ),
     "grape, 4 directions": ("grape", NEVER | {"directions": 4}),
     "grape, warm-up of 50 steps": ("grape", NEVER | {"align_warmup": 50}),
 }
+# what a command may change, and what it is otherwise
+DEFAULTS: dict[str, Any] = {
+    "depth": 8,
+    "width": 512,
+    "images": 20000,
+    "epochs": 4,
+    "lr": 3e-4,
+    "batch_size": 128,
+}
+
 GRIDS = {"main": MAIN, "ridge": RIDGE, "beyond": BEYOND}
 
 
@@ -103,8 +121,7 @@ def train(
 
 def setting(args: argparse.Namespace) -> dict[str, Any]:
     """What two cells must share to stand in one table."""
-    names = ("depth", "width", "images", "epochs", "lr", "batch_size")
-    return {name: getattr(args, name) for name in names} | {"init": "he"}
+    return {name: getattr(args, name) for name in DEFAULTS} | {"init": "he"}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -118,11 +135,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     return cells
 
 
+def command(where: dict[str, Any]) -> str:
+    """What makes the table of a setting."""
+    own = [
+        f"--{name.replace('_', '-')} {where[name]:g} "
+        for name, usual in DEFAULTS.items()
+        if where[name] != usual
+    ]
+    return f"python tools/experiments.py --data-dir DIR {''.join(own)}--table FILE"
+
+
 def key(label: str, options: dict[str, Any], seed: int, where: dict[str, Any]) -> str:
     return json.dumps([label, options, seed, where], sort_keys=True)
 
 
-def table(cells: Sequence[dict[str, Any]], where: dict[str, Any], command: str) -> str:
+def table(cells: Sequence[dict[str, Any]], where: dict[str, Any]) -> str:
     """Markdown: mean and standard deviation over the seeds of every variant."""
     cells = [c for c in cells if c["setting"] == where]
     lines = [
@@ -130,7 +157,7 @@ def table(cells: Sequence[dict[str, Any]], where: dict[str, Any], command: str) 
         "",
         "{images:,} training images (10,000 test), {epochs} epochs, batch {batch_size}, Adam "
         "{lr:g} decayed linearly to 0, inputs normalised, He initialisation.".format(**where),
-        f"Made by `{command}`.",
+        f"Made by `{command(where)}`.",
         "",
         "| variant | options | accuracy % | sd | seeds |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -158,12 +185,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grid", choices=list(GRIDS), default="main")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some variants of the grid")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--images", type=int, default=20000)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--batch-size", type=int, default=128)
+    for name, usual in DEFAULTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(usual), default=usual)
     parser.add_argument("--backend", default="inductor", choices=["inductor", "eager"])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments.jsonl")
     parser.add_argument("--table", type=Path, help="write the table of all finished cells here")
@@ -208,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"in {result['seconds']:.0f} s",
                 flush=True,
             )
-    text = table(read(args.out), where, "python tools/experiments.py --data-dir DIR --table FILE")
+    text = table(read(args.out), where)
     if args.table is not None:
         args.table.parent.mkdir(parents=True, exist_ok=True)
         args.table.write_text(text)

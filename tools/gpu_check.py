@@ -327,7 +327,8 @@ def build(run: Run, case: Case, variant: str) -> Trained:
 
 def chosen(net: nn.Module) -> dict[str, Any]:
     """What parallel="auto" measured and chose."""
-    for program in getattr(net, "_programs", {}).values():
+    captures = getattr(net, "_captures", None)
+    for program in captures.programs.values() if captures else ():
         for step in program.steps.values():
             found = getattr(step.update, "found", None)
             if found:

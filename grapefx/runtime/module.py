@@ -18,13 +18,13 @@ from grapefx.capture import flatten_call, unflatten_outputs
 from grapefx.errors import GrapefxWarning, InputError, StateError
 from grapefx.methods import Method
 from grapefx.options import Options
-from grapefx.plan import Plan, build_forward, build_plan
-from grapefx.runtime import distributed, hooks, inplace
+from grapefx.plan import Plan
+from grapefx.runtime import distributed, inplace
+from grapefx.runtime.captures import Captures
 from grapefx.runtime.function import Step
-from grapefx.runtime.guard import Fingerprint, describe_leaf
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.owner import Owner, autocast_off
-from grapefx.runtime.program import CompiledStep, Program, module_slots
+from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
 
@@ -72,16 +72,9 @@ class FeedbackModule(nn.Module):
             _warned_skip=False,
             _targets=None,
             _generators={},
-            _device_type="cpu",
             _installed=False,
-            _told_hooks=set(),
         )
-        self._reset()
-
-    def _reset(self) -> None:
-        """Forget everything compiled."""
-        self.__dict__.update(_programs={}, _plan=None, _fingerprint=None, _slots=None, _listed=None)
-        self.__dict__["_leads"] = {}
+        self.__dict__["_captures"] = Captures(model, method, options, self._feedback)
 
     # the module that users see
 
@@ -168,16 +161,17 @@ class FeedbackModule(nn.Module):
         """One call. With gradients enabled it is a training step: backward fills ``p.grad``."""
         leaves, spec = flatten_call(args, kwargs)
         training = torch.is_grad_enabled()
-        program = self._program(args, kwargs, leaves, spec, training)
+        program = self._captures.program(args, kwargs, leaves, spec, training)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if program.plan is None:
             return unflatten_outputs(program.out_spec, self._infer(program, inputs))
         return unflatten_outputs(program.out_spec, self._train(program, inputs))
 
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
-        compiled = program.infer(self._batch_size(program, inputs))
-        arguments = [self._value(role, ref, inputs, program) for role, ref in compiled.sources]
-        with autocast_off(self._device_type), torch.no_grad(), self._kept_buffers(program):
+        captures = self._captures
+        compiled = program.infer(captures.batch_size(program, inputs))
+        arguments = [captures.value(role, ref, inputs, program) for role, ref in compiled.sources]
+        with autocast_off(captures.device_type), torch.no_grad(), self._kept_buffers(program):
             return compiled.forward(arguments)
 
     @contextlib.contextmanager
@@ -186,7 +180,7 @@ class FeedbackModule(nn.Module):
         if not program.written:
             yield
             return
-        buffers = [self._value("buffer", name, [], program) for name in program.written]
+        buffers = [self._captures.value("buffer", name, [], program) for name in program.written]
         kept = program.keep(buffers)
         try:
             yield
@@ -199,19 +193,22 @@ class FeedbackModule(nn.Module):
         assert plan is not None
         self._schedule.tell_once()
         kind = self._kind(plan)
-        step = program.step(kind, self._batch_size(program, inputs))
+        captures = self._captures
+        step = program.step(kind, captures.batch_size(program, inputs))
         noise = self._noise(program, step, inputs) if step.noise or step.random else {}
         arguments = [
-            noise[ref] if role in ("noise", "random") else self._value(role, ref, inputs, program)
+            noise[ref]
+            if role in ("noise", "random")
+            else captures.value(role, ref, inputs, program)
             for role, ref in step.sources
         ]
-        slots = self._slots
+        slots = captures.slots
         leaves = [
             slots[name][0][slots[name][1]] if role == "gradient" else inputs[int(name)]
             for role, name in step.gradients
         ]
         owner = Owner(self, program, kind == "calibration")
-        with autocast_off(self._device_type):
+        with autocast_off(captures.device_type):
             return Step.apply(owner, step, arguments, *leaves)
 
     def _kind(self, plan: Plan) -> str:
@@ -227,24 +224,10 @@ class FeedbackModule(nn.Module):
             return "align"
         return "update"
 
-    def _value(self, role: str, ref: Any, inputs: list[Tensor], program: Program) -> Tensor:
-        if role == "input":
-            x = inputs[ref]
-            if x.is_contiguous() or (
-                x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-            ):
-                return x
-            return x.contiguous()
-        if role == "constant":
-            return program.constants[ref]
-        store, key = self._slots[ref]
-        return store[key]
-
     def _noise(
         self, program: Program, step: CompiledStep, inputs: list[Tensor]
     ) -> dict[int, Tensor]:
-        batch = self._batch_size(program, inputs)
-        options = self._options
+        batch, options = self._captures.batch_size(program, inputs), self._options
         rows = max(1, min(batch, round(batch * options.tangent_fraction)))
         device = inputs[0].device
         generator = self._generators.get(device)
@@ -259,123 +242,6 @@ class FeedbackModule(nn.Module):
         for r in step.random:
             (drawn[r.index],) = draw([r.shape], r.dtype, device, generator, "gaussian")
         return drawn
-
-    def _batch_size(self, program: Program, inputs: list[Tensor]) -> int:
-        dim, lead = self._options.batch_dim, inputs[program.lead]
-        return lead.shape[dim] if lead.ndim > dim else 1
-
-    # captures
-
-    def _program(
-        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, training: bool
-    ) -> Program:
-        fingerprint = self._fingerprint
-        if fingerprint is None:
-            fingerprint = self.__dict__["_fingerprint"] = Fingerprint(self._original)
-        key, batch = self._key(leaves, spec, fingerprint.read(), training)
-        found = self._programs.get(key) or self._programs.get((key, batch))
-        if found is None:
-            found = self._capture(args, kwargs, leaves, spec, key[0], training)
-        if self._listed is not fingerprint.modules:
-            self.__dict__.update(_slots=module_slots(self._original), _listed=fingerprint.modules)
-        return found
-
-    def _key(
-        self, leaves: list[Any], spec: Any, reading: Any, training: bool
-    ) -> tuple[tuple[Any, ...], int | None]:
-        """What a program is valid for (but for the batch size), and the batch size."""
-        dim = self._options.batch_dim
-        lead = self._leads.get(spec) if self._leads else None
-        if lead is not None:  # not the first tensor: a table or a mask comes before the batch
-            batch = leaves[lead].shape[dim]
-        else:
-            batch = next(
-                (t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None
-            )
-        call = tuple([describe_leaf(leaf, batch, dim) for leaf in leaves])
-        device = self._device_type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (reading, call, spec, training, cast), batch
-
-    def _capture(
-        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, reading: Any, training: bool
-    ) -> Program:
-        self._check_devices(leaves)
-        options = self._options
-        backend = (
-            options.backend, options.backend_options, options.dynamic, options.parallel
-        )  # fmt: skip
-        with inplace.untouched(self._original):
-            self._check_hooks(training)
-            if training:
-                plan = build_plan(
-                    self._original, args, kwargs, method=self._method, options=options
-                )
-            else:
-                captured, step = build_forward(self._original, args, kwargs, options)
-        if training:
-            captured = plan.captured
-            program = Program(plan, None, captured.out_spec, captured.constants, *backend)
-            program.renamed = self._ensure(plan)
-            self.__dict__["_plan"] = plan
-        else:
-            program = Program(None, step, captured.out_spec, captured.constants, *backend)
-        for note in plan.notes if training else captured.notes:
-            warnings.warn(note, GrapefxWarning, stacklevel=4)
-        program.lead = captured.lead
-        program.written = captured.mutated
-        restless = self._fingerprint.restless(reading)
-        if restless:
-            warnings.warn(
-                f"the attribute {restless!r} of the model keeps changing, and each new value needs "
-                "a new capture: make it a buffer (a tensor), or pass it as a tensor argument",
-                GrapefxWarning,
-                stacklevel=5,
-            )
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        dim = options.batch_dim
-        if any(leaves[i].ndim > dim for i in tensors[: captured.lead]):
-            self._leads[spec] = tensors[captured.lead]
-        key, batch = self._key(leaves, spec, reading, training)  # with the device and lead known
-        # an input that only happened to be as long as the batch was captured at that length
-        chance = any(
-            leaves[i].ndim > dim and leaves[i].shape[dim] == batch and k not in captured.dynamic
-            for k, i in enumerate(tensors)
-        )
-        self._programs[(key, batch) if captured.batch is None or chance else key] = program
-        if key in self._programs:
-            # a first batch of one sample was captured as it was; from now on this serves it too
-            self._programs.pop((key, 1), None)
-        return program
-
-    def _ensure(self, plan: Plan) -> dict[str, str]:
-        """Feedback tensors for every layer of a plan; returns those that go by another key."""
-        specs = plan.state_specs()
-        if not specs:
-            return {}
-        parameter = next(p for p in self._original.parameters() if p.requires_grad)
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return self._feedback.ensure(specs, dtype, parameter.device)
-
-    def _check_hooks(self, training: bool) -> None:
-        if training:
-            hooks.refuse_backward(self._original)
-        for note in hooks.traced(self._original):
-            if note not in self._told_hooks:
-                self._told_hooks.add(note)
-                warnings.warn(note, GrapefxWarning, stacklevel=5)
-
-    def _check_devices(self, leaves: list[Any]) -> None:
-        parameter = next(self._original.parameters(), None)
-        if parameter is None:
-            return
-        self.__dict__["_device_type"] = parameter.device.type
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.device != parameter.device and leaf.ndim > 0:
-                raise InputError(
-                    f"an input is on {leaf.device}, the parameters are on {parameter.device}: move "
-                    "one of them (x.to(device) or net.to(device))"
-                )
 
     # after a step
 
@@ -476,9 +342,7 @@ class FeedbackModule(nn.Module):
             )
         check_architecture(state["architecture"], self._original)
         self._feedback.load(state["tensors"])
-        for program in self._programs.values():
-            if program.plan is not None:
-                program.renamed = self._ensure(program.plan)
+        self._captures.ensure_states()
         self._schedule.load(state["schedule"])
         self.__dict__.update(
             _momentum={k: v.clone() for k, v in state["momentum"].items()},
@@ -496,12 +360,12 @@ class FeedbackModule(nn.Module):
         """
         from grapefx.inspection import explain
 
-        if self._plan is None:
+        if self.plan is None:
             raise InputError(
                 "nothing to explain yet: the plan is made at the first training call, net(x)\n"
                 "  without one: grapefx.inspect(model, example)"
             )
-        return explain(self._plan, type(self._original).__name__, **choices)
+        return explain(self.plan, type(self._original).__name__, **choices)
 
     def restore(self) -> nn.Module:
         """Undo ``compile(..., inplace=True)``: the model runs its own forward again.
@@ -513,7 +377,7 @@ class FeedbackModule(nn.Module):
     @property
     def plan(self) -> Plan | None:
         """The plan of the last training capture; None before the first training call."""
-        return self._plan
+        return self._captures.plan
 
     @property
     def feedback(self) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ class Owner:
 
     def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
         """The update graph, with autocast off: the graph holds its own casts."""
-        with autocast_off(self.module._device_type):
+        with autocast_off(self.module._captures.device_type):
             return step.update(inputs)
 
     def commit(self, step: CompiledStep, results: Any) -> list[Any]:
@@ -170,6 +170,6 @@ class Owner:
             name = step.gradients[k][1]
             old = self.module._momentum.get(name)
             momenta[name] = grad.clone() if old is None else old * 0.9 + grad
-            store, key = self.module._slots[name]
+            store, key = self.module._captures.slots[name]
             weights.append(store[key])
         return weights, momenta, [None if k in own else g for k, g in enumerate(found)]

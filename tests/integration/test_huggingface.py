@@ -80,7 +80,7 @@ def test_trainer_trains_bert(inplace: bool, tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] < 0.8 * before
     state = net.feedback_state_dict()["schedule"]
     assert state["step"] == 20 and state["epoch"] == 4 and state["calibrations"] == 5
-    assert len([p for p in net._programs.values() if p.plan is not None]) == 1
+    assert len([p for p in net._captures.programs.values() if p.plan is not None]) == 1
     run.save_model(str(tmp_path / "model"))
     other = bert()  # the files are those of the plain model
     from safetensors.torch import load_file
@@ -134,5 +134,5 @@ def test_accelerate_mixed_precision() -> None:
         losses.append(float(out.loss))
     assert out.logits.dtype == torch.float32  # accelerate converts outputs back
     assert losses[-1] < losses[0]
-    assert any(key[-1] is torch.bfloat16 for key in net._programs)
+    assert any(key[-1] is torch.bfloat16 for key in net._captures.programs)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -86,7 +86,7 @@ def test_modes_and_calls_without_gradients() -> None:
             assert torch.equal(outs[0], outs[1]) and not outs[0].requires_grad
         assert_same_buffers(model, twin)
     # two captures for two modes; none for calls without gradients
-    assert len(model.grapefx._programs) == 2
+    assert len(model.grapefx._captures.programs) == 2
 
 
 def test_restore() -> None:

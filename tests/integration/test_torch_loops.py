@@ -177,7 +177,7 @@ def test_a_compiled_loss_and_a_scheduler_need_no_new_graphs() -> None:
         scheduler.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    (program,) = net._programs.values()
+    (program,) = net._captures.programs.values()
     assert [kind for kind, _ in program.steps] == ["align"]
 
 

@@ -47,7 +47,7 @@ def test_inductor_batch_sizes_and_buffers() -> None:
         assert_same_gradients(net, twin, 1e-4)
         for a, b in zip(net.buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(a, b)
-    (program,) = net._programs.values()
+    (program,) = net._captures.programs.values()
     assert len(program.steps) <= 2
 
 

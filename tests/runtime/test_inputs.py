@@ -91,7 +91,7 @@ def test_dataclasses_dicts_tuples_and_keywords() -> None:
         out = same_as_eager(net, twin, *args, **kwargs)
         assert isinstance(out, Result) and out.note == "fine"
         assert not out.hidden[1].requires_grad
-    assert len(net._programs) == 1  # only the batch size differed
+    assert len(net._captures.programs) == 1  # only the batch size differed
     args, kwargs = call(4)
     kwargs["scale"] = 2.0  # another Python value: another graph
     same_as_eager(net, twin, *args, **kwargs)
@@ -268,12 +268,12 @@ def test_sequence_of_batch_sizes_makes_at_most_two_programs() -> None:
     net = compiled(model, "bp")
     for n in (1, 8, 12, 5, 3, 1, 64, 2, 96):
         same_as_eager(net, twin, torch.randn(n, 8).double())
-    assert len(net._programs) <= 2
+    assert len(net._captures.programs) <= 2
     for n in (1, 8, 12, 5, 1):
         with torch.no_grad():
             x = torch.randn(n, 8).double()
             torch.testing.assert_close(net(x), twin(x))
-    assert len(net._programs) <= 4
+    assert len(net._captures.programs) <= 4
 
 
 @pytest.mark.parametrize("first", [8, 12, 5])
@@ -288,7 +288,7 @@ def test_first_batch_equal_to_a_width(first: int) -> None:
         train_step(net, (torch.randn(n, 8).double(),))
         with net.calibration():
             same_as_eager(net, twin, torch.randn(n, 8).double())
-    assert len(net._programs) == 1
+    assert len(net._captures.programs) == 1
 
 
 def test_the_mask_has_as_many_rows_as_the_batch() -> None:
@@ -299,7 +299,7 @@ def test_the_mask_has_as_many_rows_as_the_batch() -> None:
     for n, t in ((5, 5), (3, 5), (5, 5), (4, 5)):
         x = torch.randn(n, t, 8).double()
         same_as_eager(net, twin, x, torch.ones(t, t).tril() == 0)
-    assert len(net._programs) <= 2
+    assert len(net._captures.programs) <= 2
 
 
 class TableFirst(nn.Module):
@@ -324,7 +324,7 @@ def test_the_first_input_has_no_batch_dim(method: str) -> None:
         with net.calibration():
             same_as_eager(net, twin, table, x)
         train_step(net, (table, x))
-    assert len(net._programs) <= 2
+    assert len(net._captures.programs) <= 2
 
 
 def test_batch_in_another_dim() -> None:
@@ -345,7 +345,7 @@ def test_batch_in_another_dim() -> None:
         with net.calibration():
             same_as_eager(net, twin, x)
         train_step(net, (x,))
-    assert len(net._programs) == 1
+    assert len(net._captures.programs) == 1
     assert {layer.fold[0] for layer in net.plan.layers} == {1}  # type: ignore[union-attr]
 
 
@@ -368,7 +368,7 @@ def test_sequence_lengths_keep_their_own_maps() -> None:
         with net.calibration():
             same_as_eager(net, twin, x)
         train_step(net, (x,))
-    assert len(net._programs) == 3
+    assert len(net._captures.programs) == 3
 
 
 def test_zero_dim_and_integer_inputs() -> None:

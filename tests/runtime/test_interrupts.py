@@ -62,7 +62,7 @@ def breaking(
 ) -> Callable[[], None]:
     """Make one of the compiled callables fail before its ``at``-th operator; returns the undo."""
     held = []
-    for program in net._programs.values():
+    for program in net._captures.programs.values():
         for key, step in list(program.steps.items()):
             held.append((program, key, step))
             run = getattr(step, part)
@@ -94,14 +94,16 @@ def trained(name: str = "cnn", **options: Any) -> tuple[FeedbackModule, Feedback
 
 def operators(net: FeedbackModule, part: str, args: Any) -> int:
     counter = FailAt(-1, RuntimeError)
-    step = next(s for p in net._programs.values() for (k, _), s in p.steps.items() if k == "align")
+    step = next(
+        s for p in net._captures.programs.values() for (k, _), s in p.steps.items() if k == "align"
+    )
     seen = []
 
     def counts(inputs: list[Any]) -> Any:
         with counter:
             return getattr(step, part)(inputs)
 
-    for program in net._programs.values():
+    for program in net._captures.programs.values():
         for key, s in list(program.steps.items()):
             if s is step:
                 program.steps[key] = dataclasses.replace(s, **{part: counts})
@@ -151,7 +153,7 @@ def test_an_interrupted_inference_leaves_the_statistics() -> None:
     net = compiled(model, "grape")
     with torch.no_grad():
         net(*args)
-        (program,) = net._programs.values()
+        (program,) = net._captures.programs.values()
         ((key, whole),) = program.forwards.items()
         before = {k: v.clone() for k, v in net.state_dict().items()}
 
@@ -246,7 +248,7 @@ def test_an_interrupted_walk_over_the_modules_is_done_again(
     with pytest.raises(KeyboardInterrupt):
         net(*args)
     monkeypatch.setattr(nn.Module, "named_modules", named)
-    assert isinstance(net._fingerprint, Fingerprint)
+    assert isinstance(net._captures.fingerprint, Fingerprint)
     twin = eager_twin(model)
     assert train_step(net, args) == pytest.approx(float(train_step(twin, args)))
 

@@ -154,10 +154,10 @@ def test_autocast_bf16(name: str, method: str) -> None:
         assert net(*args).dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(net(*args), twin(*args), rtol=0.1, atol=0.1)
-    assert len(net._programs) == 4
+    assert len(net._captures.programs) == 4
     with torch.autocast("cpu", torch.bfloat16):
         train_step(net, args)
-    assert len(net._programs) == 4
+    assert len(net._captures.programs) == 4
     assert {t.dtype for t in net.feedback.values()} <= {torch.float32}
 
 
@@ -190,7 +190,7 @@ def test_optimizers_and_schedulers(optimizer: Any) -> None:
             sched.step()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
-    assert len(net._programs) == 1
+    assert len(net._captures.programs) == 1
 
 
 def test_learns() -> None:

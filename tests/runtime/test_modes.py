@@ -223,7 +223,7 @@ def test_load_state_dict_by_copy_and_by_assignment() -> None:
         net.load_state_dict(other.state_dict(), assign=assign)
         twin.load_state_dict(other.state_dict())
         follow(net, twin, x)
-        programs = len(net._programs)
+        programs = len(net._captures.programs)
     assert programs == 1
 
 

@@ -55,7 +55,7 @@ def test_training_is_the_same(form: str) -> None:
         train_step(plain, (x,))
         assert_same_gradients(net, plain, 1e-10)
         if step == 0:
-            (program,) = net._programs.values()
+            (program,) = net._captures.programs.values()
             assert list(program.steps) == [("calibration", 6)]
     for k, v in net.feedback.items():
         torch.testing.assert_close(v, plain.feedback[k], rtol=1e-10, atol=1e-12)
@@ -157,7 +157,7 @@ def test_auto_measures_the_real_step() -> None:
         patch.setattr(parallel, "seconds", clock)
         net = compiled(MLP(depth=4), "dfa", parallel="auto", calib_every=None)
         train_step(net, (x,))
-    (program,) = net._programs.values()
+    (program,) = net._captures.programs.values()
     (step,) = program.steps.values()
     assert step.update.chosen == "horizontal"  # type: ignore[attr-defined]
     assert set(clock.runs) == {"off", "horizontal"}

@@ -53,5 +53,14 @@ def test_table_takes_one_setting_and_one_cell_a_seed(tmp_path: Path) -> None:
         return base | {"accuracy": accuracy, "setting": where, "machine": "m"} | changes
 
     found = [cell(0, 80.0), cell(1, 84.0), cell(1, 86.0), cell(2, 10.0, setting={"depth": 3})]
-    rows = [r for r in experiments.table(found, where, "cmd").splitlines() if r.startswith("| dfa")]
+    rows = [r for r in experiments.table(found, where).splitlines() if r.startswith("| dfa")]
     assert len(rows) == 1 and "83.00 | 4.24 | 2 |" in rows[0]
+
+
+def test_a_table_names_the_command_of_its_setting() -> None:
+    plain = experiments.setting(experiments.parse_args([]))
+    assert experiments.command(plain) == "python tools/experiments.py --data-dir DIR --table FILE"
+    deep = experiments.setting(experiments.parse_args(["--depth", "32", "--lr", "1e-4"]))
+    assert "--depth 32 --lr 0.0001 --table" in experiments.table([], deep)
+    given = experiments.command(deep).split()[2:]
+    assert experiments.setting(experiments.parse_args(given)) == deep

@@ -223,4 +223,4 @@ def variants(model: nn.Module, x: Tensor, method: str | Method) -> int:
             for _ in range(2):
                 out = net(rows)
                 F.mse_loss(out, torch.zeros_like(out)).backward()
-    return sum(len(p.steps) for p in net._programs.values())
+    return sum(len(p.steps) for p in net._captures.programs.values())

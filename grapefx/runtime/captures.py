@@ -1,0 +1,186 @@
+"""Which captured call serves a call, and the new capture where none does."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grapefx.errors import GrapefxWarning, InputError
+from grapefx.methods import Method
+from grapefx.options import Options
+from grapefx.plan import Plan, build_forward, build_plan
+from grapefx.runtime import hooks, inplace
+from grapefx.runtime.guard import Fingerprint, describe_leaf
+from grapefx.runtime.program import Program, module_slots
+from grapefx.runtime.state import FeedbackState
+
+
+class Captures:
+    """The programs of one module, by what they are valid for.
+
+    ``plan``: of the last training capture. ``slots``: where each parameter and buffer of the model
+    lives now. ``device_type``: of its parameters, known with the first capture.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, options: Options, feedback: FeedbackState
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.options = options
+        self.feedback = feedback
+        self.programs: dict[Any, Program] = {}
+        self.plan: Plan | None = None
+        self.slots: dict[str, tuple[dict[str, Any], str]] = {}
+        self.device_type = "cpu"
+        self.fingerprint: Fingerprint | None = None
+        self._listed: Any = None  # the modules that ``slots`` was made from
+        self._leads: dict[Any, int] = {}
+        self._told_hooks: set[str] = set()
+
+    def program(
+        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, training: bool
+    ) -> Program:
+        """The program that serves a call; captured anew where none does.
+
+        Raises:
+            GrapefxError: the model cannot be captured, or the method is not defined on it.
+        """
+        if self.fingerprint is None:
+            self.fingerprint = Fingerprint(self.model)
+        fingerprint = self.fingerprint
+        key, batch = self._key(leaves, spec, fingerprint.read(), training)
+        found = self.programs.get(key) or self.programs.get((key, batch))
+        if found is None:
+            found = self._capture(args, kwargs, leaves, spec, key[0], training)
+        if self._listed is not fingerprint.modules:
+            self.slots = module_slots(self.model)
+            self._listed = fingerprint.modules
+        return found
+
+    def batch_size(self, program: Program, inputs: list[Tensor]) -> int:
+        """Samples in a call."""
+        dim, lead = self.options.batch_dim, inputs[program.lead]
+        return lead.shape[dim] if lead.ndim > dim else 1
+
+    def value(self, role: str, ref: Any, inputs: list[Tensor], program: Program) -> Tensor:
+        """An argument of a program's graphs: an input, a constant, a parameter or a buffer."""
+        if role == "input":
+            x = inputs[ref]
+            if x.is_contiguous() or (
+                x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            ):
+                return x
+            return x.contiguous()
+        if role == "constant":
+            return program.constants[ref]
+        store, key = self.slots[ref]
+        return store[key]
+
+    def ensure_states(self) -> None:
+        """Feedback tensors for every program, after other ones were loaded."""
+        for program in self.programs.values():
+            if program.plan is not None:
+                program.renamed = self._ensure(program.plan)
+
+    def _key(
+        self, leaves: list[Any], spec: Any, reading: Any, training: bool
+    ) -> tuple[tuple[Any, ...], int | None]:
+        """What a program is valid for (but for the batch size), and the batch size."""
+        dim = self.options.batch_dim
+        lead = self._leads.get(spec) if self._leads else None
+        if lead is not None:  # not the first tensor: a table or a mask comes before the batch
+            batch = leaves[lead].shape[dim]
+        else:
+            batch = next(
+                (t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None
+            )
+        call = tuple([describe_leaf(leaf, batch, dim) for leaf in leaves])
+        device = self.device_type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return (reading, call, spec, training, cast), batch
+
+    def _capture(
+        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, reading: Any, training: bool
+    ) -> Program:
+        self._check_devices(leaves)
+        options = self.options
+        backend = (
+            options.backend, options.backend_options, options.dynamic, options.parallel
+        )  # fmt: skip
+        with inplace.untouched(self.model):
+            self._check_hooks(training)
+            if training:
+                plan = build_plan(self.model, args, kwargs, method=self.method, options=options)
+            else:
+                captured, step = build_forward(self.model, args, kwargs, options)
+        if training:
+            captured = plan.captured
+            program = Program(plan, None, captured.out_spec, captured.constants, *backend)
+            program.renamed = self._ensure(plan)
+            self.plan = plan
+        else:
+            program = Program(None, step, captured.out_spec, captured.constants, *backend)
+        for note in plan.notes if training else captured.notes:
+            warnings.warn(note, GrapefxWarning, stacklevel=4)
+        program.lead = captured.lead
+        program.written = captured.mutated
+        assert self.fingerprint is not None
+        restless = self.fingerprint.restless(reading)
+        if restless:
+            warnings.warn(
+                f"the attribute {restless!r} of the model keeps changing, and each new value needs "
+                "a new capture: make it a buffer (a tensor), or pass it as a tensor argument",
+                GrapefxWarning,
+                stacklevel=5,
+            )
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        dim = options.batch_dim
+        if any(leaves[i].ndim > dim for i in tensors[: captured.lead]):
+            self._leads[spec] = tensors[captured.lead]
+        key, batch = self._key(leaves, spec, reading, training)  # with the device and lead known
+        # an input that only happened to be as long as the batch was captured at that length
+        chance = any(
+            leaves[i].ndim > dim and leaves[i].shape[dim] == batch and k not in captured.dynamic
+            for k, i in enumerate(tensors)
+        )
+        self.programs[(key, batch) if captured.batch is None or chance else key] = program
+        if key in self.programs:
+            # a first batch of one sample was captured as it was; from now on this serves it too
+            self.programs.pop((key, 1), None)
+        return program
+
+    def _ensure(self, plan: Plan) -> dict[str, str]:
+        """Feedback tensors for every layer of a plan; returns those that go by another key."""
+        specs = plan.state_specs()
+        if not specs:
+            return {}
+        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return self.feedback.ensure(specs, dtype, parameter.device)
+
+    def _check_hooks(self, training: bool) -> None:
+        if training:
+            hooks.refuse_backward(self.model)
+        for note in hooks.traced(self.model):
+            if note not in self._told_hooks:
+                self._told_hooks.add(note)
+                warnings.warn(note, GrapefxWarning, stacklevel=5)
+
+    def _check_devices(self, leaves: list[Any]) -> None:
+        parameter = next(self.model.parameters(), None)
+        if parameter is None:
+            return
+        self.device_type = parameter.device.type
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.device != parameter.device and leaf.ndim > 0:
+                raise InputError(
+                    f"an input is on {leaf.device}, the parameters are on {parameter.device}: move "
+                    "one of them (x.to(device) or net.to(device))"
+                )
+
+
+__all__ = ["Captures"]
