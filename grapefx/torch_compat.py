@@ -171,14 +171,18 @@ class Counts:
 
     kernels: int = 0
     bytes: int = 0
+    cached: int = 0
 
 
 @contextlib.contextmanager
-def inductor_counts() -> Iterator[Counts]:
-    """What Inductor generates inside, counted, without a C++ compiler: such kernels write zeros.
+def inductor_counts(*, compiled: bool = False) -> Iterator[Counts]:
+    """What Inductor generates inside, counted.
 
-    Caches are off, so that it does generate.
+    Caches are off, so that it does generate, and there is no C++ compiler: such kernels write
+    zeros. With ``compiled`` all is as usual, and ``cached`` says how many graphs came from a cache,
+    which were not counted.
     """
+    from torch._dynamo.utils import counters
     from torch._inductor import async_compile, compile_fx, config, metrics
 
     def zeros(_: Any, types: list[str], __: str) -> Callable[..., None]:
@@ -189,8 +193,18 @@ def inductor_counts() -> Iterator[Counts]:
 
         return kernel
 
+    def hits() -> int:
+        return sum(
+            counters[part][name]
+            for part, name in (
+                ("inductor", "fxgraph_cache_hit"),
+                ("aot_autograd", "autograd_cache_hit"),
+            )
+        )
+
     counts = Counts()
     kernels, moved = metrics.generated_kernel_count, metrics.num_bytes_accessed
+    cached = hits()
     log = compile_fx.inductor_metrics_log  # bytes are only counted when this log listens
     level, propagate = log.level, log.propagate
     build = async_compile.AsyncCompile.cpp_pybinding
@@ -198,8 +212,9 @@ def inductor_counts() -> Iterator[Counts]:
     log.propagate = False
     log.addHandler(quiet := logging.NullHandler())
     try:
-        async_compile.AsyncCompile.cpp_pybinding = zeros  # type: ignore
-        with config.patch({"force_disable_caches": True}):
+        if not compiled:
+            async_compile.AsyncCompile.cpp_pybinding = zeros  # type: ignore
+        with config.patch({} if compiled else {"force_disable_caches": True}):
             yield counts
     finally:
         async_compile.AsyncCompile.cpp_pybinding = build  # type: ignore
@@ -208,6 +223,7 @@ def inductor_counts() -> Iterator[Counts]:
         log.removeHandler(quiet)
     counts.kernels = metrics.generated_kernel_count - kernels
     counts.bytes = metrics.num_bytes_accessed - moved
+    counts.cached = hits() - cached
 
 
 def decomposed(

@@ -31,9 +31,7 @@ def channels_last(gm: GraphModule, strides: Sequence[Any]) -> int:
     """Reorder what can be reordered; returns the number of products changed."""
     graph = gm.graph
     saved = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"][: len(strides)]
-    shapes = {
-        _shape(v) for v, s in zip(saved, strides, strict=True) if _last(v, s)
-    }  # fmt: skip
+    shapes = {_shape(v) for v, s in zip(saved, strides, strict=True) if _last(v, s)}
     found = [n for n in graph.nodes if n.target in VIEWS and _shape(n.meta["val"]) in shapes]
     moved = []
     for view in found:
@@ -42,7 +40,7 @@ def channels_last(gm: GraphModule, strides: Sequence[Any]) -> int:
             isinstance(product, Node)
             and product.target is aten.mm.default
             and len(product.users) == 1
-            and product.meta["val"].shape[0] == view.meta["val"].shape[0]
+            and _shape(product.meta["val"])[0] == _shape(view.meta["val"])[0]
         ):
             moved.append(_reordered(graph, view, product))
     if moved:
@@ -67,7 +65,7 @@ def _reordered(graph: Any, view: Node, product: Node) -> Node:
     rows, columns = product.args
     channels, *space = (int(s) for s in view.meta["val"].shape[1:])
     meta = {k: v for k, v in view.meta.items() if k.startswith("grapefx_")}
-    dims = range(2, 2 + len(space))
+    dims = tuple(range(2, 2 + len(space)))
 
     def ordered(e: Tensor, b: Tensor) -> Tensor:
         wide = b.reshape(b.shape[0], channels, *space).permute(0, *dims, 1).reshape(b.shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch import nn
+from torch._inductor import config as inductor_config
 
 import bench_measure
 import bench_step
@@ -112,3 +113,12 @@ def test_moved_bytes() -> None:
     least = 2 * (chain + 4 * 784 * 1024)
     assert least + chain < compiled < 1.2 * (least + chain)
     assert least < cut < 1.2 * least
+
+
+def test_moved_bytes_are_counted_beside_the_timing_where_nothing_is_cached() -> None:
+    found: dict[str, float] = {}
+    variants = ["compiled", "grape k=8"]
+    with inductor_config.patch(force_disable_caches=True):
+        bench_measure.paired("tiny", variants, batch=8, rounds=0, bytes_of=found, calibrate=False)
+    assert found == {v: bench_measure.moved("tiny", v, 8) for v in variants}
+    assert all(n > 0 for n in found.values())

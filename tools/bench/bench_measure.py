@@ -35,19 +35,26 @@ def paired(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     steps: dict[str, Step] | None = None,
+    bytes_of: dict[str, float] | None = None,
     calibrate: bool = True,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each variant in each round: "step", "forward", "update" and "calibration".
 
     In a round every variant runs once, in shuffled order; ``steps`` receives the steps. The two
-    halves are timed apart only where one step is a period. Without ``calibrate`` no calibration
-    step is compiled and timed.
+    halves are timed apart only where one step is a period. ``bytes_of`` receives what ``moved``
+    would find, of those variants of which nothing came from Inductor's cache on disk. Without
+    ``calibrate`` no calibration step is compiled and timed.
     """
     own = steps if steps is not None else {}
     for v in variants:
         own[v] = make(name, v, batch)
+        counts = []
         for _ in range(2 * period(v) + 1):
-            own[v]()
+            with inductor_counts(compiled=True) as found:
+                own[v]()
+            counts.append(found)
+        if bytes_of is not None and not any(c.cached for c in counts):
+            bytes_of[v] = mean_bytes([c.bytes for c in counts], v)
     times: dict[str, dict[str, list[float]]] = {
         v: {"step": [], "forward": [], "update": [], "calibration": []} for v in variants
     }
@@ -57,25 +64,25 @@ def paired(
                 own[v]()
     for i in range(rounds + 2):
         for v in random.sample(list(variants), len(variants)):
-            found = times[v]
+            seconds = times[v]
             start = clock()
             if period(v) > 1:
                 for _ in range(period(v)):
                     own[v]()
-                found["step"].append((clock() - start) / period(v))
+                seconds["step"].append((clock() - start) / period(v))
             else:
                 loss = own[v].forward()
                 middle = clock()
                 loss.backward()
                 end = clock()
-                found["step"].append(end - start)
-                found["forward"].append(middle - start)
-                found["update"].append(end - middle)
+                seconds["step"].append(end - start)
+                seconds["forward"].append(middle - start)
+                seconds["update"].append(end - middle)
             if calibrate and _calibrates(v):
                 start = clock()
                 with own[v].net.calibration():  # type: ignore[operator]
                     own[v]()
-                found["calibration"].append(clock() - start)
+                seconds["calibration"].append(clock() - start)
         if i < 2:
             for kinds in times.values():
                 for values in kinds.values():
@@ -122,11 +129,17 @@ def moved(name: str, variant: str, batch: int) -> float:
     torch.compiler.reset()
     step = make(name, variant, batch)
     counts = []
-    for _ in range(min(2, period(variant))):  # the first step of a period is unlike the others
+    for _ in range(min(2, period(variant))):
         with inductor_counts() as found:
             step()
         counts.append(found.bytes)
-    return (counts[0] + (period(variant) - 1) * counts[-1]) / period(variant)
+    return mean_bytes(counts, variant)
+
+
+def mean_bytes(counts: Sequence[int], variant: str) -> float:
+    """Of a period's first step and another one, as they were compiled: the mean of all."""
+    n = period(variant)
+    return counts[0] if n == 1 else (counts[0] + (n - 1) * counts[1]) / n
 
 
 def peaks() -> DeviceModel:
@@ -186,8 +199,6 @@ def run_model(
 ) -> list[Row]:
     """One row a variant."""
     bytes_of: dict[str, float] = {}
-    if count_bytes:
-        bytes_of = {v: moved(name, v, batch) for v in ("compiled", *variants)}
     torch.compiler.reset()  # else torch.compile takes other sizes for dynamic, or gives up
     steps: dict[str, Step] = {}
     everything = [*PLAIN, *peers(name), *variants]
@@ -198,6 +209,7 @@ def run_model(
         rounds=rounds,
         clock=clock,
         steps=steps,
+        bytes_of=bytes_of,
         calibrate=calibrate,
     )
     exact = make(name, "bp", batch, backend="eager")
@@ -224,15 +236,17 @@ def run_model(
             maps = net.plan.maps if v != "bp" else ()
             row["maps_mib"] = sum(m.bytes for m in maps) / 2**20
             row["gflop"] = mine / 1e9
-        if v in bytes_of:
-            row["moved_mib"] = bytes_of[v] / 2**20
-            row["floor_bytes"] = bytes_of[v] / bytes_of["compiled"]
         if memory:
             row["peak_mib"] = peak_memory(steps[v], period(v))
         rows.append(row)
     steps.clear()
-    if compile_time:
-        for row in rows:
-            if row["variant"] == "compiled" or row["variant"] in VARIANTS:
-                row["compile_s"] = compile_seconds(name, row["variant"], batch)
+    compiled = [r for r in rows if r["variant"] == "compiled" or r["variant"] in VARIANTS]
+    for row in compiled if count_bytes else ():
+        v = row["variant"]
+        if v not in bytes_of:
+            bytes_of[v] = moved(name, v, batch)
+        row["moved_mib"] = bytes_of[v] / 2**20
+        row["floor_bytes"] = bytes_of[v] / bytes_of["compiled"]
+    for row in compiled if compile_time else ():
+        row["compile_s"] = compile_seconds(name, row["variant"], batch)
     return rows
