@@ -1,6 +1,6 @@
 """The benchmark of record: step time against compiled backpropagation, interleaved.
 
-    python tools/bench_step.py                                 # quick: four networks, batch 128
+    python tools/bench_step.py                            # quick: four networks, three variants
     python tools/bench_step.py --full --json bench.json --page bench.md --plot bench.png
     python tools/bench_step.py --show bench.json --page bench.md              # of an earlier run
     python tools/bench_step.py --models mlp8x1024 cnn --batch 8 32 128 512 --rounds 30
@@ -42,7 +42,8 @@ QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
 # (networks, batch sizes, rounds, variants, whether moved bytes and calibration steps count too)
 FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] = (
-    (("mlp3x1024", "mlp8x1024", "lenet", "fdfa_cnn", "cnn"), (128,), 40, tuple(VARIANTS), True),
+    (("mlp8x1024", "cnn"), (128,), 40, tuple(VARIANTS), True),
+    (("mlp3x1024", "lenet", "fdfa_cnn"), (128,), 40, ("bp", *SHORT), True),
     (("tiny",), (128,), 100, tuple(VARIANTS), False),
     (("resnet20",), (128,), 12, SHORT, True),
     (("vgg16",), (32,), 8, SHORT, True),
@@ -113,6 +114,16 @@ def page(rows: list[Row], machine: str, command: str) -> str:
     )
 
 
+def command_of(argv: Sequence[str]) -> str:
+    """The command for a page: without where its results go."""
+    given = list(argv)
+    for option in ("--json", "--page", "--plot"):
+        if option in given:
+            at = given.index(option)
+            del given[at : at + 2]
+    return shlex.join(["python", "tools/bench_step.py", *given])
+
+
 def roofline(row: Row, device: DeviceModel) -> float | None:
     """Milliseconds of a step's products and moved bytes at a device's rates."""
     if "gflop" not in row or "moved_mib" not in row:
@@ -155,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         "--models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS])
     )
     p.add_argument("--full", action="store_true", help="every network and sweep (long)")
-    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all")
+    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all; quick: some")
     p.add_argument("--batch", type=int, nargs="+", help="default: 128")
     p.add_argument("--rounds", type=int, help="default: 30")
     p.add_argument(
@@ -182,8 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             p.error(f"--show {a.show}: not a file that --json wrote ({type(e).__name__}: {e})")
         write(a, *run)
         return 0
-    given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "tools/bench_step.py", *given])
+    command = command_of(sys.argv[1:] if argv is None else argv)
     if a.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
@@ -199,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         a.models or QUICK,
         a.batch or (128,),
         a.rounds or 30,
-        a.variants or tuple(VARIANTS),
-        True,
+        a.variants or (tuple(VARIANTS) if a.models else SHORT),
+        bool(a.models),
     )
     plan = FULL if a.full else (one,)
     rows: list[Row] = []

@@ -122,3 +122,8 @@ def test_moved_bytes_are_counted_beside_the_timing_where_nothing_is_cached() -> 
         bench_measure.paired("tiny", variants, batch=8, rounds=0, bytes_of=found, calibrate=False)
     assert found == {v: bench_measure.moved("tiny", v, 8) for v in variants}
     assert all(n > 0 for n in found.values())
+
+
+def test_a_page_names_no_path_of_the_machine() -> None:
+    given = ["--full", "--json", "/x/y", "--page", "/z", "--plot", "p", "--rounds", "2"]
+    assert bench_step.command_of(given) == "python tools/bench_step.py --full --rounds 2"
