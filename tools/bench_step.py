@@ -166,7 +166,9 @@ def main(argv: list[str] | None = None) -> int:
         "--models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS])
     )
     p.add_argument("--full", action="store_true", help="every network and sweep (long)")
-    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all; quick: some")
+    p.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), help="default: all; quick: some"
+    )
     p.add_argument("--batch", type=int, nargs="+", help="default: 128")
     p.add_argument("--rounds", type=int, help="default: 30")
     p.add_argument(
