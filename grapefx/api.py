@@ -86,8 +86,8 @@ def compile(
             default), "per_layer" (001 algorithm 1 read literally: one pass each), or a number of
             groups of consecutive layers.
         directions: K tangent passes with noise of their own for each stream; estimates average.
-        noise: "rademacher" (random signs: the same expectation, a fifth of the cost; default) or
-            "gaussian" (001, 003).
+        noise: "rademacher" (default; random signs: the same expectation at a fraction of the cost)
+            or "gaussian" (001, 003).
         perturb: where noise is added for a Jacobian estimate: "activation" (default), "weight", or
             "auto", whichever has fewer entries in a sample (001 section 3.2). See docs/method.md.
         granularity: a feedback point behind each weight "layer" (default), "sublayer" (micro: each
