@@ -4,8 +4,7 @@ In: an update graph and the strides of its saved values. Out: the same graph (ch
 which ``(e @ B)`` as (N, C, H, W) becomes ``e @ B'`` as (N, H, W, C), seen with its dims moved back,
 where saved values of that shape lie with their channels last (Inductor's choice for convolutions).
 B' is B with its columns reordered: C by n, no N. Without this every kernel behind the product
-transposes what it reads, and Inductor runs the sums over a batch (batch norm's, a bias's) on one
-thread.
+transposes what it reads.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def command(where: dict[str, Any]) -> str:
     """What makes the table of a setting."""
     own = [
-        f"--{name.replace('_', '-')} {where[name]:g} "
+        f"--{name.replace('_', '-')} {where[name]} "
         for name, usual in DEFAULTS.items()
         if where[name] != usual
     ]
