@@ -25,13 +25,10 @@ class Captures:
     lives now. ``device_type``: of its parameters, known with the first capture.
     """
 
-    def __init__(
-        self, model: nn.Module, method: Method, options: Options, feedback: FeedbackState
-    ) -> None:
+    def __init__(self, model: nn.Module, method: Method, options: Options) -> None:
         self.model = model
         self.method = method
         self.options = options
-        self.feedback = feedback
         self.programs: dict[Any, Program] = {}
         self.plan: Plan | None = None
         self.slots: dict[str, tuple[dict[str, Any], str]] = {}
@@ -42,9 +39,17 @@ class Captures:
         self._told_hooks: set[str] = set()
 
     def program(
-        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, training: bool
+        self,
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        spec: Any,
+        training: bool,
+        feedback: FeedbackState,
     ) -> Program:
         """The program that serves a call; captured anew where none does.
+
+        ``feedback``: where a new capture finds or puts its layers' tensors.
 
         Raises:
             GrapefxError: the model cannot be captured, or the method is not defined on it.
@@ -55,7 +60,7 @@ class Captures:
         key, batch = self._key(leaves, spec, fingerprint.read(), training)
         found = self.programs.get(key) or self.programs.get((key, batch))
         if found is None:
-            found = self._capture(args, kwargs, leaves, spec, key[0], training)
+            found = self._capture(args, kwargs, leaves, spec, key[0], training, feedback)
         if self._listed is not fingerprint.modules:
             self.slots = module_slots(self.model)
             self._listed = fingerprint.modules
@@ -80,11 +85,11 @@ class Captures:
         store, key = self.slots[ref]
         return store[key]
 
-    def ensure_states(self) -> None:
+    def ensure_states(self, feedback: FeedbackState) -> None:
         """Feedback tensors for every program, after other ones were loaded."""
         for program in self.programs.values():
             if program.plan is not None:
-                program.renamed = self._ensure(program.plan)
+                program.renamed = self._ensure(program.plan, feedback)
 
     def _key(
         self, leaves: list[Any], spec: Any, reading: Any, training: bool
@@ -104,7 +109,14 @@ class Captures:
         return (reading, call, spec, training, cast), batch
 
     def _capture(
-        self, args: Any, kwargs: Any, leaves: list[Any], spec: Any, reading: Any, training: bool
+        self,
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        spec: Any,
+        reading: Any,
+        training: bool,
+        feedback: FeedbackState,
     ) -> Program:
         self._check_devices(leaves)
         options = self.options
@@ -120,7 +132,7 @@ class Captures:
         if training:
             captured = plan.captured
             program = Program(plan, None, captured.out_spec, captured.constants, *backend)
-            program.renamed = self._ensure(plan)
+            program.renamed = self._ensure(plan, feedback)
             self.plan = plan
         else:
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
@@ -153,14 +165,14 @@ class Captures:
             self.programs.pop((key, 1), None)
         return program
 
-    def _ensure(self, plan: Plan) -> dict[str, str]:
+    def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:
         """Feedback tensors for every layer of a plan; returns those that go by another key."""
         specs = plan.state_specs()
         if not specs:
             return {}
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return self.feedback.ensure(specs, dtype, parameter.device)
+        return feedback.ensure(specs, dtype, parameter.device)
 
     def _check_hooks(self, training: bool) -> None:
         if training:

@@ -74,7 +74,7 @@ class FeedbackModule(nn.Module):
             _generators={},
             _installed=False,
         )
-        self.__dict__["_captures"] = Captures(model, method, options, self._feedback)
+        self.__dict__["_captures"] = Captures(model, method, options)
 
     # the module that users see
 
@@ -161,7 +161,7 @@ class FeedbackModule(nn.Module):
         """One call. With gradients enabled it is a training step: backward fills ``p.grad``."""
         leaves, spec = flatten_call(args, kwargs)
         training = torch.is_grad_enabled()
-        program = self._captures.program(args, kwargs, leaves, spec, training)
+        program = self._captures.program(args, kwargs, leaves, spec, training, self._feedback)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if program.plan is None:
             return unflatten_outputs(program.out_spec, self._infer(program, inputs))
@@ -342,7 +342,7 @@ class FeedbackModule(nn.Module):
             )
         check_architecture(state["architecture"], self._original)
         self._feedback.load(state["tensors"])
-        self._captures.ensure_states()
+        self._captures.ensure_states(self._feedback)
         self._schedule.load(state["schedule"])
         self.__dict__.update(
             _momentum={k: v.clone() for k, v in state["momentum"].items()},
