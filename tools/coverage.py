@@ -246,7 +246,7 @@ def step(model: nn.Module, sample: Sample, method: str, plan: Plan) -> Tensor:
     def shared(*_: Any, method: Any, options: Any, **__: Any) -> Plan:
         return plan.for_method(method, options)
 
-    with mock.patch("grapefx.runtime.module.build_plan", shared):
+    with mock.patch("grapefx.runtime.captures.build_plan", shared):
         loss = loss_of(net(*sample.args, **sample.kwargs))
     loss.backward()
     return loss.detach()
