@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import grapefx
 from grapefx.errors import BudgetError, OptionError
 from grapefx.ir import Layer
+from grapefx.lowering import prepare
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, plain_maps
 from grapefx.methods import get_method
 from grapefx.methods.base import Rows
+from grapefx.passes.split import split
 from grapefx.plan import build_plan
 from grapefx.seeded import signs, uniform
 
@@ -139,19 +141,20 @@ def test_seeded_maps_are_not_stored_and_survive_a_restart() -> None:
     assert steps(other, 10) != losses
 
 
-def test_a_compiled_step_with_seeded_maps_saves_none_of_them() -> None:
-    net = grapefx.compile(cnn(), feedback="seeded", method="dfa", calib_every=None)
-    eager = grapefx.compile(
-        cnn(), feedback="seeded", method="dfa", calib_every=None, backend="eager"
-    )
+@pytest.mark.slow
+def test_a_compiled_step_with_seeded_maps_is_the_plain_one() -> None:
+    options = {"feedback": "seeded", "method": "dfa", "calib_every": None}
+    net = grapefx.compile(cnn(), **options)
+    eager = grapefx.compile(cnn(), **options, backend="eager")
     assert steps(net, 3) == pytest.approx(steps(eager, 3), rel=1e-4)
-    from grapefx.lowering import prepare
-    from grapefx.passes.split import split
 
-    parts = split(prepare(net.plan.graph("update"), None, "inductor"))
+
+def test_a_compiled_step_saves_no_seeded_map() -> None:
+    plan = plan_with("seeded", method="dfa", calib_every=None)
+    parts = split(prepare(plan.graph("update"), None, "inductor"))
     output = next(n for n in parts.forward.graph.nodes if n.op == "output")
     saved = output.args[0][len(parts.forward_outputs) :]
-    shapes = {str(tuple(m.shape)) for m in net.plan.maps}
+    shapes = {str(tuple(m.shape)) for m in plan.maps}
     kept = [n.meta["val"] for n in saved if isinstance(n.meta["val"], Tensor)]
     assert kept and not shapes & {str(tuple(v.shape)) for v in kept}
 

@@ -74,7 +74,7 @@ def test_gradients_of_compiled_pools(case: str, dynamic: bool) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("fraction", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_tangents_of_compiled_pools(fraction: float) -> None:
     """J^ under Inductor (places) is that of the graph as it is (indices)."""
     torch.manual_seed(0)

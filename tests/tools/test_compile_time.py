@@ -115,6 +115,7 @@ def test_moved_bytes() -> None:
     assert least < cut < 1.2 * least
 
 
+@pytest.mark.slow
 def test_moved_bytes_are_counted_beside_the_timing_where_nothing_is_cached() -> None:
     found: dict[str, float] = {}
     variants = ["compiled", "grape k=8"]
