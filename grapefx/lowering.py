@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
+from grapefx.passes.bias import add_bias_late
 from grapefx.passes.channels_last import channels_last
 from grapefx.passes.join_products import join_products
 from grapefx.passes.order import dead_code
@@ -78,6 +79,8 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
 
 def lower_forward(gm: GraphModule, backend: str, options: dict[str, Any] | None = None) -> Compiled:
     """Compile a graph whose outputs all go to the user. It takes, and empties, a list."""
+    if backend != "eager":
+        add_bias_late(gm)
     return _lower(gm, backend, options, _examples(gm), _outputs(gm), False)[0]
 
 
@@ -109,6 +112,7 @@ def lower_saving(
     """Compile a forward graph; also the strides of what it saves (none reported: an empty list)."""
     if backend != "eager":
         join_products(forward)
+        add_bias_late(forward)
     first, strides = _lower(forward, backend, options, _examples(forward), outputs, False)
     return first, strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
 

@@ -2,6 +2,7 @@
 
     python tools/bench_step.py                            # quick: four networks, three variants
     python tools/bench_step.py --full --json bench.json --page bench.md --plot bench.png
+    python tools/bench_step.py --full --json bench.json --go-on               # what a kill left out
     python tools/bench_step.py --show bench.json --page bench.md              # of an earlier run
     python tools/bench_step.py --models mlp8x1024 cnn --batch 8 32 128 512 --rounds 30
 
@@ -20,6 +21,7 @@ as well.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import shlex
@@ -27,6 +29,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +43,21 @@ from grapefx.analysis.device import DeviceModel
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
+SWEEP = ("dfa", "grape")
 # (networks, batch sizes, rounds, variants, whether moved bytes and calibration steps count too)
 FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] = (
-    (("mlp8x1024", "cnn"), (128,), 40, tuple(VARIANTS), True),
-    (("mlp3x1024", "lenet", "fdfa_cnn"), (128,), 40, ("bp", *SHORT), True),
-    (("tiny",), (128,), 100, tuple(VARIANTS), False),
-    (("resnet20",), (128,), 12, SHORT, True),
-    (("vgg16",), (32,), 8, SHORT, True),
+    (("mlp8x1024",), (128,), 40, tuple(VARIANTS), True),
+    (("mlp3x1024", "cnn", "lenet", "fdfa_cnn"), (128,), 40, ("bp", *SHORT), True),
+    (("tiny",), (128,), 100, ("bp", *SHORT), False),
+    (("resnet20",), (128,), 12, SHORT, False),
+    (("vgg16",), (32,), 8, SHORT, False),
     (("transformer2-micro",), (32,), 20, SHORT, True),
-    (("transformer2-macro", "transformer8-micro"), (32,), 12, SHORT, False),
-    (("mlp32x256", "mlp2x512", "mlp4x512", "mlp16x512", "mlp64x512"), (128,), 20, SHORT, False),
-    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SHORT, False),
+    (("transformer2-macro",), (32,), 12, SHORT, False),
+    (("transformer8-micro",), (32,), 12, SWEEP, False),
+    (("mlp32x256",), (128,), 20, SHORT, False),
+    (("mlp2x512", "mlp4x512", "mlp16x512"), (128,), 20, SWEEP, False),
+    (("mlp64x512",), (128,), 20, ("dfa",), False),
+    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SWEEP, False),
 )
 
 
@@ -99,17 +106,27 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(out)
 
 
-def page(rows: list[Row], machine: str, command: str) -> str:
+@dataclass
+class Run:
+    """What one command measured, and how long it took."""
+
+    rows: list[Row]
+    machine: str
+    command: str
+    minutes: float
+
+
+def page(run: Run) -> str:
     """The results as a page: the summary, then every row."""
     return "\n\n".join(
         [
             "# Step time over compiled backpropagation",
-            f"Made by `{command}`, whose help says what is measured.\n"
-            f"{machine[0].upper()}{machine[1:]}.",
+            f"Made by `{run.command}`, whose help says what is measured, in "
+            f"{run.minutes:.0f} minutes.\n{run.machine[0].upper()}{run.machine[1:]}.",
             "Ratios to compiled BP (in brackets: the ratio of FLOPs and, where counted, of bytes).",
-            summary(rows),
+            summary(run.rows),
             "## All rows",
-            table(rows) + "\n",
+            table(run.rows) + "\n",
         ]
     )
 
@@ -121,6 +138,7 @@ def command_of(argv: Sequence[str]) -> str:
         if option in given:
             at = given.index(option)
             del given[at : at + 2]
+    given = [word for word in given if word != "--go-on"]
     return shlex.join(["python", "tools/bench_step.py", *given])
 
 
@@ -180,6 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--no-bytes", action="store_true", help="leave the count of moved bytes out")
     p.add_argument("--compile-time", action="store_true", help="also compile in a new process")
     p.add_argument("--json", type=Path, help="write rows here, after every network")
+    p.add_argument(
+        "--go-on", action="store_true", help="keep what --json holds, measure the networks it lacks"
+    )
     p.add_argument("--show", type=Path, help="measure nothing: the rows of this file")
     p.add_argument("--page", type=Path, help="write all rows here as a markdown page")
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
@@ -188,12 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     if a.full and (a.models or a.variants or a.batch or a.rounds):
         p.error("--full has networks, variants, batch sizes and rounds of its own")
     if a.show:
-        try:
-            saved = json.loads(a.show.read_text())
-            run = [saved[k] for k in ("rows", "machine", "command")]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            p.error(f"--show {a.show}: not a file that --json wrote ({type(e).__name__}: {e})")
-        write(a, *run)
+        write(a, read(p, "--show", a.show))
         return 0
     command = command_of(sys.argv[1:] if argv is None else argv)
     if a.cpu_time:
@@ -215,11 +231,21 @@ def main(argv: list[str] | None = None) -> int:
         bool(a.models),
     )
     plan = FULL if a.full else (one,)
-    rows: list[Row] = []
-    begin = time.perf_counter()
+    run = Run([], machine, command, 0.0)
+    if a.go_on:
+        if not a.json:
+            p.error("--go-on goes on with a file: --json FILE")
+        if a.json.exists():
+            run = read(p, "--json", a.json)
+            if run.command != command:
+                p.error(f"--go-on: {a.json} is of another command: {run.command}")
+    done = {(r["model"], r["batch"]) for r in run.rows}
     for models, batches, rounds, variants, whole in plan:
         for name in models:
             for batch in batches:
+                if (name, batch) in done:
+                    continue
+                begin = time.perf_counter()
                 found = run_model(
                     name,
                     variants,
@@ -233,24 +259,35 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 for row in found:
                     row["roofline_ms"] = roofline(row, here)
-                rows += found
+                run.rows.extend(found)
+                run.minutes += (time.perf_counter() - begin) / 60
                 print(table(found))
-                print(f"{(time.perf_counter() - begin) / 60:.1f} min so far", flush=True)
+                print(f"{run.minutes:.1f} min so far", flush=True)
                 if a.json:
-                    done = {"machine": machine, "command": command, "rows": rows}
-                    a.json.write_text(json.dumps(done, indent=1))
-    write(a, rows, machine, command)
+                    half = a.json.with_suffix(".half")
+                    half.write_text(json.dumps(dataclasses.asdict(run), indent=1))
+                    half.replace(a.json)  # at once: a kill leaves the old file or the new one
+    write(a, run)
     return 0
 
 
-def write(a: argparse.Namespace, rows: list[Row], machine: str, command: str) -> None:
+def read(p: argparse.ArgumentParser, option: str, path: Path) -> Run:
+    """What ``--json`` wrote; ends the program where it is something else."""
+    try:
+        saved = json.loads(path.read_text())
+        return Run(saved["rows"], saved["machine"], saved["command"], saved["minutes"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        p.error(f"{option} {path}: not a file that --json wrote ({type(e).__name__}: {e})")
+
+
+def write(a: argparse.Namespace, run: Run) -> None:
     """The page and the picture, where they are wanted."""
     if a.page:
-        a.page.write_text(page(rows, machine, command))
+        a.page.write_text(page(run))
     elif a.show:
-        print(table(rows))
+        print(table(run.rows))
     if a.plot:
-        plot(rows, a.plot)
+        plot(run.rows, a.plot)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from torch import nn
@@ -84,19 +85,49 @@ def test_page_of_an_earlier_run(tmp_path: Path) -> None:
     assert bench_step.roofline(row | moved, slow) == pytest.approx(1e3 / 256)
     assert bench_step.roofline(row | moved, fast) == pytest.approx(10.0)
     rows = [row | {"variant": "compiled", "ratio": 1.0}, row | moved | {"variant": "dfa"}]
-    run = {"machine": "torch 9, here", "command": "python this", "rows": rows}
+    run = {"machine": "torch 9, here", "command": "python this", "rows": rows, "minutes": 3.2}
     (tmp_path / "run.json").write_text(json.dumps(run))
     argv = ["--show", str(tmp_path / "run.json"), "--page", str(tmp_path / "run.md")]
     assert bench_step.main(argv) == 0
     text = (tmp_path / "run.md").read_text()
     assert "| tiny | 8 | 2.0 | 0.50 (0.75, 0.25) |" in text and "\nTorch 9, here.\n" in text
     assert text.count("| tiny | 8 | dfa |") == 1 and "`python this`" in text
+    assert " in 3 minutes." in text
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks that are there are kept, the others measured; another command is refused."""
+    file = tmp_path / "run.json"
+    argv = ["--models", "tiny", "lenet", "--rounds", "2", "--json", str(file), "--go-on"]
+
+    def measure(name: str, variants: object, batch: int, *_: object, **__: object) -> object:
+        if name in fails:
+            raise KeyboardInterrupt
+        measured.append(name)
+        times = dict.fromkeys(("step_ms", "forward_ms", "update_ms", "calibration_ms"), 2.0)
+        row = {"model": name, "batch": batch, "variant": "compiled", "floor": None, **times}
+        return [row | dict.fromkeys(("ratio", "low", "high"), 1.0)]
+
+    measured: list[str] = []
+    fails = {"lenet"}
+    with mock.patch.object(bench_step, "run_model", measure):
+        with pytest.raises(KeyboardInterrupt):
+            bench_step.main(argv)
+        fails.clear()
+        assert bench_step.main(argv) == 0
+        assert measured == ["tiny", "lenet"]
+        assert [r["model"] for r in json.loads(file.read_text())["rows"]] == measured
+        with pytest.raises(SystemExit):
+            bench_step.main([*argv, "--cpu-time"])
+    assert "is of another command" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--full", "--batch", "8"], "--full has"),
+        (["--go-on"], "--json FILE"),
         (["--show", "nowhere.json"], "nowhere.json: not a file that --json wrote"),
     ],
 )

@@ -78,6 +78,11 @@ FEATURES: dict[str, Feature] = {
         ("mlp8x1024", "mlp32x256"), ("grape", "grape 1/8"),
         {"grapefx.lowering.join_products": nothing},
     ),
+    "bias": Feature(
+        "a product's bias is added where it is read (passes/bias.py)",
+        ("mlp8x1024", "mlp3x1024", "mlp32x256"), ("bp", "dfa"),
+        {"grapefx.lowering.add_bias_late": nothing},
+    ),
     "pools": Feature(
         "max pooling without scatter (passes/pooling.py)",
         ("lenet", "cnn"), ("bp", "dfa", "grape"), {"grapefx.lowering.tile_pools": nothing},
