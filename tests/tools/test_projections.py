@@ -1,0 +1,22 @@
+"""The forms of a projection give the same gradients."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+import projections
+from grapefx.torch_compat import pytree
+
+
+def test_the_forms_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(torch, "compile", lambda f, **_: f):
+        first, *others = (call() for call in projections.forms(3, 6).values())
+        assert projections.main(["--networks", "2x4", "--rounds", "2"]) == 0
+    for other in others:
+        for a, b in zip(pytree.tree_leaves(first), pytree.tree_leaves(other), strict=True):
+            torch.testing.assert_close(a, b)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[2].endswith("| 1.00 |")
