@@ -4,7 +4,8 @@
     python tools/bench/what_pays.py --only order --models resnet20 vgg16 --variants dfa
 
 ``ratio`` is the median of the paired ratios of a step with the pass to one without, between its
-quartiles. Passes without which nothing would be saved (cuts, zero tangents) are not switched off.
+quartiles; ``MiB`` is what one step allocates at most, with and without. Passes without which
+nothing would be saved (cuts, zero tangents) are not switched off.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools" / "bench"), str(ROOT / "tools"), str(ROOT)]
 
 import bench_models  # noqa: E402
+from bench_measure import peak_memory  # noqa: E402
 from bench_models import MODELS, VARIANTS, Step, make  # noqa: E402
 from grapefx.lowering import lower_update  # noqa: E402
 
@@ -107,8 +109,11 @@ FEATURES: dict[str, Feature] = {
 }  # fmt: skip
 
 
-def compare(feature: Feature, model: str, variant: str, rounds: int) -> list[tuple[float, float]]:
-    """Seconds of a step with the feature and without, by round."""
+Pair = tuple[float, float]
+
+
+def compare(feature: Feature, model: str, variant: str, rounds: int) -> tuple[list[Pair], Pair]:
+    """Seconds of a step with the feature and without, by round; MiB with and without."""
     batch = 32 if model == "vgg16" else 128
     torch.compiler.reset()
     steps: list[Step] = []
@@ -125,7 +130,8 @@ def compare(feature: Feature, model: str, variant: str, rounds: int) -> list[tup
             steps[k]()
             seconds[k] = time.perf_counter() - start
         found.append((seconds[0], seconds[1]))
-    return found
+    on, off = (peak_memory(step, VARIANTS[variant][1]) for step in steps)
+    return found, (on, off)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,18 +145,18 @@ def main(argv: list[str] | None = None) -> int:
     if a.rounds < 2:
         p.error("--rounds: quartiles need 2 or more")
     warnings.simplefilter("ignore")
-    print("| what | network | variant | with, ms | without, ms | ratio | quartiles |")
-    print("| --- | --- | --- | ---: | ---: | ---: | --- |")
+    print("| what | network | variant | with, ms | without, ms | ratio | quartiles | MiB |")
+    print("| --- | --- | --- | ---: | ---: | ---: | --- | --- |")
     for name in a.only or FEATURES:
         feature = FEATURES[name]
         for model in a.models or feature.models:
             for variant in a.variants or feature.variants:
-                found = compare(feature, model, variant, a.rounds)
+                found, peaks = compare(feature, model, variant, a.rounds)
                 on, off = (1e3 * statistics.median(s) for s in zip(*found, strict=True))
                 low, middle, high = statistics.quantiles([x / y for x, y in found], n=4)
                 print(
                     f"| {feature.what} | {model} | {variant} | {on:.1f} | {off:.1f} "
-                    f"| {middle:.2f} | {low:.2f}-{high:.2f} |",
+                    f"| {middle:.2f} | {low:.2f}-{high:.2f} | {peaks[0]:.1f}, {peaks[1]:.1f} |",
                     flush=True,
                 )
     return 0
