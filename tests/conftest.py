@@ -1,6 +1,8 @@
-"""Which modules run behind ``make test-all`` only: they are long, the rest is `make test`."""
+"""Which tests run behind ``make test-all`` only: they are long, the rest is `make test`."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -9,9 +11,48 @@ import pytest
 LONG = ("test_rules_opinfo.py", "test_random_models.py", "test_scripts.py", "test_demo.py",
         "test_experiments.py", "test_reproduce.py", "test_perf_gate.py")  # fmt: skip
 
+# Long tests, and of tests with many cases the long ones whose like stays: a pattern of their ids.
+LONG_CASES = {
+    "test_a_copy_is_a_plain_model": "pickle",
+    "test_a_seed_reproduces_a_run": "",
+    "test_auto_takes_the_finest_that_fits": "",
+    "test_autocast_bf16": "encoder-prenorm-dfa|mlp-bp",
+    "test_averaged_weights": "False",
+    "test_batched_updates_are_the_same": "macro-.*|micro-grape|resnet-dfa",
+    "test_cached_traces_give_the_same_graphs": "dfa|fdfa",
+    "test_changes_between_steps": "bp",
+    "test_copies_go_their_own_way": "pickle",
+    "test_every_method_learns_with_every_kind": "(fdfa|dkp|grape-2024)-.*",
+    "test_exact_steps_equal_eager": "(?!mlp).*-bp|gru-grape",
+    "test_full_batch_equals_forward_ad": "encoder-causal|encoder-sequence-first|gru",
+    "test_gradients_of_compiled_pools": "2x2-True|overlap-False|3d-False",
+    "test_in_a_process_of_its_own": "",
+    "test_learns": "",
+    "test_loss_inside_the_model": "bp|dfa",
+    "test_mixed_models_survive": "inplace|encoder|residual",
+    "test_no_update_depends_on_another_layer": "gru|stop",
+    "test_points_by_name_glob_class_and_function": "blocks.*|points1-.*",
+    "test_resume_is_bit_exact": "mlp-grape-.*",
+    "test_steps_are_those_of_the_wrapper": ".*-lstm|bp-.*|dfa-cnn",
+    "test_the_gradient_passes_the_activation_before_it_spreads": "sigmoid|tanh",
+    "test_training_is_the_same": "streams",
+    "test_what_is_switched_off_is_otherwise_called": "",
+}
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Whether a test is one of those."""
+    if item.path.name in LONG:
+        return True
+    pattern = LONG_CASES.get(getattr(item, "originalname", ""))
+    if pattern is None:
+        return False
+    case = getattr(item, "callspec", None)
+    return re.fullmatch(pattern, case.id if case else "") is not None
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is long as slow."""
     for item in items:
-        if item.path.name in LONG:
+        if is_long(item):
             item.add_marker(pytest.mark.slow)

@@ -18,7 +18,7 @@ from grapefx.errors import GrapefxError
 from tests.fuzz.random_models import Case, random_case
 from tests.zoo import assert_same_buffers, assert_same_gradients, compiled, tensors
 
-CASES = int(os.environ.get("GRAPEFX_FUZZ_CASES", "60"))
+CASES = int(os.environ.get("GRAPEFX_FUZZ_CASES", "20"))
 CHUNK = max(1, min(25, CASES // 20))  # a test is stopped after 15 minutes
 
 

@@ -202,19 +202,15 @@ def test_a_seed_repeats_a_run_and_a_resumed_run_continues_it(name: str) -> None:
     assert net.feedback.keys() == whole.feedback.keys()
     for key, t in net.feedback.items():
         assert torch.equal(t, whole.feedback[key]), key
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_another_seed_gives_other_feedback(name: str) -> None:
     method = get_method(name, {})
     random = method.keeps_state or bool({"tangent", "noise"} & (method.reads | method.learns_from))
-    found = [gradients(trained(name, 1, seed)[0]) for seed in (0, 1)]
+    other, _ = trained(name, 2, seed=1)
+    pairs = zip(gradients(first).values(), gradients(other).values(), strict=True)
     same = all(
         (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
-        for a, b in zip(found[0].values(), found[1].values(), strict=True)
+        for a, b in pairs
     )
-    # a map that starts at zero learns from noise first
-    assert same != random
+    assert same != random  # another seed gives other feedback
 
 
 # models
