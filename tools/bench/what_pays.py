@@ -130,8 +130,8 @@ def compare(feature: Feature, model: str, variant: str, rounds: int) -> tuple[li
             steps[k]()
             seconds[k] = time.perf_counter() - start
         found.append((seconds[0], seconds[1]))
-    on, off = (peak_memory(step, VARIANTS[variant][1]) for step in steps)
-    return found, (on, off)
+    most = [peak_memory(step, VARIANTS[variant][1]) for step in steps]
+    return found, (most[0], most[1])
 
 
 def main(argv: list[str] | None = None) -> int:
