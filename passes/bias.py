@@ -1,10 +1,9 @@
 """A product's bias is added where the product is read.
 
 In: a forward graph. Out: the same graph (changed in place) in which ``addmm(b, x, W)`` is
-``x @ W`` and an addition. On a CPU the one call first fills the result with b, which costs a
-twentieth of a product of 128 rows by 1,024 and a quarter of one by 256; the addition goes into the
-kernel of the activation behind it. GPU libraries add in the product's last step, and a product of
-half precision would be rounded once more.
+``x @ W`` and an addition. On a CPU the one call first fills the result with b; the addition goes
+into the kernel of the activation behind it (``tools/bench/what_pays.py --only bias``). GPU
+libraries add in the product's last step, and half precision would be rounded once more.
 """
 
 from __future__ import annotations

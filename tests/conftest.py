@@ -55,19 +55,23 @@ LONG_CASES = {
 }
 
 
-def is_long(item: pytest.Item) -> bool:
-    """Whether a test is one of those."""
-    if item.path.name in LONG:
-        return True
-    pattern = LONG_CASES.get(getattr(item, "originalname", ""))
-    if pattern is None:
-        return False
-    case = getattr(item, "callspec", None)
-    return re.fullmatch(pattern, case.id if case else "") is not None
+# The names of ``LONG_CASES`` that were collected, and of these the ones whose pattern fits a case.
+COLLECTED = pytest.StashKey[set[str]]()
+FITTING = pytest.StashKey[set[str]]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is long as slow."""
+    collected = config.stash.setdefault(COLLECTED, set())
+    fitting = config.stash.setdefault(FITTING, set())
     for item in items:
-        if is_long(item):
+        name = getattr(item, "originalname", "")
+        long = item.path.name in LONG
+        if name in LONG_CASES:
+            collected.add(name)
+            case = getattr(item, "callspec", None)
+            if re.fullmatch(LONG_CASES[name], case.id if case else ""):
+                fitting.add(name)
+                long = True
+        if long:
             item.add_marker(pytest.mark.slow)

@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     if a.full and (a.models or a.variants or a.batch or a.rounds):
         p.error("--full has networks, variants, batch sizes and rounds of its own")
+    if a.go_on and (a.show or not a.json):
+        p.error("--go-on goes on with a file that it measures for: --json FILE, no --show")
     if a.show:
         write(a, read(p, "--show", a.show))
         return 0
@@ -216,10 +218,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
     here = peaks()
-    machine = (
+    setting = (
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {'processor' if a.cpu_time else 'wall'} time, "
-        f"products {here.matmul_flops['float32'] / 1e9:.0f} GFLOP/s, "
+        f"{torch.get_num_threads()} threads, {'processor' if a.cpu_time else 'wall'} time"
+    )
+    machine = (
+        f"{setting}, products {here.matmul_flops['float32'] / 1e9:.0f} GFLOP/s, "
         f"memory {here.bandwidth / 1e9:.0f} GB/s"
     )
     print(machine, flush=True)
@@ -232,13 +236,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     plan = FULL if a.full else (one,)
     run = Run([], machine, command, 0.0)
-    if a.go_on:
-        if not a.json:
-            p.error("--go-on goes on with a file: --json FILE")
-        if a.json.exists():
-            run = read(p, "--json", a.json)
-            if run.command != command:
-                p.error(f"--go-on: {a.json} is of another command: {run.command}")
+    if a.go_on and a.json.exists():
+        run = read(p, "--json", a.json)
+        if run.command != command:
+            p.error(f"--go-on: {a.json} is of another command: {run.command}")
+        if not run.machine.startswith(f"{setting}, "):
+            p.error(f"--go-on: {a.json} was measured with {run.machine}; here: {setting}")
     done = {(r["model"], r["batch"]) for r in run.rows}
     for models, batches, rounds, variants, whole in plan:
         for name in models:

@@ -118,8 +118,11 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert measured == ["tiny", "lenet"]
         assert [r["model"] for r in json.loads(file.read_text())["rows"]] == measured
         with pytest.raises(SystemExit):
-            bench_step.main([*argv, "--cpu-time"])
-    assert "is of another command" in capsys.readouterr().err
+            bench_step.main([*argv, "--no-bytes"])
+        assert "is of another command" in capsys.readouterr().err
+        with mock.patch("torch.__version__", "9"), pytest.raises(SystemExit):
+            bench_step.main(argv)
+        assert "was measured with torch 2" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -128,6 +131,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--full", "--batch", "8"], "--full has"),
         (["--go-on"], "--json FILE"),
+        (["--go-on", "--json", "a", "--show", "b"], "no --show"),
         (["--show", "nowhere.json"], "nowhere.json: not a file that --json wrote"),
     ],
 )

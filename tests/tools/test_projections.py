@@ -20,3 +20,14 @@ def test_the_forms_agree(capsys: pytest.CaptureFixture[str]) -> None:
             torch.testing.assert_close(a, b)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[2].endswith("| 1.00 |")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["--networks", "2by4"], "such as 8x1024"), (["--networks", "0x4"], "such as 8x1024"),
+     (["--rounds", "0"], "1 or more")],
+)  # fmt: skip
+def test_bad_arguments(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        projections.main(argv)
+    assert said in capsys.readouterr().err

@@ -63,15 +63,24 @@ def forms(layers: int, width: int) -> dict[str, Update]:
     }
 
 
+def network(text: str) -> tuple[int, int]:
+    """Layers and width."""
+    layers, cross, width = text.partition("x")
+    if not (cross and layers.isdecimal() and width.isdecimal() and int(layers) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r}: layers x width, such as 8x1024")
+    return int(layers), int(width)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a markdown table."""
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--networks", nargs="+", default=["2x1024", "8x1024", "31x256"])
+    p.add_argument("--networks", nargs="+", type=network, default=[(2, 1024), (8, 1024), (31, 256)])
     p.add_argument("--rounds", type=int, default=100)
     a = p.parse_args(argv)
+    if a.rounds < 1:
+        p.error("--rounds: 1 or more")
     print("| layers x width | form | ms | over the first |\n| --- | --- | ---: | ---: |")
-    for network in a.networks:
-        layers, width = map(int, network.split("x"))
+    for layers, width in a.networks:
         with torch.no_grad():
             calls = forms(layers, width)
             times: dict[str, list[float]] = {k: [] for k in calls}
@@ -86,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, found in times.items():
             ratio = statistics.median(t / s for t, s in zip(found, first, strict=True))
             median = 1e3 * statistics.median(found)
-            print(f"| {network} | {name} | {median:.2f} | {ratio:.2f} |", flush=True)
+            print(f"| {layers}x{width} | {name} | {median:.2f} | {ratio:.2f} |", flush=True)
     return 0
 
 
