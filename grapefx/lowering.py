@@ -89,17 +89,13 @@ def lower_pair(
     update: GraphModule,
     outputs: int,
     saved: int,
-    donated: tuple[int, ...],
     backend: str,
     options: dict[str, Any] | None = None,
 ) -> tuple[Compiled, Compiled]:
-    """Compile a forward graph (``outputs`` for the user, then ``saved``) and its update graph.
-
-    The update may overwrite the ``donated`` ones of the saved values.
-    """
+    """Compile a forward graph (``outputs`` for the user, then ``saved``) and its update graph."""
     first, strides = lower_saving(forward, outputs, saved, backend, options)
     channels_last(update, strides)
-    return first, lower_update(update, strides, donated, backend, options)
+    return first, lower_update(update, strides, backend, options)
 
 
 def lower_saving(
@@ -120,13 +116,12 @@ def lower_saving(
 def lower_update(
     update: GraphModule,
     strides: list[Any],
-    donated: tuple[int, ...],
     backend: str,
     options: dict[str, Any] | None = None,
 ) -> Compiled:
     """Compile an update graph whose first inputs come in ``strides``."""
     examples = _restrided(_examples(update), strides)
-    return _lower(update, backend, options, examples, _outputs(update), True, donated)[0]
+    return _lower(update, backend, options, examples, _outputs(update), True)[0]
 
 
 def lower_tasks(
@@ -182,7 +177,6 @@ def _lower(
     examples: list[Any],
     user_outputs: int,
     is_backward: bool,
-    donated: tuple[int, ...] = (),
 ) -> tuple[Compiled, list[Any]]:
     empty = not any(n.op == "call_function" for n in gm.graph.nodes)
     if backend == "eager" or empty or not any(isinstance(v, FakeTensor) for v in examples):
@@ -195,6 +189,5 @@ def _lower(
             examples,
             user_outputs=user_outputs,
             is_backward=is_backward,
-            donated=donated,
             options=options,
         )

@@ -122,17 +122,13 @@ def inductor_compile(
     *,
     user_outputs: int,
     is_backward: bool = False,
-    donated: Sequence[int] = (),
     options: dict[str, Any] | None = None,
 ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
     """Compile a flat, decomposed ATen graph with Inductor's inner compiler: no Dynamo, no guards.
 
     Only the first ``user_outputs`` outputs must keep their strides; Inductor chooses those of the
-    others (saved values). Returned are the strides, None where nothing was reported. The inputs
-    ``donated`` may be overwritten: large fresh memory costs as much as filling it.
+    others (saved values). Returned are the strides, None where nothing was reported.
     """
-    from types import SimpleNamespace
-
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -141,13 +137,6 @@ def inductor_compile(
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(user_outputs))
     context = TracingContext(mode)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for i in donated:  # the name is part of the cache's key, the donation is not
-        placeholders[i].name = placeholders[i].target = f"donated_{i}"
-    if donated:
-        context.fw_metadata = SimpleNamespace(  # type: ignore[assignment]
-            bw_donated_idxs=list(donated), static_input_indices=[]
-        )
     gm.recompile()
     # The error is read by every layer: of the operators that read one tensor, pair only near ones.
     # The kernels stay the same (make perf), and deep networks compile in less time.

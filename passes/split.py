@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
-from grapefx.passes.order import aliases, dead_code
+from grapefx.passes.order import dead_code
 from grapefx.torch_compat import min_cut_partition
 
 aten = torch.ops.aten
@@ -31,8 +31,7 @@ class Split:
 
     ``forward`` returns outputs, then saved values; new buffer values are written in place.
     ``update`` takes saved values, then the late inputs that it uses.
-    ``forward_inputs`` and ``late_inputs`` index into the step's inputs. ``donated``: the saved
-    values whose memory nobody else sees, so that the update may write into it.
+    ``forward_inputs`` and ``late_inputs`` index into the step's inputs.
     """
 
     forward: GraphModule
@@ -42,7 +41,6 @@ class Split:
     update_outputs: tuple[Slot, ...]
     saved: int
     late_inputs: tuple[int, ...]
-    donated: tuple[int, ...] = ()
 
 
 def split(step: StepGraph) -> Split:
@@ -101,37 +99,7 @@ def split(step: StepGraph) -> Split:
         update_outputs=tuple(work.outputs[i] for i in late_out),
         saved=len(saved),
         late_inputs=tuple(names[n.name] for n in late_inputs),
-        donated=_donated(forward.graph, user, saved),
     )
-
-
-def _donated(graph: Graph, user: list[Node], saved: list[Node]) -> tuple[int, ...]:
-    """Saved values in memory of their own: no input, no user output, no other saved value."""
-    owners: dict[Node, Node] = {}
-    for node in graph.nodes:
-        first = node.all_input_nodes[0] if node.all_input_nodes else node
-        owners[node] = owners[first] if _aliases(node) else node
-    # a buffer that is written in place is an input
-    seen = [owners[n] for n in [*user, *saved] if isinstance(n, Node)]
-    return tuple(
-        i
-        for i, n in enumerate(saved)
-        if isinstance(n, Node)
-        and isinstance(n.meta.get("val"), torch.Tensor)
-        and owners[n].op == "call_function"
-        and seen.count(owners[n]) == 1
-    )
-
-
-def _aliases(node: Node) -> bool:
-    """Whether a node's value may be (a view of) its first input."""
-    if node.op != "call_function" or not node.all_input_nodes:
-        return False
-    if not hasattr(node.target, "_schema"):  # getitem of an operator with several results
-        return _aliases(node.all_input_nodes[0])
-    if node.target is torch.ops.aten._unsafe_view.default:  # a view that its schema denies
-        return True
-    return aliases(node)
 
 
 def forward_only(step: StepGraph) -> tuple[GraphModule, tuple[int, ...]]:

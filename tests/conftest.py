@@ -28,7 +28,6 @@ LONG_CASES = {
     "test_cnn_runs_the_whole_zoo_of_changes_in_feedback_mode": "",
     "test_copies_go_their_own_way": "pickle",
     "test_cosine_against_batch_and_depth": "8-.*",
-    "test_donated_values_share_memory_with_nothing_else": ".*-dfa",
     "test_every_method_learns_with_every_kind": "(fdfa|dkp|grape-2024)-.*",
     "test_exact_steps_equal_eager": "(?!mlp).*-bp|(gru|encoder-prenorm|unused|stop|inplace)-grape",
     "test_full_batch_equals_forward_ad": "encoder-causal|encoder-sequence-first|gru",

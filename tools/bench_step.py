@@ -57,7 +57,7 @@ FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] 
     (("mlp32x256",), (128,), 20, SHORT, False),
     (("mlp2x512", "mlp4x512", "mlp16x512"), (128,), 20, SWEEP, False),
     (("mlp64x512",), (128,), 20, ("dfa",), False),
-    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SWEEP, False),
+    (("mlp8x1024", "cnn"), (8, 512), 15, SWEEP, False),
 )
 
 

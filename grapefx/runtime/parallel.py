@@ -79,20 +79,17 @@ def lower_forms(
             _left_out(form, e)
     left_out = {n for n, v in (("horizontal", batched), ("streams", tasks)) if v is None}
     wanted = [f for f in forms if f not in left_out] or ["graphs" if cuda else "off"]
-    # a captured update must not write into what the captured forward saved: a gradient that ended
-    # up there would look like a saved value that somebody holds
-    donated = () if cuda else parts.donated
     # lowering may write into a graph
     second = _copied(parts.update) if "off" in wanted and "graphs" in wanted else parts.update
     for form in wanted:
         try:
             if form == "off":
-                made[form] = lower_update(parts.update, strides, parts.donated, backend, options)
+                made[form] = lower_update(parts.update, strides, backend, options)
             elif form == "streams" and tasks is not None:
                 made[form] = graphed(on_streams(tasks, strides, backend, options))
             else:
                 gm = batched if form == "horizontal" and batched is not None else second
-                call = lower_update(gm, strides, donated, backend, options)
+                call = lower_update(gm, strides, backend, options)
                 made[form] = graphed(call) if cuda else call
         except Exception as e:
             if form == "off" or len(wanted) == 1:
@@ -113,7 +110,7 @@ def _copied(gm: GraphModule) -> GraphModule:
 
 
 class Fastest:
-    """Measures its candidates at the first call, on copies of what came, and keeps one.
+    """Measures its candidates at the first call, on what came, and keeps one.
 
     ``timer`` gives the seconds of one run: ``timer(name, run)``.
     """
@@ -134,15 +131,13 @@ class Fastest:
         return self.call(inputs)
 
     def _first(self, inputs: list[Any]) -> Any:
-        # a candidate may write into what it is given: the step's own values stay as they are
-        spare = [_copy(v) if isinstance(v, Tensor) else v for v in inputs]
         measured: dict[str, float] = {}
         for name, call in self.candidates.items():
             try:
                 for _ in range(WARM + 2):
-                    call(list(spare))
+                    call(list(inputs))
                 measured[name] = statistics.median(
-                    self.timer(name, lambda call=call: call(list(spare)))  # type: ignore[misc]
+                    self.timer(name, lambda call=call: call(list(inputs)))  # type: ignore[misc]
                     for _ in range(ROUNDS)
                 )
             except RuntimeError as e:
@@ -167,11 +162,6 @@ def seconds(name: str, run: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _copy(value: Tensor) -> Tensor:
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return made.copy_(value)
 
 
 # streams

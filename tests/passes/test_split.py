@@ -8,7 +8,7 @@ import torch
 from grapefx.errors import VerifyError
 from grapefx.passes import markers
 from grapefx.passes.feedback import Builder, Feedback, replace_cuts
-from grapefx.passes.split import _donated, split
+from grapefx.passes.split import split
 from grapefx.passes.verify import independence
 from grapefx.plan import Plan
 from tests.zoo import METHODS, ZOO, make, plan_of, step_inputs
@@ -97,41 +97,3 @@ def test_a_chain_gradient_inside_a_projection_is_found() -> None:
     target.replace_all_uses_with(mixed, delete_user_cb=lambda u: u is not mixed)
     with pytest.raises(VerifyError, match="waits for layer"):
         independence(step, plan.layers)
-
-
-@pytest.mark.parametrize("method", ["dfa", "grape"])
-@pytest.mark.parametrize("name", list(ZOO))
-def test_donated_values_share_memory_with_nothing_else(name: str, method: str) -> None:
-    """Run the forward half: the update may write only into memory that nobody else sees."""
-    plan = plan_of(name, method)
-    kind = "align" if plan.method.aligns() else "update"
-    step = plan.graph(kind)
-    parts = split(step)
-    model, args = make(name)
-    inputs = step_inputs(plan, step, model, args)
-    results = list(parts.forward(*[inputs[i] for i in parts.forward_inputs]))
-    saved = results[len(parts.forward_outputs) :]
-
-    def owner(value: object) -> int | None:
-        return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
-
-    donated = [owner(saved[i]) for i in parts.donated]
-    others = [owner(v) for v in [*inputs, *results[: len(parts.forward_outputs)]]]
-    others += [owner(v) for i, v in enumerate(saved) if i not in parts.donated]
-    assert len(set(donated)) == len(donated)
-    assert not set(donated) & set(others)
-    assert name not in ("mlp", "cnn") or donated
-
-
-def test_a_view_that_is_saved_keeps_its_base_from_donation() -> None:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    ops = torch.ops.aten
-    mm = graph.call_function(ops.mm.default, (x, x))
-    view = graph.call_function(ops._unsafe_view.default, (mm, [16]))
-    flat = graph.call_function(ops.view.default, (x, [16]))
-    own = graph.call_function(ops.relu.default, (mm,))
-    for node in graph.nodes:
-        node.meta["val"] = torch.empty(4, 4)
-    assert _donated(graph, [], [mm, view, flat, own]) == (3,)
-    assert _donated(graph, [own], [mm, own]) == (0,)

@@ -147,9 +147,13 @@ class Step:
 
     def forward(self) -> Tensor:
         """Loss."""
+        self.clear()
+        return F.cross_entropy(self.net(self.x).flatten(0, -2), self.y.flatten())
+
+    def clear(self) -> None:
+        """No gradients."""
         for p in self.net.parameters():
             p.grad = None
-        return F.cross_entropy(self.net(self.x).flatten(0, -2), self.y.flatten())
 
     def __call__(self) -> None:
         self.forward().backward()
@@ -160,8 +164,7 @@ class PeerStep(Step):
 
     def forward(self) -> Tensor:
         """Loss."""
-        for p in self.net.parameters():
-            p.grad = None
+        self.clear()
         return F.cross_entropy(self.net(self.x, self.y, F.cross_entropy), self.y)
 
 

@@ -31,7 +31,6 @@ sys.path[:0] = [str(ROOT / "tools" / "bench"), str(ROOT / "tools"), str(ROOT)]
 import bench_models  # noqa: E402
 from bench_measure import peak_memory  # noqa: E402
 from bench_models import MODELS, VARIANTS, Step, make  # noqa: E402
-from grapefx.lowering import lower_update  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,6 @@ def nothing(*_: Any) -> int:
     return 0
 
 
-def keeping(update: Any, strides: Any, donated: Any, *rest: Any) -> Any:
-    """The update graph, which may overwrite nothing."""
-    return lower_update(update, strides, (), *rest)
-
-
 FEATURES: dict[str, Feature] = {
     "masks": Feature(
         "input gradients that nobody reads are not computed (passes/prune.py)",
@@ -93,10 +87,6 @@ FEATURES: dict[str, Feature] = {
         "cotangents in the memory order of saved planes (passes/channels_last.py)",
         ("resnet20", "vgg16"), ("dfa", "grape"),
         {"grapefx.runtime.parallel.channels_last": nothing},
-    ),
-    "overwrite": Feature(
-        "the update overwrites saved values (donated buffers)",
-        ("mlp8x1024", "cnn"), ("dfa",), {"grapefx.runtime.parallel.lower_update": keeping},
     ),
     "signs": Feature(
         'random signs instead of normal numbers (noise="rademacher")',

@@ -150,7 +150,6 @@ def step_figures(plan: Plan, kind: str, lowered: bool) -> dict[str, Any]:
                 parts.update,
                 len(parts.forward_outputs),
                 parts.saved,
-                parts.donated,
                 "inductor",
             )
         figures |= {"kernels": counts.kernels, "bytes_moved": counts.bytes}
