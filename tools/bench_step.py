@@ -57,7 +57,7 @@ FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] 
     (("mlp32x256",), (128,), 20, SHORT, False),
     (("mlp2x512", "mlp4x512", "mlp16x512"), (128,), 20, SWEEP, False),
     (("mlp64x512",), (128,), 20, ("dfa",), False),
-    (("mlp8x1024", "cnn"), (8, 512), 15, SWEEP, False),
+    (("mlp8x1024", "cnn"), (8, 32, 512), 15, SWEEP, False),
 )
 
 
@@ -266,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
                 run.minutes += (time.perf_counter() - begin) / 60
                 print(table(found))
                 print(f"{run.minutes:.1f} min so far", flush=True)
+                order = [(n, b) for ms, bs, *_ in plan for n in ms for b in bs]
+                run.rows.sort(key=lambda r: order.index((r["model"], r["batch"])))
                 if a.json:
                     half = a.json.with_suffix(".half")
                     half.write_text(json.dumps(dataclasses.asdict(run), indent=1))

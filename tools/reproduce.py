@@ -5,18 +5,16 @@
 
 A cell is a row of the config and a seed. It is saved after each epoch, so a run that was stopped
 goes on where it was; a finished cell is one line of ``runs/reproduce/NAME/results.jsonl``. Several
-processes may work on one config: each cell is locked by the one that trains it.
+processes may work on one config: each cell is locked by the one that trains it. A table's cells are
+kept beside it, and a later table has them too.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,8 @@ from grapefx.errors import (  # noqa: E402
 from load_data import DataError, load_images, load_text  # noqa: E402
 from networks import IMAGE_MODELS, Transformer, initialise  # noqa: E402
 from repro_config import IMAGES, Config, ConfigError, Row, load_config  # noqa: E402
+from repro_folder import FORMAT, Folder, RunError, read_cells, replace  # noqa: E402
 from repro_table import render  # noqa: E402
-
-FORMAT = 1  # of a checkpoint
-
-
-class RunError(Exception):
-    """A run that must not go on; the message says why and what to do."""
 
 
 class Images:
@@ -248,87 +241,6 @@ class Trainer:
         self.curve = state["curve"]
 
 
-class Folder:
-    """``runs/reproduce/NAME``: results, checkpoints, locks."""
-
-    def __init__(self, config: Config, root: Path) -> None:
-        self.config, self.path = config, root / config.name
-        self.results = self.path / "results.jsonl"
-
-    def stem(self, row: Row, seed: int) -> str:
-        clean = "".join(c if c.isalnum() or c in "-_" else "_" for c in row.name)
-        return f"{clean}-{seed}"
-
-    def read(self) -> list[dict[str, Any]]:
-        """Finished cells. A line torn by a kill is left out, and so done again.
-
-        Raises:
-            RunError: a line belongs to another config.
-        """
-        cells = []
-        text = self.results.read_text() if self.results.exists() else ""
-        for line in text.splitlines():
-            try:
-                cell = json.loads(line)
-            except json.JSONDecodeError:
-                print(f"{self.results}: a damaged line is left out", file=sys.stderr)
-                continue
-            row = self.config.rows.get(cell["row"])
-            if cell["config"] != self.config.hash or (row and cell["row_hash"] != row.hash):
-                raise RunError(
-                    f"{self.results} holds row {cell['row']!r} of another config "
-                    f"({cell['config']}, {cell['row_hash']}; this one is {self.config.hash}, "
-                    f"{row and row.hash}): rename the config, or move its folder away. "
-                    "Nothing was changed."
-                )
-            cells.append(cell)
-        return cells
-
-    def append(self, cell: dict[str, Any]) -> None:
-        """One line in one write, behind a whole line."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.results.open("a+b") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)
-            torn = log.tell() and self.results.read_bytes()[-1:] != b"\n"
-            log.write((b"\n" if torn else b"") + json.dumps(cell).encode() + b"\n")
-            log.flush()
-            os.fsync(log.fileno())
-
-    @contextlib.contextmanager
-    def lock(self, row: Row, seed: int) -> Iterator[bool]:
-        """Whether this process may train the cell."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / f"{self.stem(row, seed)}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-
-    def checkpoint(self, row: Row, seed: int) -> Path:
-        return self.path / f"{self.stem(row, seed)}.pt"
-
-    def save(self, row: Row, seed: int, state: dict[str, Any]) -> None:
-        """Atomically: a kill leaves the old checkpoint or the new one."""
-        path = self.checkpoint(row, seed)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            torch.save(state | {"hash": [self.config.hash, row.hash]}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-
-    def load(self, row: Row, seed: int) -> dict[str, Any] | None:
-        path = self.checkpoint(row, seed)
-        if not path.exists():
-            return None
-        state = torch.load(path, weights_only=False)
-        if state["hash"] != [self.config.hash, row.hash] or state["format"] != FORMAT:
-            raise RunError(f"{path} belongs to another config: move it away. Nothing was changed.")
-        return state
-
-
 def gpu() -> str:
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
@@ -418,6 +330,16 @@ def run(config: Config, folder: Folder, rows: list[Row], args: argparse.Namespac
         print(f"{where}: {result}", flush=True)
 
 
+def keep(config: Config, folder: Folder, results: Path) -> list[dict[str, Any]]:
+    """All finished cells, kept in ``results`` too: an earlier table's, and newer ones."""
+    kept = results / f"{config.name}.jsonl"
+    cells = {(c["row"], c["seed"]): c for c in [*read_cells(kept, config), *folder.read()]}
+    order = {name: i for i, name in enumerate(config.rows)}
+    known = [cells[key] for key in sorted(cells, key=lambda k: (order.get(k[0], len(order)), k))]
+    replace(kept, "".join(f"{json.dumps(c)}\n" for c in known))
+    return known
+
+
 def _clock(seconds: float) -> str:
     minutes = int(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
@@ -464,11 +386,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.table:
             run(config, folder, rows, args)
             return 0
-        args.results.mkdir(parents=True, exist_ok=True)
-        out = args.results / f"{config.name}.md"
         changes = f" --set {' '.join(config.sets)}" if config.sets else ""
         command = f"python tools/reproduce.py {_shown(args.config)} --data-dir DIR{changes}"
-        out.write_text(render(config, folder.read(), command))
+        out = args.results / f"{config.name}.md"
+        replace(out, render(config, keep(config, folder, args.results), command))
         print(out)
     except (ConfigError, DataError, RunError) as error:
         print(f"reproduce: {error}", file=sys.stderr)

@@ -215,3 +215,29 @@ def test_the_table(small: Path, tmp_path: Path) -> None:
     assert "not defined here" in rows["pepita"]  # batch norm has parameters
     assert "not run" in rows["grape+calibration"] and "ours" in rows["grape+calibration"]
     assert "it is small" in text and "torch" in text and "--set epochs=1" in text
+
+
+def test_a_table_keeps_its_cells(small: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+
+    def kept() -> list[tuple[str, int]]:
+        lines = (docs / "small.jsonl").read_text().splitlines()
+        return [(c["row"], c["seed"]) for c in map(json.loads, lines)]
+
+    assert call(small, tmp_path, "--only", "dfa") == call(small, tmp_path, "--table") == 0
+    assert kept() == [("dfa", 0)]
+    page = (docs / "small.md").read_text()
+    first = (docs / "small.jsonl").read_bytes()
+    assert call(small, tmp_path, "--table", runs="lost") == 0  # nothing trained there
+    assert (docs / "small.md").read_text() == page and (docs / "small.jsonl").read_bytes() == first
+    # kept cells are no reason not to train, and what was trained later is shown
+    assert call(small, tmp_path, "--only", "bp", "dfa", runs="lost") == 0
+    cell = cells(tmp_path, "lost")["dfa"] | {"last": 12.34}
+    results = tmp_path / "lost" / "small" / "results.jsonl"
+    results.write_text(results.read_text() + json.dumps(cell) + "\n")
+    assert call(small, tmp_path, "--table", runs="lost") == 0
+    assert kept() == [("bp", 0), ("dfa", 0)] and "12.34" in (docs / "small.md").read_text()
+    small.write_text(SMALL.replace("lr: 1.0e-3", "lr: 1.0e-2"))
+    before = (docs / "small.jsonl").read_bytes()
+    assert call(small, tmp_path, "--table", runs="none") == 2
+    assert (docs / "small.jsonl").read_bytes() == before
