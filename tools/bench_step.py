@@ -53,7 +53,9 @@ FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] 
     (("vgg16",), (32,), 8, SHORT, False),
     (("transformer2-micro",), (32,), 20, SHORT, True),
     (("transformer2-macro",), (32,), 12, SHORT, False),
-    (("transformer8-micro",), (32,), 12, SWEEP, False),
+    (("transformer8-micro", "transformer16-micro"), (32,), 12, SWEEP, False),
+    (("transformer4-micro",), (32,), 12, ("dfa",), False),
+    (tuple(f"transformer{n}-macro" for n in (4, 8, 16)), (32,), 12, ("dfa",), False),
     (("mlp32x256",), (128,), 20, SHORT, False),
     (("mlp2x512", "mlp4x512", "mlp16x512"), (128,), 20, SWEEP, False),
     (("mlp64x512",), (128,), 20, ("dfa",), False),
@@ -151,7 +153,7 @@ def roofline(row: Row, device: DeviceModel) -> float | None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Ratios as bars by network, batch 128 or the only one."""
+    """Ratios as bars by network and batch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -159,7 +161,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     cases = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
     names = list(dict.fromkeys(r["variant"] for r in rows if r["variant"] in VARIANTS))
-    figure, axes = pyplot.subplots(figsize=(max(6, 1.1 * len(cases)), 4))
+    figure, axes = pyplot.subplots(figsize=(max(6, 0.45 * len(cases)), 4.2))
     width = 0.8 / max(1, len(names))
     for k, name in enumerate(names):
         found = {(r["model"], r["batch"]): r for r in rows if r["variant"] == name}
@@ -168,7 +170,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.bar([i + k * width for i in places], values, width, label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.4 for i in range(len(cases))])
-    axes.set_xticklabels([f"{m}\n{b}" for m, b in cases], fontsize=7)
+    axes.set_xticklabels([f"{m}, {b}" for m, b in cases], fontsize=7, rotation=45, ha="right")
     axes.set_ylabel("step time / compiled backpropagation")
     axes.legend(fontsize=7, ncols=3)
     figure.tight_layout()
