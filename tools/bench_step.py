@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import shlex
 import sys
 import time
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from bench_measure import Row, peaks, run_model
 from bench_models import MODELS, VARIANTS
 from grapefx.analysis.device import DeviceModel
+from machine import machine
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
@@ -220,15 +220,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     clock = time.process_time if a.cpu_time else time.perf_counter
     here = peaks()
-    setting = (
-        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {'processor' if a.cpu_time else 'wall'} time"
-    )
-    machine = (
+    setting = f"{machine()}, {'processor' if a.cpu_time else 'wall'} time"
+    where = (
         f"{setting}, products {here.matmul_flops['float32'] / 1e9:.0f} GFLOP/s, "
         f"memory {here.bandwidth / 1e9:.0f} GB/s"
     )
-    print(machine, flush=True)
+    print(where, flush=True)
     one = (
         a.models or QUICK,
         a.batch or (128,),
@@ -237,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         bool(a.models),
     )
     plan = FULL if a.full else (one,)
-    run = Run([], machine, command, 0.0)
+    run = Run([], where, command, 0.0)
     if a.go_on and a.json.exists():
         run = read(p, "--json", a.json)
         if run.command != command:
@@ -245,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         if not run.machine.startswith(f"{setting}, "):
             p.error(f"--go-on: {a.json} was measured with {run.machine}; here: {setting}")
     done = {(r["model"], r["batch"]) for r in run.rows}
+    order = {c: i for i, c in enumerate((n, b) for ms, bs, *_ in plan for n in ms for b in bs)}
     for models, batches, rounds, variants, whole in plan:
         for name in models:
             for batch in batches:
@@ -268,8 +266,7 @@ def main(argv: list[str] | None = None) -> int:
                 run.minutes += (time.perf_counter() - begin) / 60
                 print(table(found))
                 print(f"{run.minutes:.1f} min so far", flush=True)
-                order = [(n, b) for ms, bs, *_ in plan for n in ms for b in bs]
-                run.rows.sort(key=lambda r: order.index((r["model"], r["batch"])))
+                run.rows.sort(key=lambda r: order.get((r["model"], r["batch"]), len(order)))
                 if a.json:
                     half = a.json.with_suffix(".half")
                     half.write_text(json.dumps(dataclasses.asdict(run), indent=1))

@@ -10,7 +10,6 @@ their times are paired and their accuracies differ by the method alone. Results 
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import grapefx  # noqa: E402
 from load_data import DATASETS, DataError, ImageData, load_images  # noqa: E402
+from machine import machine  # noqa: E402
 from train_classifier import accuracy, build  # noqa: E402
 
 REFERENCE = "torch.compile"
@@ -344,17 +344,6 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             axis.axhline(0, color="grey", linewidth=0.5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def machine() -> str:
-    """Processor, cores and torch version in words."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    threads = torch.get_num_threads()
-    return f"{name}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

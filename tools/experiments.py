@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT))
 
 import grapefx  # noqa: E402
-from demo import machine  # noqa: E402
 from load_data import DataError, ImageData, load_images  # noqa: E402
+from machine import machine  # noqa: E402
 from train_classifier import accuracy, mlp  # noqa: E402
 
 NEVER: dict[str, Any] = {"calib_every": None}

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / p) for p in ("tools/reproduce", "tools", "examples", "")]
 
 import grapefx  # noqa: E402
-from demo import machine  # noqa: E402
 from grapefx.errors import (  # noqa: E402
     BudgetError,
     MethodError,
@@ -35,6 +34,7 @@ from grapefx.errors import (  # noqa: E402
     nearest,
 )
 from load_data import DataError, load_images, load_text  # noqa: E402
+from machine import machine  # noqa: E402
 from networks import IMAGE_MODELS, Transformer, initialise  # noqa: E402
 from repro_config import IMAGES, Config, ConfigError, Row, load_config  # noqa: E402
 from repro_folder import FORMAT, Folder, RunError, read_cells, replace  # noqa: E402
