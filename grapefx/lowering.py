@@ -28,6 +28,8 @@ from grapefx.torch_compat import (
     decomposed,
     fake_mode_of,
     inductor_compile,
+    inductor_options,
+    native_random,
     pytree,
     restrided,
 )
@@ -46,7 +48,9 @@ Sizes = dict[Any, int] | None
 _KEEP = ("grapefx_phase", "grapefx_layer", "grapefx_role", "grapefx_name", "grapefx_fold")
 
 
-def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
+def prepare(
+    step: StepGraph, sizes: Sizes, backend: str, options: dict[str, Any] | None = None
+) -> StepGraph:
     """What a backend wants done to a step graph before it is split.
 
     Inductor decomposes first: what is worth saving shows in its own small operators (one-byte
@@ -65,8 +69,10 @@ def prepare(step: StepGraph, sizes: Sizes, backend: str) -> StepGraph:
     if sizes is not None:
         example = concrete(example, sizes)
     device = _device(example)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False), inductor_options(options):
         gm = decomposed(work.gm, example, _KEEP, inductor=backend != "eager")
+        if backend != "eager":
+            native_random(gm)
     after = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
         new.meta.update({k: old.meta[k] for k in _KEEP if k in old.meta})

@@ -209,7 +209,7 @@ class Plan:
                 batch_size=self.batch_size,
                 streams=streams,
                 quiet=quiet,
-                rows_hint=self.rows(self.batch_size) if self.options.tangent_fraction < 1 else None,
+                rows_hint=self._sub_batch(),
                 signs=self.options.noise == "rademacher",
                 perturb=self.options.perturb,
             )
@@ -254,6 +254,13 @@ class Plan:
             parts.append(everything[start:end])
             start = end
         return tuple(part for part in parts for _ in range(self.options.directions))
+
+    def _sub_batch(self) -> int | None:
+        """An example of the number of samples with tangents; None for all of them."""
+        if self.options.tangent_fraction == 1:
+            return None
+        whole = self.batch is None and self.rows(self.batch_size) == self.batch_size
+        return None if whole else self.rows(self.batch_size)
 
     def rows(self, batch: int) -> int:
         """How many samples carry tangents in a batch of ``batch``."""

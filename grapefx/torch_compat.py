@@ -42,9 +42,12 @@ __all__ = [
     "holders",
     "inductor_compile",
     "inductor_counts",
+    "inductor_options",
     "make_fx",
     "min_cut_partition",
+    "native_random",
     "new_fake_mode",
+    "new_size",
     "plain_call",
     "plain_calls",
     "python_dispatcher",
@@ -77,6 +80,17 @@ def fake_tensor(mode: FakeTensorMode, like: torch.Tensor, dynamic: Sequence[int]
         return fake
     with mode:
         return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="cpu")
+
+
+def new_size(mode: FakeTensorMode, hint: int) -> Any:
+    """A symbolic size of its own, equal to no other; ``hint`` says how large it may be.
+
+    A hint of 0 or 1 would be taken for a fact.
+    """
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC]
+    )
+    return mode.from_tensor(torch.empty(max(2, hint)), symbolic_context=context).shape[0]
 
 
 def fake_mode_of(value: Any) -> FakeTensorMode:
@@ -152,6 +166,29 @@ def inductor_compile(
         compiled = compile_fx_inner(gm, list(example), is_backward=is_backward, is_inference=False)
     current: Callable[[list[Any]], Any] = getattr(compiled, "current_callable", None) or compiled
     return current, list(strides or [])
+
+
+def inductor_options(options: dict[str, Any] | None) -> contextlib.AbstractContextManager[Any]:
+    """Inductor's options, in force inside."""
+    from torch._inductor import config
+
+    return config.patch(options or {})
+
+
+def native_random(gm: torch.fx.GraphModule) -> None:
+    """Random operators of a graph become Inductor's, drawn from seeds of torch's generator.
+
+    Inductor compiles no other ones; its option ``fallback_random`` leaves torch's, which it calls.
+    """
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+    from torch._inductor.virtualized import V
+
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    fake = next((v for v in values if isinstance(v, FakeTensor)), None)
+    if fake is None:
+        return
+    with V.set_fake_mode(fake.fake_mode), fake.fake_mode:
+        replace_random_passes(gm)
 
 
 @dataclass

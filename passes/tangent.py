@@ -23,7 +23,7 @@ from grapefx.passes.emit import Emitter
 from grapefx.passes.order import topological
 from grapefx.passes.propagate import TangentEmitter, propagate
 from grapefx.passes.weight_noise import induced, weight_sources
-from grapefx.torch_compat import fake_tensor
+from grapefx.torch_compat import new_size
 
 aten = torch.ops.aten
 
@@ -133,7 +133,7 @@ class _Inputs:
         self.dtypes: dict[Node, torch.dtype] = {}
         self.size: Any = None
         if rows_hint is not None:
-            self.size = fake_tensor(self.em.mode, torch.empty(rows_hint), [0]).shape[0]
+            self.size = new_size(self.em.mode, rows_hint)
 
     def add(self, name: str, slot: str, like: torch.Tensor, fold: Fold) -> Node:
         """Noise of the shape of ``like``, cut down to the sub-batch."""

@@ -90,7 +90,9 @@ def cases(smoke: bool) -> list[Case]:
     for batch in (8, 128):
         found.append(Case("mlp", "mlp8x1024", batch, _variants(("off", "auto"))))
     found.append(Case("resnet20", "resnet20", 128, _variants(("off", "auto"))))
-    found.append(Case("vgg16", "vgg16", 128, _variants(("off", "auto"), ("dfa", "grape 1/8"))))
+    few = _variants(("off", "auto"), ("dfa", "grape 1/8"))
+    found.append(Case("vgg16", "vgg16", 128, few))
+    found.append(Case("gpt2-small", "gpt2-small", 8, few))
     return found
 
 

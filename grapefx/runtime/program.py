@@ -152,7 +152,7 @@ class Program:
             start = time.perf_counter()
             variant = self._variant(self.forwards, batch)
             sizes = None if variant is None else _sizes(self.inference, batch, batch)
-            step = prepare(self.inference, sizes, self.backend)
+            step = prepare(self.inference, sizes, self.backend, self.options)
             gm, used = forward_only(step)
             sources = tuple(_source(step, i) for i in used)
             fn = lower_forward(gm, self.backend, self.options)
@@ -210,7 +210,7 @@ def compile_step(
     tail = None
     if kind == "calibration":
         step, tail = cut_tail(step)
-    parts = split(prepare(step, sizes, backend))
+    parts = split(prepare(step, sizes, backend, options))
     sources = tuple(_source(step, i) for i in parts.forward_inputs)
     saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][
         : parts.saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from grapefx.errors import CaptureError
 from grapefx.runtime.module import FeedbackModule
+from grapefx.torch_compat import pytree
 from tests.zoo import (
     MLP,
     Masked,
@@ -19,6 +21,7 @@ from tests.zoo import (
     compiled,
     eager_twin,
     loss_of,
+    make,
     train_step,
 )
 
@@ -289,6 +292,36 @@ def test_first_batch_equal_to_a_width(first: int) -> None:
         with net.calibration():
             same_as_eager(net, twin, torch.randn(n, 8).double())
     assert len(net._captures.programs) == 1
+
+
+@pytest.mark.parametrize("fraction, first", [(0.25, 4), (0.125, 8), (1 / 3, 1), (0.9, 2)])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder-prenorm", "tied"])
+def test_the_first_batch_gives_tangents_to_one_sample(
+    name: str, fraction: float, first: int
+) -> None:
+    """Trap: a sub-batch of 1, or as large as the batch, is taken for a fact of the graph."""
+
+    def batch(n: int) -> tuple[Tensor, ...]:
+        return (torch.cat([x] * 3)[:n], *rest)
+
+    model, (x, *rest) = make(name)
+    nets = [compiled(copy.deepcopy(model), calib_every=None, tangent_fraction=fraction)
+            for _ in range(2)]  # fmt: skip
+    for net, n in zip(nets, (first, 12), strict=True):
+        train_step(net, batch(n))
+    state = nets[0].feedback_state_dict()
+    for net in nets:
+        net.load_feedback_state_dict(state)
+        train_step(net, batch(12))
+    assert_same_gradients(nets[0], nets[1])
+    ends = [pytree.tree_leaves(net.feedback_state_dict()) for net in nets]
+    for a, b in zip(*ends, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            torch.testing.assert_close(a, b)
+    assert any(
+        isinstance(a, Tensor) and not torch.equal(a, b)
+        for a, b in zip(ends[0], pytree.tree_leaves(state), strict=True)
+    )
 
 
 def test_the_mask_has_as_many_rows_as_the_batch() -> None:

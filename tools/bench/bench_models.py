@@ -29,11 +29,12 @@ class Benchmark:
     shape: tuple[int, ...]
     kind: str = "image"
     options: tuple[tuple[str, Any], ...] = ()  # for every grapefx variant
+    vocabulary: int = VOCABULARY  # of tokens
 
     def example(self, batch: int) -> tuple[Tensor, Tensor]:
         """A batch of inputs and targets."""
         if self.kind == "tokens":
-            tokens = torch.randint(0, VOCABULARY, (batch, CONTEXT + 1))
+            tokens = torch.randint(0, self.vocabulary, (batch, self.shape[0] + 1))
             return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         return torch.randn(batch, *self.shape), torch.randint(0, 10, (batch,))
 
@@ -65,6 +66,11 @@ def transformer(depth: int) -> Callable[[], nn.Module]:
     return lambda: networks.Transformer(VOCABULARY, CONTEXT, 128, 4, depth, 512, 0.0)
 
 
+def gpt2_small() -> nn.Module:
+    """GPT-2-small's sizes, on windows of 256 tokens; the head has weights of its own. For GPUs."""
+    return networks.Transformer(50_257, 256, 768, 12, 12, 3072, 0.0)
+
+
 def _models() -> dict[str, Benchmark]:
     out = {
         "tiny": Benchmark(mlp(3, 16), SMALL),
@@ -83,6 +89,7 @@ def _models() -> dict[str, Benchmark]:
             out[f"transformer{depth}-{name}"] = Benchmark(
                 transformer(depth), (CONTEXT,), "tokens", (("granularity", granularity),)
             )
+    out["gpt2-small"] = Benchmark(gpt2_small, (256,), "tokens", (), 50_257)
     return out
 
 
