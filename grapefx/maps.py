@@ -204,11 +204,13 @@ class ErrorRows:
 
 
 def to_samples(x: Tensor, fold: tuple[int, int, int]) -> Tensor:
-    """(N, ...) from a value that holds the batch in one of its dims, see ``ir.Layer.fold``."""
+    """(N, ...) from a value that holds the batch in one of its dims, see ``ir.Layer.fold``.
+
+    What shares that dim with the batch comes next to it, as one dim: (N, outer * inner, ...).
+    """
     dim, outer, inner = fold
     if outer * inner > 1:
-        x = x.unflatten(dim, (outer, -1, inner))
-        dim += 1
+        return x.unflatten(dim, (outer, -1, inner)).movedim(_folded(dim), (0, 1, 2)).flatten(1, 2)
     x = x.movedim(dim, 0) if dim else x
     return x if x.ndim > 1 else x.unsqueeze(1)
 
@@ -217,8 +219,14 @@ def from_samples(x: Tensor, fold: tuple[int, int, int]) -> Tensor:
     """The inverse of ``to_samples``."""
     dim, outer, inner = fold
     if outer * inner > 1:
-        return x.movedim(0, dim + 1).flatten(dim, dim + 2)
+        x = x.unflatten(1, (outer, inner)).movedim((0, 1, 2), _folded(dim))
+        return x.flatten(dim, dim + 2)
     return x.movedim(0, dim) if dim else x
+
+
+def _folded(dim: int) -> tuple[int, int, int]:
+    """Where batch, outer and inner are when the dim that holds them is taken apart."""
+    return (dim + 1, dim, dim + 2)
 
 
 def plain_maps(

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
-from grapefx.passes.batch import op_name
+from grapefx.passes.batch import Fold, op_name
 from grapefx.passes.blocks import blocks, sublayers
 from grapefx.passes.points import select
 from grapefx.passes.sweep import Segment, Sweep, is_float, sample_shape, source_of, value
@@ -112,13 +112,16 @@ def _refusal(sweep: Sweep) -> str:
     )
 
 
-def _channel(node: Node) -> int | None:
-    """The sample's dim that holds channels: first behind a convolution, last behind a linear."""
+def _channel(node: Node, fold: Fold) -> int | None:
+    """The sample's dim that holds channels: first behind a convolution, last behind a linear.
+
+    What shares the batch's dim (the frames of a video) comes in front of them.
+    """
     seen = node
     for _ in range(64):
         name = op_name(seen) if seen.op == "call_function" else ""
         if any(k in name for k in _CHANNELS_FIRST):
-            return 0
+            return int(fold.outer * fold.inner > 1)
         if any(k in name for k in _CHANNELS_LAST):
             return -1
         inputs = seen.all_input_nodes
@@ -169,7 +172,7 @@ def _name_layers(segments: list[Segment], sweep: Sweep) -> tuple[CutPoint, ...]:
             fold=(fold.dim, fold.outer, fold.inner),
             parameters=tuple(sorted(seg.params)),
             source=source_of(node),
-            channel=_channel(node),
+            channel=_channel(node, fold),
         )
         cuts.append(CutPoint(node, layer))
     return tuple(cuts)

@@ -19,7 +19,8 @@ from grapefx.methods import get_method
 from grapefx.options import OPTION_NAMES, Options
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.module import FeedbackModule
-from grapefx.torch_compat import size_hint
+from grapefx.runtime.program import sizes_of
+from grapefx.torch_compat import batch_symbol
 
 Model = tuple[nn.Module, tuple[Any, ...]]
 
@@ -323,20 +324,17 @@ def step_inputs(plan: Plan, step: StepGraph, model: nn.Module, args: tuple[Any, 
     known |= {("input", str(i)): a for i, a in enumerate(args)}
     out = []
     batch = args[plan.captured.dynamic[0]].shape[0] if plan.captured.dynamic else 0
+    rows = plan.rows(batch)
+    sizes = sizes_of(step, batch, rows)
     for slot, node in zip(step.inputs, step.placeholders(), strict=True):
         found = known.get((slot.role, slot.name))
+        if slot.role == "rows":
+            out.append(rows)
+            continue
         if found is None:
             val = node.meta["val"]
-            hint = size_hint_of(plan)
-            shape = [
-                int(s) if isinstance(s, int) else size_hint(s) // hint * batch for s in val.shape
-            ]
+            exprs = [(s, batch_symbol(s)) for s in val.shape]
+            shape = [int(s if e is None else e.xreplace(sizes)) for s, e in exprs]
             found = torch.randn(shape, generator=generator, dtype=torch.float64).to(val.dtype)
         out.append(found.detach().clone())
     return out
-
-
-def size_hint_of(plan: Plan) -> int:
-    """The batch size that the plan's graphs were traced with."""
-    _, node = plan.joint.select("input")[plan.captured.dynamic[0]]
-    return size_hint(node.meta["val"].shape[plan.options.batch_dim])

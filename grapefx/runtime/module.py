@@ -194,12 +194,13 @@ class FeedbackModule(nn.Module):
         self._schedule.tell_once()
         kind = self._kind(plan)
         captures = self._captures
-        step = program.step(kind, captures.batch_size(program, inputs))
-        noise = self._noise(program, step, inputs) if step.noise or step.random else {}
+        batch = captures.batch_size(program, inputs)
+        step = program.step(kind, batch)
+        rows = plan.rows(batch)
+        noise = self._noise(step, rows, inputs[0].device) if step.noise or step.random else {}
+        drawn: dict[str, Any] = {"noise": noise, "random": noise, "rows": {"rows": rows}}
         arguments = [
-            noise[ref]
-            if role in ("noise", "random")
-            else captures.value(role, ref, inputs, program)
+            drawn[role][ref] if role in drawn else captures.value(role, ref, inputs, program)
             for role, ref in step.sources
         ]
         slots = captures.slots
@@ -224,12 +225,8 @@ class FeedbackModule(nn.Module):
             return "align"
         return "update"
 
-    def _noise(
-        self, program: Program, step: CompiledStep, inputs: list[Tensor]
-    ) -> dict[int, Tensor]:
-        batch, options = self._captures.batch_size(program, inputs), self._options
-        rows = max(1, min(batch, round(batch * options.tangent_fraction)))
-        device = inputs[0].device
+    def _noise(self, step: CompiledStep, rows: int, device: torch.device) -> dict[int, Tensor]:
+        options = self._options
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)

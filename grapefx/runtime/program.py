@@ -137,7 +137,7 @@ class Program:
             assert self.plan is not None
             graph = self.plan.graph(kind)
             variant = self._variant([b for k, b in self.steps if k == kind], batch)
-            sizes = None if variant is None else _sizes(graph, batch, self.plan.rows(batch))
+            sizes = None if variant is None else sizes_of(graph, batch, self.plan.rows(batch))
             chain = kind == "calibration" or self.plan.method.sequential
             found = self.steps[kind, variant] = compile_step(
                 graph, kind, sizes, self.backend, self.options, "off" if chain else self.parallel
@@ -151,7 +151,7 @@ class Program:
             assert self.inference is not None
             start = time.perf_counter()
             variant = self._variant(self.forwards, batch)
-            sizes = None if variant is None else _sizes(self.inference, batch, batch)
+            sizes = None if variant is None else sizes_of(self.inference, batch, batch)
             step = prepare(self.inference, sizes, self.backend, self.options)
             gm, used = forward_only(step)
             sources = tuple(_source(step, i) for i in used)
@@ -162,7 +162,7 @@ class Program:
         return found
 
 
-def _sizes(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
+def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
     """What each symbol of a step graph stands for: the batch, or the samples with tangents."""
     sizes: dict[Any, int] = {}
     for role, number in (("input", batch), ("noise", rows)):
@@ -287,4 +287,11 @@ def module_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     return slots
 
 
-__all__ = ["CompiledForward", "CompiledStep", "NoiseInput", "Program", "module_slots"]
+__all__ = [
+    "CompiledForward",
+    "CompiledStep",
+    "NoiseInput",
+    "Program",
+    "module_slots",
+    "sizes_of",
+]

@@ -14,12 +14,13 @@ from grapefx.errors import BudgetError, OptionError
 from grapefx.ir import Layer
 from grapefx.lowering import prepare
 from grapefx.map_choice import choose_maps
-from grapefx.maps import ErrorRows, FeedbackMap, plain_maps
+from grapefx.maps import ErrorRows, FeedbackMap, from_samples, plain_maps, to_samples
 from grapefx.methods import get_method
 from grapefx.methods.base import Rows
 from grapefx.passes.split import split
 from grapefx.plan import build_plan
 from grapefx.seeded import signs, uniform
+from tests.zoo import assert_same_gradients
 
 CPU, F64 = torch.device("cpu"), torch.float64
 N, C = 6, 12
@@ -40,10 +41,10 @@ def small(feedback: str, shape: tuple[int, ...] = (3, 4, 6)) -> tuple[FeedbackMa
 def dense_of(m: FeedbackMap, rows: ErrorRows, b: Tensor) -> Tensor:
     """The dense map (C, prod(shape)) that ``m`` with the matrix ``b`` stands for, by its action."""
     eye = torch.eye(C, dtype=F64)
-    like = torch.zeros(C, *m.layer.sample_shape, dtype=F64)
+    like = from_samples(torch.zeros(C, *m.layer.sample_shape, dtype=F64), m.layer.fold)
     e = rows([eye])
     made = m.cotangent(lambda r: r.error @ r.state["B"], Rows({"B": b}, error=e))  # type: ignore[operator]
-    return m.from_rows(made, like).flatten(1)
+    return to_samples(m.from_rows(made, like), m.layer.fold).flatten(1)
 
 
 @pytest.mark.parametrize("feedback", ["dense", "pooled", "pooled:2", "low-rank:5", "sparse:3"])
@@ -69,6 +70,44 @@ def test_pooled_columns_are_equal_inside_a_block_and_only_there() -> None:
     full = dense_of(m, rows, b).view(C, 3, 4, 6)
     assert torch.equal(full[:, :, :2, :3], full[:, :, :1, :1].expand(C, 3, 2, 3))
     assert not torch.equal(full[:, :, 0, 0], full[:, :, 2, 0])
+
+
+class Frames(nn.Module):
+    """Frames share the batch's dim in front of the convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.out = nn.Linear(6, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.flatten(0, 1)))
+        h = torch.tanh(self.b(h)).mean((2, 3)).unflatten(0, x.shape[:2])
+        return self.out(h.mean(1))
+
+
+def test_a_pooled_map_of_frames_keeps_their_channels() -> None:
+    torch.manual_seed(0)
+    models = [Frames().double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(N, 2, 3, 4, 6, dtype=F64)
+    options = {"method": "dfa", "calib_every": None, "backend": "eager"}
+    pooled = grapefx.compile(models[0], feedback="pooled", **options)
+    dense = grapefx.compile(models[1], feedback="dense", **options)
+    for net in (pooled, dense):
+        net(x)
+    assert pooled.plan is not None
+    (first, *_) = pooled.plan.maps
+    assert first.layer.name == "a" and first.kind == "pooled 1x4x1x1"
+    state = dense.feedback_state_dict()
+    for m in pooled.plan.maps:
+        state["tensors"][f"{m.layer.name}/B"] = dense_of(
+            m, pooled.plan.error_rows["dense"], pooled.feedback[f"{m.layer.name}/B"]
+        )
+    dense.load_feedback_state_dict(state)
+    for net in (pooled, dense):
+        F.cross_entropy(net(x), torch.arange(N)).backward()
+    assert_same_gradients(pooled, dense)
 
 
 def test_sparse_reads_a_part_of_the_error() -> None:

@@ -86,7 +86,8 @@ def test_samples_and_back(fold: tuple[int, int, int]) -> None:
     shape[dim] = outer * 5 * inner
     x = torch.randn(shape)
     samples = to_samples(x, fold)
-    assert samples.shape[0] == 5
+    rest = [s for d, s in enumerate(shape) if d != dim]
+    assert list(samples.shape) == [5, *([outer * inner] if outer * inner > 1 else []), *rest]
     assert torch.equal(from_samples(samples, fold), x)
 
 

@@ -6,24 +6,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from tests.zoo import ZOO, assert_same_gradients, compiled, make, train_step
 
-# Where samples are several rows of every noise, no input of a graph with symbolic sizes has the
-# number of samples with tangents as a size of its own, and Inductor's code does not know it.
-BROKEN = pytest.mark.xfail(reason="symbolic sub-batch in multiples only", strict=True)
-CASES = [
-    pytest.param(
-        name,
-        fraction,
-        marks=BROKEN if fraction < 1 and name.startswith(("encoder", "tied")) else (),
-    )
-    for name in ZOO
-    for fraction in (1.0, 0.5)
-]
 
-
-@pytest.mark.parametrize(("name", "fraction"), CASES)
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_inductor_computes_what_the_graphs_say(name: str, fraction: float) -> None:
     """Calibration and other steps, two batch sizes, inference; dropout draws eager's masks."""
     model, args = make(name)
@@ -45,3 +34,18 @@ def test_inductor_computes_what_the_graphs_say(name: str, fraction: float) -> No
             net.eval()
         outs = [net(*args) for net in nets]
     torch.testing.assert_close(outs[0], outs[1])
+
+
+def test_a_cached_graph_of_a_sub_batch_is_found_again() -> None:
+    """Samples of several rows: looking a graph up asks about the sub-batch, which is an input."""
+    from torch._inductor.utils import fresh_cache
+
+    torch.manual_seed(0)
+    linear = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+    model, args = nn.Sequential(nn.Flatten(0, 1), *linear), (torch.randn(4, 5, 8),)
+    options = {"tangent_fraction": 0.5, "dynamic": True, "backend": "inductor", "calib_every": None}
+    nets = [compiled(copy.deepcopy(model), "grape", **options) for _ in range(2)]
+    with fresh_cache():
+        for net in nets:
+            train_step(net, args)
+    assert_same_gradients(nets[0], nets[1], 1e-6)

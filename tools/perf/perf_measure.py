@@ -130,7 +130,7 @@ def step_figures(plan: Plan, kind: str, lowered: bool) -> dict[str, Any]:
         for n in step.gm.graph.nodes
         if n.op == "call_function"
     )
-    sizes = program._sizes(step, plan.batch_size, plan.rows(plan.batch_size))
+    sizes = program.sizes_of(step, plan.batch_size, plan.rows(plan.batch_size))
     parts = split(prepare(step, sizes, "inductor"))
     saved = [n for n in parts.update.graph.nodes if n.op == "placeholder"][: parts.saved]
     kept = {n.name for n in parts.forward.graph.nodes if n.op == "placeholder"}
