@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +23,7 @@ spec = importlib.util.spec_from_file_location("grapefx_coverage", TOOLS / "cover
 assert spec and spec.loader
 tool: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
+stages: Any = importlib.import_module("coverage_stages")
 Sample = tool.Sample
 
 
@@ -110,14 +113,23 @@ def test_a_hang_is_a_result(run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_wrong_gradient_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = {"w": torch.ones(3, dtype=torch.float64), "zero": torch.full((3,), 1e-17).double()}
     noise = {"w": eager["w"] * (1 + 1e-9), "zero": -eager["zero"]}
-    assert tool._apart(eager, noise)[0] < 1e-6  # rounding in a gradient of zero is none
-    assert tool._apart(eager, {"w": eager["w"] * 1.01, "zero": eager["zero"]})[0] > 1e-3
-    assert tool._apart(eager, {"w": None, "zero": None})[0] == float("inf")
-    assert tool._apart(eager, {"w": eager["w"] * float("nan"), "zero": None})[0] != 0
+    assert stages.relative_error(eager, noise)[0] < 1e-6  # rounding in a gradient of zero is none
+    assert stages.relative_error(eager, {"w": eager["w"] * 1.01, "zero": eager["zero"]})[0] > 1e-3
+    assert stages.relative_error(eager, {"w": None, "zero": None})[0] == float("inf")
+    assert stages.relative_error(eager, {"w": eager["w"] * float("nan"), "zero": None})[0] != 0
+
+
+def test_compiled_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, (last, found) = stages.examine_compiled(_good(), 0)
+    assert last == "done" and found["grape on half error"] <= 1e-6
+    grow = itertools.count()
+    monkeypatch.setattr(stages, "_taken", lambda model: {"w": torch.ones(1) + next(grow)})
+    with pytest.raises(stages.Mismatch, match="gradient of w"):
+        list(stages.examine_compiled(_good(), 0))
 
 
 def test_repeats_can_be_left_out() -> None:
     block = [nn.Linear(4, 4) for _ in range(5)]
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(*block), nn.Linear(4, 2))
-    note = tool.cut(model, 2, lambda: model(torch.randn(2, 3)))
+    note = stages.cut(model, 2, lambda: model(torch.randn(2, 3)))
     assert note == "without 3 repeated blocks" and len(model[1]) == 2
