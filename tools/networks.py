@@ -22,6 +22,18 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
+class _Copy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1
+
+
+def mlp_copied(
+    shape: tuple[int, ...], classes: int, depth: int, width: int, activation: str, batch_norm: bool
+) -> nn.Sequential:
+    """``mlp`` whose output is a copy of the last layer's: that layer may be a feedback point."""
+    return nn.Sequential(*mlp(shape, classes, depth, width, activation, batch_norm), _Copy())
+
+
 def _convolution(
     fan_in: int, fan_out: int, kernel: int, activation: str, batch_norm: bool, pool: bool
 ) -> list[nn.Module]:
@@ -196,6 +208,7 @@ class Transformer(nn.Module):
 # kind -> (builder, the keys of a config's ``model`` beside ``kind``)
 IMAGE_MODELS = {
     "mlp": (mlp, ("depth", "width", "activation", "batch_norm")),
+    "mlp_copied": (mlp_copied, ("depth", "width", "activation", "batch_norm")),
     "fdfa_cnn": (fdfa_cnn, ("activation", "batch_norm", "pools")),
     "lenet": (lenet, ("widths", "hidden", "activation", "batch_norm")),
     "alexnet": (alexnet, ("batch_norm", "affine", "linear")),

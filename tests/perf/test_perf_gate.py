@@ -20,19 +20,21 @@ import perf_measure
 from grapefx.methods.base import Rows
 from grapefx.methods.dfa import DFA
 from perf_gate import Change, compare
-from perf_measure import Figures, measure
+from perf_measure import Figures, Form, measure
+
+DFA_FORM = {"dfa": Form("dfa", "update")}
 
 
 @pytest.fixture(scope="module")
 def before() -> Figures:
     """The present figures of one small model."""
-    measure(["mlp"], ["dfa"], kernels=False)  # process-wide caches
-    return measure(["mlp"], ["dfa"])
+    measure(["mlp"], DFA_FORM, kernels=False)  # process-wide caches
+    return measure(["mlp"], DFA_FORM)
 
 
 def changes(before: Figures, method: Any = "dfa") -> dict[str, Change]:
     """What the gate says now, by "kind figure"."""
-    found = compare(before, measure(["mlp"], [method]))
+    found = compare(before, measure(["mlp"], {"dfa": Form(method, "update")}))
     return {f"{c.where.removeprefix('mlp/dfa').lstrip('/')} {c.figure}".strip(): c for c in found}
 
 
@@ -87,14 +89,14 @@ def test_a_lost_fusion_is_named(before: Figures) -> None:
 
 def test_a_saved_value_too_many_is_named() -> None:
     """Splitting before Inductor's decompositions saves pooling indices of eight bytes, not one."""
-    before = measure(["cnn"], ["dfa"], kernels=False)
+    before = measure(["cnn"], DFA_FORM, kernels=False)
     prepare = perf_measure.prepare
 
     def early(step: Any, sizes: Any, backend: str) -> Any:
         return prepare(step, sizes, "eager")
 
     with mock.patch.object(perf_measure, "prepare", early):
-        found = compare(before, measure(["cnn"], ["dfa"], kernels=False))
+        found = compare(before, measure(["cnn"], DFA_FORM, kernels=False))
     named = {f"{c.where} {c.figure}": c for c in found}
     assert named["cnn/dfa/update saved_bytes"].worse
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 import torch  # noqa: E402
 
 from bench_measure import paired  # noqa: E402
-from perf_measure import METHODS, MODELS, Figures, measure  # noqa: E402
+from perf_measure import MODELS, Figures, measure  # noqa: E402
 
 MARGINS = {"pass_calls": 0.05}  # everything else must be equal
 ALARM = 1.10  # wall time: the whole interval above the recorded ratio by so much
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.accept and not whole:
         parser.error("--accept records all models: leave --models out")
     warnings.simplefilter("ignore")
-    figures = measure(args.models, list(METHODS))
+    figures = measure(args.models)
     timed = wall() if args.wall else {}
     path = expected_path(args.expected)
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

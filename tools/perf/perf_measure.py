@@ -1,9 +1,10 @@
 """The figures that the performance gate compares: all deterministic, none a time.
 
-For each model and method, and each kind of step: nodes by phase and operator, FLOPs (in all and on
-the critical path), bytes saved for the update, bytes of the largest live set, and, where the step
-is lowered, Inductor's kernels and the bytes that they move. For each model and method besides: the
-number of graphs, of compiled variants over five batch sizes, and of calls that our passes make.
+For each model and form of a method, and each kind of step: nodes by phase and operator, FLOPs (in
+all and on the critical path), bytes saved for the update, bytes of the largest live set, and, where
+the step is lowered, Inductor's kernels and the bytes that they move. For each model and form
+besides: the number of graphs, of compiled variants over five batch sizes, and of calls that our
+passes make.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -65,38 +68,48 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "cnn": cnn,
     "transformer": transformer,
 }
-# method -> the kinds of step that are lowered (all kinds are counted as graphs)
-METHODS: dict[str, tuple[str, ...]] = {
-    "bp": ("calibration",),
-    "dfa": ("update",),
-    "grape": ("align",),
+
+
+@dataclass(frozen=True)
+class Form:
+    """A method with its options; of all its kinds of step one is lowered too."""
+
+    method: str | Method
+    lowered: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+FORMS: dict[str, Form] = {
+    "bp": Form("bp", "calibration"),
+    "dfa": Form("dfa", "update"),
+    "grape": Form("grape", "align"),
+    "grape on 1 in 8": Form("grape", "align", {"tangent_fraction": 1 / 8}),
 }
 
 
 def measure(
     models: Sequence[str] = tuple(MODELS),
-    methods: Sequence[str | Method] = tuple(METHODS),
+    forms: Mapping[str, Form] = MappingProxyType(FORMS),
     *,
     kernels: bool = True,
 ) -> Figures:
-    """The figures by "model/method" and "model/method/kind"."""
+    """The figures by "model/form" and "model/form/kind"."""
     out: Figures = {}
     for name in models:
-        for method in methods:
-            label = method if isinstance(method, str) else method.name
+        for label, form in forms.items():
             torch.manual_seed(0)
             model, x = MODELS[name]()
-            plan, calls = counted_plan(model, x, method)
+            plan, calls = counted_plan(model, x, form)
             for kind in plan.kinds():
-                lowered = kernels and kind in METHODS.get(label, ())
+                lowered = kernels and kind == form.lowered
                 out[f"{name}/{label}/{kind}"] = step_figures(plan, kind, lowered)
             out[f"{name}/{label}"] = {"graphs": len(plan.kinds()), "pass_calls": calls}
             if name == "mlp":
-                out[f"{name}/{label}"]["variants"] = variants(model, x, method)
+                out[f"{name}/{label}"]["variants"] = variants(model, x, form)
     return out
 
 
-def counted_plan(model: nn.Module, x: Tensor, method: str | Method) -> tuple[Plan, int]:
+def counted_plan(model: nn.Module, x: Tensor, form: Form) -> tuple[Plan, int]:
     """A plan with all its graphs, and how many calls our own code made to build it.
 
     Calls stand for time: they do not vary with the machine or its load. Traced rules are cached in
@@ -112,7 +125,7 @@ def counted_plan(model: nn.Module, x: Tensor, method: str | Method) -> tuple[Pla
 
     sys.setprofile(profile)
     try:
-        plan = build_plan(model, (x,), method=method)
+        plan = build_plan(model, (x,), method=form.method, **form.options)
         for kind in plan.kinds():
             plan.graph(kind)
     finally:
@@ -207,7 +220,7 @@ def _is_view(node: Node) -> bool:
     return any(r.alias_info is not None for r in schema.returns)
 
 
-def variants(model: nn.Module, x: Tensor, method: str | Method) -> int:
+def variants(model: nn.Module, x: Tensor, form: Form) -> int:
     """Compiled steps over batch sizes 1 and more, the kernels themselves left out."""
     compile_step = program.compile_step
 
@@ -215,7 +228,7 @@ def variants(model: nn.Module, x: Tensor, method: str | Method) -> int:
         return compile_step(step, kind, sizes, "eager", options)
 
     with mock.patch.object(program, "compile_step", quick):
-        net = grapefx.compile(model, method=method)
+        net = grapefx.compile(model, method=form.method, **form.options)
         net.set_epoch(0)
         for size in (1, BATCH, 5, 7, BATCH):
             rows = x[:1].expand(size, *x.shape[1:]).contiguous()

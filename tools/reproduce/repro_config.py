@@ -35,7 +35,7 @@ SETTING = {
     "dataset", "train", "test", "normalise", "model", "init", "epochs", "batch_size", "optimizer",
     "schedule", "alignment_batches", "metric",
 }  # fmt: skip
-ROW_SETTING = {"method", "options", "optimizer", "schedule", "init"}
+ROW_SETTING = {"method", "options", "optimizer", "schedule", "init", "model"}
 ROW_WORDS = {"published", "note"}
 
 
@@ -141,7 +141,7 @@ def _row(where: str, name: str, raw: Any, setting: dict[str, Any]) -> Row:
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: must be a mapping")
     _keys(where, raw, ROW_SETTING | ROW_WORDS, {"method", "options"})
-    own = {k: v for k, v in raw.items() if k in ("optimizer", "schedule", "init")}
+    own = {k: v for k, v in raw.items() if k in SETTING}
     full = merged(setting, own)
     _check_setting(where, full)
     try:
