@@ -156,7 +156,7 @@ class Plan:
                 f"method {chosen.name!r} reads class targets at the model's output, but "
                 f"{self.placement.note}\n  remedy: error_at='output'"
             )
-        if chosen.feedback and not plan.maps:
+        if not plan.maps:
             _check_feedback(plan)
         return plan
 
@@ -454,7 +454,7 @@ def _batch_of(joint: StepGraph, captured: Captured, batch_dim: int) -> Any:
 
 
 def _check_feedback(plan: Plan) -> None:
-    if not plan.method.feedback:
+    if plan.method.mechanism != "points" or plan.method.exact:
         return
     if plan.placement.refusal:
         raise PlacementError(plan.placement.refusal)

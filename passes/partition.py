@@ -98,11 +98,17 @@ def place(
     cuts = _name_layers(cut_segments, sweep)
     covered = {p for c in cuts for p in c.layer.parameters}
     head = tuple(sorted(sweep.all_params() - covered))
-    return Placement(cuts, tuple(taps), head, note, "" if cuts else _refusal(sweep))
+    return Placement(cuts, tuple(taps), head, note, "" if cuts else _refusal(sweep, points))
 
 
-def _refusal(sweep: Sweep) -> str:
-    """Why a sweep found no feedback point, where values that cannot be cut are the reason."""
+def _refusal(sweep: Sweep, points: Any) -> str:
+    """Why there is no feedback point, where the choice or values that cannot be cut are why."""
+    if points is not None:
+        return (
+            "points: each chosen value is the error tap, lies behind it (the gradient is exact "
+            "there already) or has no trainable parameter in front of it\n"
+            "  remedy: choose earlier values"
+        )
     if not sweep.stuck:
         return ""
     return (

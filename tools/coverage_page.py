@@ -36,7 +36,7 @@ that has no row has not been measured yet.
 COMPILED = """
 ## Compiled by Inductor
 
-A choice of the models, one of a family, with `--inductor --depth 1`: loss and gradients of compiled
+A choice of the models with `--inductor --depth 1`: loss and gradients of compiled
 steps against uncompiled ones, to a relative 1e-6: `bp` against eager PyTorch, `grape` against
 `backend="eager"`, once with tangents on the whole batch and once on half of it. Each at two batch
 sizes (fixed sizes first, then symbolic ones) unless the batch size is fixed in the model.

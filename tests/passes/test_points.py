@@ -522,6 +522,8 @@ def test_group_norm_behind_a_frozen_layer() -> None:
         ({"granularity": "blok"}, OptionError, "block"),
         ({"residual": "leak", "points": "*"}, OptionError, "chooses its own points"),
         ({"points": lambda n: n.op == "placeholder"}, PlacementError, "not a floating-point"),
+        ({"points": "head", "error_at": "output"}, PlacementError, "is the error tap"),
+        ({"points": "head", "error_at": "output", "method": "fg-a"}, PlacementError, "error tap"),
     ],
 )
 def test_bad_choices(options: dict[str, object], error: type[Exception], match: str) -> None:
