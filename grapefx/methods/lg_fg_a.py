@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grapefx.methods.base import Method, Rows, State, choose, he_uniform, positive
-from grapefx.methods.fg_a import directional
+from grapefx.methods.fg_a import DERIVATIVES, directional
 from grapefx.methods.optim import adam, adam_state
 
 
@@ -24,11 +24,12 @@ class LGFGA(Method):
     noise alone (its M_l learns too, unused). The output layer uses e. Needs class targets
     (``net.targets``).
 
-    optimizer, lr: of the heads, "adam" or "sgd".
+    optimizer, lr: of the heads, "adam" or "sgd". derivative: as in ``fg-a``, of each layer's loss.
     """
 
     optimizer: str = "adam"
     lr: float = 1e-4
+    derivative: str = "sample"
 
     name: ClassVar[str] = "lg-fg-a"
     reads: ClassVar[frozenset[str]] = frozenset({"error", "target", "value", "noise", "tangent"})
@@ -41,6 +42,7 @@ class LGFGA(Method):
     def __post_init__(self) -> None:
         positive("lr", self.lr)
         choose("optimizer", self.optimizer, ("adam", "sgd"))
+        choose("derivative", self.derivative, DERIVATIVES)
 
     def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
         m = he_uniform(shape, generator, dtype)
@@ -49,9 +51,9 @@ class LGFGA(Method):
     def cotangent(self, rows: Rows) -> Tensor:
         assert rows.noise is not None
         if rows.tangent is not None:
-            return directional(rows) * rows.noise
+            return directional(rows, self.derivative) * rows.noise
         s = (local_error(rows) * (rows.noise @ rows.state["B"].t())).sum(1, keepdim=True)
-        return s * rows.noise
+        return (s.sum() if self.derivative == "batch" else s) * rows.noise
 
     def learn(self, rows: Rows) -> State:
         assert rows.value is not None

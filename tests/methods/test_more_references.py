@@ -78,6 +78,16 @@ def fg_a(s: Seen, new: Any) -> list[Tensor]:
     return [(s.e * s.d).sum(1, keepdim=True) * v for v in s.noise]
 
 
+def of_batch(deltas: Callable[[Seen, Any], list[Tensor]]) -> Callable[[Seen, Any], list[Tensor]]:
+    """The same with one derivative of the whole batch for every sample."""
+
+    def summed(s: Seen, new: Any) -> list[Tensor]:
+        each = [(c / v)[:, :1] for c, v in zip(deltas(s, new), s.noise, strict=True)]
+        return [slope.sum() * v for slope, v in zip(each, s.noise, strict=True)]
+
+    return summed
+
+
 def dkp(s: Seen) -> list[Tensor]:
     return by_adam(s, [s.e.t() @ h for h in s.h[1:-1]], 1e-2, 1e-6)
 
@@ -202,6 +212,7 @@ def g24_case(rule: str, order: str = "cosine-then-mean") -> Case:
 MEAN, EACH = "mean-then-cosine", "cosine-then-mean"
 CASES: dict[str, Case] = {
     "fg-a": Case("fg-a", {}, fg_a),
+    "fg-a, batch": Case("fg-a", {"derivative": "batch"}, of_batch(fg_a)),
     "dkp": Case("dkp", {"lr": 1e-2}, projected, dkp, decay=1e-6),
     "dkp from zero": Case("dkp", {"lr": 1e-2, "init_b": "zero"}, projected, dkp, decay=1e-6),
     "fdfa by adam": Case(
@@ -211,6 +222,12 @@ CASES: dict[str, Case] = {
     "drtp, sum": Case("drtp", {"mean": False}, drtp(False, False)),
     "sdfa": Case("drtp", {"sign_error": True}, drtp(True, True)),
     "lg-fg-a": Case("lg-fg-a", {"optimizer": "sgd", "lr": 0.1}, lg_fg_a, local_heads),
+    "lg-fg-a, batch": Case(
+        "lg-fg-a",
+        {"optimizer": "sgd", "lr": 0.1, "derivative": "batch"},
+        of_batch(lg_fg_a),
+        local_heads,
+    ),
     "grape, samples": grape_case(EACH, "column"),
     "grape, frobenius": grape_case(MEAN, "frobenius"),
     "grape, frobenius, samples": grape_case(EACH, "frobenius"),

@@ -34,6 +34,7 @@ def draws(model: nn.Module, method: str, x: Tensor, y: Tensor, **options: Any) -
         ("fg-w", {}),
         ("fg-a", {"noise": "gaussian"}),
         ("fg-a", {"noise": "rademacher"}),
+        ("fg-a", {"derivative": "batch"}),
         ("fg-a", {"streams": "per_layer", "directions": 2}),
     ],
 )
