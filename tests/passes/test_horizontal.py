@@ -18,7 +18,7 @@ from grapefx.passes import families, horizontal
 from grapefx.passes.horizontal import WORTH, batch_layers
 from grapefx.passes.split import Split, split
 from grapefx.plan import Plan, build_plan
-from grapefx.runtime.program import _sizes
+from grapefx.runtime.program import sizes_of
 from tests.zoo import MLP, Masked, Residual, make, plan_of, step_inputs
 
 ANY = 2**60  # every group pays
@@ -72,7 +72,7 @@ def kind_of(plan: Plan) -> str:
 def parts_of(plan: Plan, kind: str, args: tuple[Any, ...], backend: str, fixed: bool) -> Split:
     step = plan.graph(kind)
     batch = args[0].shape[0]
-    sizes = _sizes(step, batch, plan.rows(batch)) if fixed else None
+    sizes = sizes_of(step, batch, plan.rows(batch)) if fixed else None
     return split(prepare(step, sizes, backend))
 
 
