@@ -16,7 +16,6 @@ INPUT_ROLES = (
     "input",
     "cotangent",
     "noise",
-    "rows",  # how many samples have tangents, where that is not all
     "random",
     "feedback",
     "target",

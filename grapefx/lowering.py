@@ -21,6 +21,7 @@ from grapefx.passes.channels_last import channels_last
 from grapefx.passes.join_products import join_products
 from grapefx.passes.order import dead_code
 from grapefx.passes.pooling import tile_pools
+from grapefx.passes.size_inputs import size_inputs
 from grapefx.passes.tasks import Tasks
 from grapefx.torch_compat import (
     FakeTensor,
@@ -189,11 +190,21 @@ def _lower(
         gm.recompile()
         run = gm.forward
         return (lambda inputs: run(*inputs)), []
+    gm, places = size_inputs(gm, examples)
+    examples = [*examples, *_examples(gm)[len(examples) :]]
     with torch.autocast(_device(examples), enabled=False), torch.no_grad():
-        return inductor_compile(
+        call, strides = inductor_compile(
             gm,
             examples,
             user_outputs=user_outputs,
             is_backward=is_backward,
             options=options,
         )
+    if not places:
+        return call, strides
+
+    def sized(inputs: list[Any]) -> Any:
+        inputs.extend([place.read(inputs) for place in places])
+        return call(inputs)
+
+    return sized, strides

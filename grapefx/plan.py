@@ -354,7 +354,14 @@ def _placement(
     error_at = options.error_at
     if error_at is None and _reads_classes(method):
         error_at = "output"
-    points = is_edge if options.residual == "leak" else options.points
+    points = options.points
+    if options.residual == "leak":
+        points = is_edge if any(map(is_edge, captured.gm.graph.nodes)) else None
+        if points is None and not method.exact:
+            raise PlacementError(
+                "residual='leak' puts feedback at the inputs of weight layers; in this model they "
+                "all read the model's own inputs\n  remedy: use method='bp', or leave residual out"
+            )
 
     def at(granularity: str) -> Placement:
         return place(

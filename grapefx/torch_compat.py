@@ -148,7 +148,6 @@ def inductor_compile(
     from torch._inductor.compile_fx import compile_fx_inner
 
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
-    gm, example, sizes = _with_sizes(gm, list(example))
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(user_outputs))
     context = TracingContext(mode)
@@ -166,48 +165,7 @@ def inductor_compile(
     ):
         compiled = compile_fx_inner(gm, list(example), is_backward=is_backward, is_inference=False)
     current: Callable[[list[Any]], Any] = getattr(compiled, "current_callable", None) or compiled
-    if not sizes:
-        return current, list(strides or [])
-
-    def sized(inputs: list[Any]) -> Any:
-        inputs.extend([inputs[i].shape[d] // factor for i, d, factor in sizes])
-        return current(inputs)
-
-    return sized, list(strides or [])
-
-
-def _with_sizes(
-    gm: torch.fx.GraphModule, example: list[Any]
-) -> tuple[torch.fx.GraphModule, list[Any], list[tuple[int, int, int]]]:
-    """The graph with an input for each size symbol that has none, as AOTAutograd gives Inductor.
-
-    Its generated code and its cache's guards know symbols by such inputs alone. Also: where each
-    value comes from, as (input, dim, divisor).
-    """
-    exprs = [v.shape if isinstance(v, torch.Tensor) else [v] for v in example]
-    known = {e for v in example if (e := batch_symbol(v)) is not None and e.is_Symbol}
-    places: dict[Any, tuple[int, int, int]] = {}
-    for i, sizes in enumerate(exprs):
-        for d, size in enumerate(sizes):
-            expr = batch_symbol(size)
-            if expr is None or not isinstance(example[i], torch.Tensor):
-                continue
-            factor, rest = expr.as_coeff_Mul()
-            if rest.is_Symbol and rest not in known and factor.is_Integer:
-                places.setdefault(rest, (i, d, int(factor)))
-    if not places:
-        return gm, example, []
-    graph = torch.fx.Graph()
-    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, mapping))
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    values = [example[i].shape[d] // factor for i, d, factor in places.values()]
-    with graph.inserting_after(inputs[-1]):
-        for k, value in reversed(list(enumerate(values))):
-            graph.placeholder(f"size_{k}").meta["val"] = value
-    return torch.fx.GraphModule(gm, graph), [*example, *values], list(places.values())
+    return current, list(strides or [])
 
 
 def inductor_options(options: dict[str, Any] | None) -> contextlib.AbstractContextManager[Any]:
@@ -333,9 +291,6 @@ def retrace(
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
     with mode, python_dispatcher(), torch.no_grad():
         out = make_fx(run, decomposition_table=table, tracing_mode="real")(*example)
-    inputs = (n for n in out.graph.nodes if n.op == "placeholder")
-    for node, value in zip(inputs, example, strict=True):
-        node.meta.setdefault("val", value)  # torch 2.11 leaves it out for a plain size
     out.graph.set_codegen(torch.fx.graph.CodeGen())
     out.recompile()
     return out

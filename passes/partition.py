@@ -107,7 +107,7 @@ def _refusal(sweep: Sweep, points: Any) -> str:
         return (
             "points: each chosen value is the error tap, lies behind it (the gradient is exact "
             "there already) or has no trainable parameter in front of it\n"
-            "  remedy: choose earlier values"
+            "  remedy: choose earlier values, or a later tap with error_at="
         )
     if not sweep.stuck:
         return ""

@@ -8,6 +8,7 @@ costs one product more (2F for forward and tangent together, not 3F).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from grapefx.passes.order import topological
 from grapefx.passes.propagate import TangentEmitter, propagate
 from grapefx.passes.weight_noise import induced, weight_sources
 from grapefx.torch_compat import new_size
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -152,19 +155,14 @@ class _Inputs:
         return node
 
     def rows(self) -> Node | None:
-        """The size of the sub-batch, the last input; None if all samples have tangents.
-
-        An input of its own: a noise may have it only in multiples, from which Inductor's code
-        cannot tell it.
-        """
+        """The size of the sub-batch, from the first noise; None if all samples have tangents."""
         if self.size is None:
             return None
-        with self.em.graph.inserting_after(self.anchor):
-            node = self.em.graph.placeholder("rows")
-        node.meta.update(val=self.size, grapefx_role="rows", grapefx_phase="tangent")
-        self.anchor = node
-        self.slots.append(Slot("rows", "rows"))
-        return node
+        dim, outer, inner = self.nodes[0].meta["grapefx_fold"]
+        with self.em.after(self.anchor):
+            size = self.em.call(aten.sym_size.int, self.nodes[0], dim)
+            k = outer * inner
+            return size if k == 1 else self.em.call(operator.floordiv, size, k)
 
     def ready(self, node: Node, at: Node) -> Node:
         """The noise as numbers: bytes 0 and 1 become -1 and +1 in front of what they perturb."""

@@ -324,13 +324,9 @@ def step_inputs(plan: Plan, step: StepGraph, model: nn.Module, args: tuple[Any, 
     known |= {("input", str(i)): a for i, a in enumerate(args)}
     out = []
     batch = args[plan.captured.dynamic[0]].shape[0] if plan.captured.dynamic else 0
-    rows = plan.rows(batch)
-    sizes = sizes_of(step, batch, rows)
+    sizes = sizes_of(step, batch, plan.rows(batch))
     for slot, node in zip(step.inputs, step.placeholders(), strict=True):
         found = known.get((slot.role, slot.name))
-        if slot.role == "rows":
-            out.append(rows)
-            continue
         if found is None:
             val = node.meta["val"]
             exprs = [(s, batch_symbol(s)) for s in val.shape]

@@ -38,6 +38,7 @@ RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p", "attn_drop", "la
 
 Stages = Iterator[tuple[str, apart.Row]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Outcome = tuple[Tensor, dict[str, Tensor | None]]  # a step's loss and gradients
 
 
 class Mismatch(Exception):
@@ -59,11 +60,7 @@ def examine(sample: Sample, depth: int) -> Stages:
     yield "bp", _points(plan)
     found = step(model, sample, "bp", plan)
     _restore(model, buffers)
-    error, worst = relative_error(wanted, _taken(model))
-    off = abs(float(found - loss.detach())) / max(abs(float(loss.detach())), 1e-12)
-    if not max(error, off) <= TOLERANCE:
-        what = f"gradient of {worst}" if error >= off or error != error else "loss"
-        raise Mismatch(f"relative error {max(error, off):.1e} ({what})")
+    error = _agree((loss.detach(), wanted), (found, _taken(model)))
     del wanted
     for k, method in enumerate(("dfa", "grape")):
         yield method, {} if k else {"bp_error": error}
@@ -102,7 +99,7 @@ def examine_compiled(sample: Sample, depth: int) -> Stages:
 
 
 def _difference(model: nn.Module, plain: Any, ours: Any, call: Call) -> float:
-    """The relative error of loss and gradients; ``Mismatch`` where it is not small."""
+    """How far a step of ``ours`` is from one of ``plain``."""
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     found = []
     for net in (plain, ours):
@@ -110,9 +107,13 @@ def _difference(model: nn.Module, plain: Any, ours: Any, call: Call) -> float:
         loss.backward()
         found.append((loss.detach(), _taken(model)))
         _restore(model, buffers)
-    (want, wanted), (have, had) = found
-    error, worst = relative_error(wanted, had)
-    off = abs(float(have - want)) / max(abs(float(want)), 1e-12)
+    return _agree(*found)
+
+
+def _agree(wanted: Outcome, had: Outcome) -> float:
+    """The relative error of loss and gradients; ``Mismatch`` where it is not small."""
+    error, worst = relative_error(wanted[1], had[1])
+    off = abs(float(had[0] - wanted[0])) / max(abs(float(wanted[0])), 1e-12)
     if not max(error, off) <= TOLERANCE:
         what = f"gradient of {worst}" if error >= off or error != error else "loss"
         raise Mismatch(f"relative error {max(error, off):.1e} ({what})")

@@ -196,11 +196,13 @@ class FeedbackModule(nn.Module):
         captures = self._captures
         batch = captures.batch_size(program, inputs)
         step = program.step(kind, batch)
-        rows = plan.rows(batch)
-        noise = self._noise(step, rows, inputs[0].device) if step.noise or step.random else {}
-        drawn: dict[str, Any] = {"noise": noise, "random": noise, "rows": {"rows": rows}}
+        drawn: dict[int, Tensor] = {}
+        if step.noise or step.random:
+            drawn = self._noise(step, plan.rows(batch), inputs[0].device)
         arguments = [
-            drawn[role][ref] if role in drawn else captures.value(role, ref, inputs, program)
+            drawn[ref]
+            if role in ("noise", "random")
+            else captures.value(role, ref, inputs, program)
             for role, ref in step.sources
         ]
         slots = captures.slots

@@ -106,7 +106,7 @@ class Case:
         graph.output_node().args = keep
         by_name = {c.layer.name: c for c in self.placed.cuts}
         inputs = iter(self.args)
-        values: list[Any] = []
+        values: list[Tensor] = []
         for slot in made.step.inputs:
             if slot.role in ("parameter", "buffer", "constant"):
                 values.append(self.values[slot.name])
@@ -115,8 +115,6 @@ class Case:
             elif slot.role == "noise":
                 cut = by_name[slot.name.split("/", 1)[1]]
                 values.append(self._rows(cut, rows))
-            elif slot.role == "rows":
-                values.append(rows)
             else:
                 values.append(torch.zeros(()))
         torch.manual_seed(5)

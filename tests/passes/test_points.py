@@ -204,6 +204,16 @@ def test_auto_takes_the_finest_that_fits() -> None:
         assert names(auto) == names(p)
 
 
+def test_leaking_where_nothing_can() -> None:
+    """Weight layers that read the model's inputs alone have no edge to put feedback at."""
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), torch.randn(5, 4)
+    with pytest.raises(PlacementError, match=r"residual='leak'.*\n  remedy"):
+        plan_of(model, x, residual="leak")
+    net = grapefx.compile(model, method="bp", residual="leak", backend="eager")
+    net(x).square().sum().backward()
+    assert model[0].weight.grad is not None
+
+
 def test_leaking_shortcuts() -> None:
     """Beside a point at each layer's input, shortcuts carry the true gradient of the head."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from grapefx.passes.batch import Fold, batch_folds
 from grapefx.passes.order import dead_code, topological
 from grapefx.passes.prune import live_input_gradients, prune_masks
 from grapefx.passes.restride import restride
+from grapefx.passes.size_inputs import Place, size_inputs
 from grapefx.passes.sweep import sample_shape
 from grapefx.torch_compat import batch_symbol, fake_tensor, make_fx, new_fake_mode
 
@@ -156,3 +157,34 @@ def test_new_strides_turn_a_view_into_a_reshape() -> None:
     gm.recompile()
     x, y = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
     torch.testing.assert_close(gm(x, y)[0], y.transpose(1, 2).reshape(2, 12) * 2)
+
+
+def test_every_size_symbol_becomes_an_input() -> None:
+    """Found in a multiple, of a tensor's size or of a plain one; known symbols are left alone."""
+
+    def fn(x: Tensor) -> tuple[Tensor, Any]:
+        y = x.reshape(x.shape[0] * 6, 2)
+        return y, x.shape[0] * 4
+
+    gm, batch = traced(fn, (5, 3, 4))
+    y, four = gm.graph.output_node().args[0]
+    fold, size = y.meta["val"], four.meta["val"]
+
+    graph = Graph()
+    a, n = graph.placeholder("a"), graph.placeholder("n")
+    a.meta["val"], n.meta["val"] = fold, size
+    out = graph.call_function(aten.mul.Tensor, (a, 2))
+    graph.output((out, n))
+    half = GraphModule(torch.nn.Module(), graph)
+
+    made, places = size_inputs(half, [fold, size])
+    assert places == (Place(0, 0, 6),)
+    added = [p for p in made.graph.nodes if p.op == "placeholder"]
+    assert [p.name for p in added] == ["a", "n", "size_0"] and len(half.graph.nodes) == 4
+    assert batch_symbol(added[-1].meta["val"]) == batch
+    assert places[0].read([torch.empty(42, 2), 28]) == 7
+
+    _, places = size_inputs(half, [torch.empty(42, 2), size])  # only a plain size has the symbol
+    assert places == (Place(1, None, 4),) and places[0].read([torch.empty(42, 2), 28]) == 7
+    same, places = size_inputs(half, [fold, added[-1].meta["val"]])
+    assert same is half and places == ()

@@ -57,8 +57,6 @@ def run(case: Case, made: Tangents, drawn: list[Tensor]) -> tuple[dict[int, Tens
             values.append(next(data))
         elif slot.role == "noise":
             values.append(next(noise))
-        elif slot.role == "rows":
-            values.append(len(drawn[0]))
         else:
             values.append(case.values.get(slot.name, torch.zeros(())))
     with torch.no_grad():

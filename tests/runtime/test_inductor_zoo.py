@@ -11,8 +11,8 @@ from torch import nn
 from tests.zoo import ZOO, assert_same_gradients, compiled, make, train_step
 
 
-@pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("name", ZOO)
 def test_inductor_computes_what_the_graphs_say(name: str, fraction: float) -> None:
     """Calibration and other steps, two batch sizes, inference; dropout draws eager's masks."""
     model, args = make(name)
