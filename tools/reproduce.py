@@ -163,7 +163,10 @@ class Trainer:
         out = net(x)
         if net is self.net:
             net.targets(y)
-        return F.cross_entropy(out.flatten(0, -2), y.flatten())
+        out, y = out.flatten(0, -2), y.flatten()
+        if self.setting.get("loss") == "bce":
+            return F.binary_cross_entropy_with_logits(out, F.one_hot(y, out.shape[1]).to(out))
+        return F.cross_entropy(out, y)
 
     def train_epoch(self) -> None:
         """Whole batches only, in an order of the seed and the epoch."""

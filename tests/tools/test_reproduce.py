@@ -94,6 +94,7 @@ def test_the_started_configs_keep_their_hashes() -> None:
         ("method: fdfa", "method: fdaf", "Did you mean 'fdfa'?"),
         ("options: {optimizer: adam,", "options: {optimiser: adam,", "Did you mean 'optimizer'?"),
         ("metric: last", "metric: lats", "Did you mean 'last'?"),
+        ("metric: last", "metric: last\nloss: bec", "Did you mean 'bce'?"),
         ("batch_size: 64\n", "", "'batch_size' is missing"),
     ],
 )
@@ -113,6 +114,15 @@ def test_a_base_is_inherited_and_set_changes_the_name(small: Path) -> None:
     assert "bp" not in config.rows and config.rows["fdfa"].options["calib_every"] is None
     other = load_config(child, ("model.width=16",))
     assert other.name == "child+model.width=16" and other.hash == load_config(small).hash
+
+
+def test_the_loss_of_a_row(small: Path, tmp_path: Path) -> None:
+    """Sigmoid outputs and BCE, as DRTP's authors train."""
+    row = "  own: {method: bp, options: {calib_every: null}, loss: bce}\n"
+    small.write_text(SMALL.replace("epochs: 3", "epochs: 1") + row)
+    assert call(small, tmp_path, "--only", "own", "bp") == 0
+    first = {name: cell["curve"][0]["loss"] for name, cell in cells(tmp_path).items()}
+    assert first["own"] < 1.0 < first["bp"]  # about log 2 a class; about log 10
 
 
 def test_missing_data_folder(

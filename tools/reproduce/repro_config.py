@@ -19,7 +19,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "normalise": ("half", "standard", "none"),
     "init": INITS,
     "metric": ("last", "best", "best_perplexity"),
+    "loss": ("cross_entropy", "bce"),  # bce: sigmoid outputs, a binary cross-entropy for each class
 }
+OPTIONAL = {"loss": "cross_entropy"}
 OPTIMIZER = {
     "adam": {"name", "lr", "betas", "eps", "weight_decay"},
     "sgd": {"name", "lr", "momentum", "weight_decay"},
@@ -33,9 +35,9 @@ SCHEDULE = {
 WORDS = {"title", "source", "differs"}
 SETTING = {
     "dataset", "train", "test", "normalise", "model", "init", "epochs", "batch_size", "optimizer",
-    "schedule", "alignment_batches", "metric",
+    "schedule", "alignment_batches", "metric", "loss",
 }  # fmt: skip
-ROW_SETTING = {"method", "options", "optimizer", "schedule", "init", "model"}
+ROW_SETTING = {"method", "options", "optimizer", "schedule", "init", "model", "loss"}
 ROW_WORDS = {"published", "note"}
 
 
@@ -115,10 +117,11 @@ def _named(where: str, have: Any, kinds: dict[str, set[str]], tag: str = "name")
 
 
 def _check_setting(where: str, s: dict[str, Any]) -> None:
-    _keys(where, s, SETTING, SETTING)
+    _keys(where, s, SETTING, SETTING - set(OPTIONAL))
     for key, valid in CHOICES.items():
-        if s[key] not in valid:
-            raise ConfigError(f"{where}: {key}={s[key]!r}.{nearest(str(s[key]), valid)}")
+        value = s.get(key, OPTIONAL.get(key))
+        if value not in valid:
+            raise ConfigError(f"{where}: {key}={value!r}.{nearest(str(value), valid)}")
     for key in ("epochs", "batch_size", "train", "test"):
         if not isinstance(s[key], int) or s[key] < 1:
             raise ConfigError(f"{where}: {key}={s[key]!r} must be a positive integer")
