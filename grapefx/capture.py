@@ -267,7 +267,7 @@ def _watch_functions() -> Iterator[None]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__ == "torch.utils.checkpoint":
+        if (cls.__module__, cls.__name__) == ("torch.utils.checkpoint", "CheckpointFunction"):
             # it runs its function under no_grad: a capture would cut every gradient
             raise CaptureError(
                 "the model calls torch.utils.checkpoint with use_reentrant=True, whose backward a "

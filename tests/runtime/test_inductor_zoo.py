@@ -8,13 +8,24 @@ import pytest
 import torch
 from torch import nn
 
+from grapefx.torch_compat import new_fake_mode
 from tests.zoo import ZOO, assert_same_gradients, compiled, make, train_step
+
+
+def fakes_attention_rightly() -> bool:
+    """Torch 2.11 takes a statistic of attention in float64 for float32; 2.15 does not."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    with new_fake_mode():
+        q = torch.empty(1, 1, 4, 4, dtype=torch.float64)
+        return bool(attention(q, q, q)[1].dtype == torch.float64)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("name", ZOO)
 def test_inductor_computes_what_the_graphs_say(name: str, fraction: float) -> None:
     """Calibration and other steps, two batch sizes, inference; dropout draws eager's masks."""
+    if name == "encoder-prenorm" and not fakes_attention_rightly():
+        pytest.xfail("this torch compiles attention in float64 wrongly")
     model, args = make(name)
     nets = [
         compiled(copy.deepcopy(model), "grape", tangent_fraction=fraction, **options)
