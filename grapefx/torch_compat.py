@@ -151,7 +151,7 @@ def inductor_compile(
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(user_outputs))
     context = TracingContext(mode)
-    context.fakify_first_call = True  # torch < 2.15: strides come as symbols, not as their hints
+    context.fakify_first_call = True  # torch 2.11: strides as symbols, not as their hints
     gm.recompile()
     # The error is read by every layer: of the operators that read one tensor, pair only near ones.
     # The kernels stay the same (make perf), and deep networks compile in less time.
