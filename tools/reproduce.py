@@ -170,35 +170,45 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Whole batches only, in an order of the seed and the epoch."""
-        start, size = time.monotonic(), self.setting["batch_size"]
+        start = time.monotonic()
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        order = torch.randperm(self.data.samples, generator=generator).to(self.device)
         self.net.set_epoch(self.epoch)
         self.model.train()
-        total = torch.zeros((), device=self.device)
-        steps = max(1, len(order) // size)
-        for index in order[: steps * size].split(size):
-            loss = self.loss(self.net, index)
-            loss.backward()
-            self.opt.step()
-            self.opt.zero_grad()
-            total += loss.detach()
-        mean_loss = float(total) / steps
+        batches, mean_loss = self.train_pass(generator)
+        every = self.setting.get("bp_epoch_every")
+        if every is not None and (self.epoch + 1) % every == 0:
+            with self.net.calibration():
+                self.train_pass(generator)
         seconds = time.monotonic() - start
         self.schedule.step()
-        angles = self.alignment(order[: self.setting["alignment_batches"] * size].split(size))
+        angles = self.alignment(batches[: self.setting["alignment_batches"]])
         self.model.eval()
         score = self.data.score(self.model)
         self.model.train()
         line = {"loss": round(mean_loss, 5), "score": round(score, 4), "cosine": angles}
         self.curve.append(line | {"seconds": round(seconds, 2)})
 
+    def train_pass(self, generator: torch.Generator) -> tuple[Sequence[Tensor], float]:
+        """Every sample once: the batches and the mean loss."""
+        size = self.setting["batch_size"]
+        order = torch.randperm(self.data.samples, generator=generator).to(self.device)
+        steps = max(1, len(order) // size)
+        batches = order[: steps * size].split(size)
+        total = torch.zeros((), device=self.device)
+        for index in batches:
+            loss = self.loss(self.net, index)
+            loss.backward()
+            self.opt.step()
+            self.opt.zero_grad()
+            total += loss.detach()
+        return batches, float(total) / steps
+
     def alignment(self, batches: Sequence[Tensor]) -> dict[str, float]:
         """Cosines by weight between the method's gradient and the true one, over ``batches``.
 
         Nothing is learned: feedback, buffers and the random stream are put back.
         """
-        if not len(batches) or not len(batches[0]) or self.row.method == "bp":
+        if not batches or self.row.method == "bp":
             return {}
         feedback, rng = self.net.feedback_state_dict(), torch.get_rng_state()
         buffers = {k: b.clone() for k, b in self.model.named_buffers()}

@@ -96,6 +96,7 @@ def test_the_started_configs_keep_their_hashes() -> None:
         ("metric: last", "metric: lats", "Did you mean 'last'?"),
         ("metric: last", "metric: last\nloss: bec", "Did you mean 'bce'?"),
         ("batch_size: 64\n", "", "'batch_size' is missing"),
+        ("metric: last", "metric: last\nbp_epoch_every: 0", "bp_epoch_every=0 must be a positive"),
     ],
 )
 def test_unknown_keys_name_the_nearest(small: Path, old: str, new: str, message: str) -> None:
@@ -123,6 +124,22 @@ def test_the_loss_of_a_row(small: Path, tmp_path: Path) -> None:
     assert call(small, tmp_path, "--only", "own", "bp") == 0
     first = {name: cell["curve"][0]["loss"] for name, cell in cells(tmp_path).items()}
     assert first["own"] < 1.0 < first["bp"]  # about log 2 a class; about log 10
+
+
+def test_whole_epochs_of_bp(small: Path) -> None:
+    """After each second epoch one of exact gradients: four calibration steps more, by their SGD."""
+    options = "{calib_every: null, calib_update: sgd}"
+    row = f"  own: {{method: dfa, options: {options}, bp_epoch_every: 2}}\n"
+    small.write_text(SMALL + row)
+    config = load_config(small)
+    data = reproduce.load_data({**config.setting, "train": 256, "test": 100}, None, "cpu")
+    trainer = reproduce.Trainer(config.rows["own"], 0, data, "eager", "cpu")
+    counts = []
+    for _ in range(4):
+        trainer.train_epoch()
+        schedule = trainer.net._schedule
+        counts.append((schedule.calibrations, schedule.step))
+    assert counts == [(0, 4), (4, 12), (4, 16), (8, 24)]
 
 
 def test_missing_data_folder(

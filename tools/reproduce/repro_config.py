@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "metric": ("last", "best", "best_perplexity"),
     "loss": ("cross_entropy", "bce"),  # bce: sigmoid outputs, a binary cross-entropy for each class
 }
-OPTIONAL = {"loss": "cross_entropy"}
+OPTIONAL = {"loss": "cross_entropy", "bp_epoch_every": None}
 OPTIMIZER = {
     "adam": {"name", "lr", "betas", "eps", "weight_decay"},
     "sgd": {"name", "lr", "momentum", "weight_decay"},
@@ -35,9 +35,12 @@ SCHEDULE = {
 WORDS = {"title", "source", "differs"}
 SETTING = {
     "dataset", "train", "test", "normalise", "model", "init", "epochs", "batch_size", "optimizer",
-    "schedule", "alignment_batches", "metric", "loss",
+    "schedule", "alignment_batches", "metric", "loss", "bp_epoch_every",
 }  # fmt: skip
-ROW_SETTING = {"method", "options", "optimizer", "schedule", "init", "model", "loss"}
+# bp_epoch_every, T: after each T-th epoch a whole one of calibration steps, on other batches.
+ROW_SETTING = {
+    "method", "options", "optimizer", "schedule", "init", "model", "loss", "bp_epoch_every",
+}  # fmt: skip
 ROW_WORDS = {"published", "note"}
 
 
@@ -125,6 +128,9 @@ def _check_setting(where: str, s: dict[str, Any]) -> None:
     for key in ("epochs", "batch_size", "train", "test"):
         if not isinstance(s[key], int) or s[key] < 1:
             raise ConfigError(f"{where}: {key}={s[key]!r} must be a positive integer")
+    every = s.get("bp_epoch_every")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ConfigError(f"{where}: bp_epoch_every={every!r} must be a positive integer")
     _named(f"{where}.model", s["model"], {k: {"kind", *v} for k, v in MODEL_KEYS.items()}, "kind")
     activation = s["model"].get("activation", "relu")
     if activation not in ACTIVATIONS:
