@@ -1,0 +1,224 @@
+"""What Inductor makes of our graphs for a CUDA GPU, without one: right values, number of launches.
+
+    TRITON_INTERPRET=1 python tools/cuda_lowering.py --check   # every form against eager graphs
+    TRITON_INTERPRET=1 python tools/cuda_lowering.py           # docs/results/cuda_launches.md
+
+Values: each network, method, kind of step and form on a batch of 4, lowered for CUDA and run by
+Triton's interpreter (``tools/bench/cuda_standin.py``), against the same graphs run uncompiled; a
+line of JSON each. Launches: Triton kernels and library calls of one forward and one update at batch
+8, the transformer of 001 table 5 by depth. Attention is written out in both, for autograd cannot
+trace CUDA's without a driver. Exit codes: 0; 1, something differs or failed; 2, this machine cannot
+do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+import cuda_standin  # noqa: E402
+import networks  # noqa: E402
+from bench_models import MODELS, VARIANTS  # noqa: E402
+from cuda_standin import Launches, OnCpu, Unfit, difference, on_cuda  # noqa: E402
+from grapefx.errors import GrapefxWarning  # noqa: E402
+from grapefx.ir import StepGraph  # noqa: E402
+from grapefx.plan import Plan, build_plan  # noqa: E402
+from grapefx.runtime import program  # noqa: E402
+from grapefx.runtime.parallel import FORMS  # noqa: E402
+from grapefx.runtime.program import CompiledStep, compile_step, sizes_of  # noqa: E402
+
+BATCH = 4
+TOLERANCE = 2e-5  # float32; sums in another order
+Made = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
+# what builds the network, a sample's shape (of tokens: their number), options
+NETWORKS: dict[str, Made] = {
+    "mlp": (lambda: networks.mlp((1, 4, 4), 10, 4, 16, "tanh", False), (1, 4, 4), {}),
+    "cnn": (
+        lambda: networks.lenet((1, 28, 28), 10, [2, 3], [8, 8], "relu", False), (1, 28, 28), {}
+    ),
+    "resnet": (lambda: networks.resnet((3, 8, 8), 10, 8, True), (3, 8, 8), {}),
+    "layers": (lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), {}),
+    "blocks": (
+        lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), {"granularity": "block"}
+    ),
+}  # fmt: skip
+METHODS = ("grape", "dfa", "fdfa")
+DEPTHS = (2, 4, 8, 16)
+COUNTED = ("bp", "dfa", "grape 1/8")
+
+
+def plan_of(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Plan:
+    """A plan with every graph traced: autograd has to be through before CUDA is replaced."""
+    torch.manual_seed(0)
+    with sdpa_kernel(SDPBackend.MATH):
+        plan = build_plan(model.train(), (x,), **options)
+    for kind in plan.kinds():
+        plan.graph(kind)
+    return plan
+
+
+def sized(size: Any, sizes: dict[Any, int]) -> int:
+    """The number that a size stands for."""
+    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)
+
+
+def values(step: StepGraph, sizes: dict[Any, int]) -> list[Any]:
+    """Something for each input of a step graph."""
+    torch.manual_seed(0)
+    out: list[Any] = []
+    for node, slot in zip(step.placeholders(), step.inputs, strict=True):
+        val = node.meta["val"]
+        if not isinstance(val, Tensor):
+            out.append(sized(val, sizes))
+            continue
+        shape = [sized(d, sizes) for d in val.shape]
+        if val.dtype.is_floating_point:
+            drawn = torch.randn(shape, dtype=val.dtype)
+            out.append(drawn.abs() if slot.role == "buffer" else drawn)  # variances
+        else:
+            out.append(torch.randint(0, 2, shape).to(val.dtype))
+    return out
+
+
+def run_step(made: CompiledStep, step: StepGraph, given: Sequence[Any]) -> list[Any]:
+    """Both callables of a compiled step on these inputs: outputs, buffers, then results."""
+
+    def own(v: Any) -> Any:
+        return v.clone() if isinstance(v, Tensor) else v
+
+    named: dict[Any, Any] = {}
+    cotangents: list[Any] = []
+    for i, slot in enumerate(step.inputs):
+        named[program._source(step, i)] = named[slot.role, slot.name] = given[i]
+        if slot.role == "cotangent":
+            cotangents.append(given[i])
+    inputs = [own(named[s]) for s in made.sources]
+    buffers = [v for v, s in zip(inputs, made.sources, strict=True) if s[0] == "buffer"]
+    found = list(made.forward(inputs))
+    late = [cotangents[k] if role == "cotangent" else named[role, k] for role, k in made.late]
+    outputs, saved = found[: made.outputs], found[made.outputs :]
+    results = made.update([*map(own, saved), *map(own, late)])
+    return [*map(own, outputs), *buffers, *results]
+
+
+def check(names: Sequence[str], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Each form of each kind of step against the uncompiled graphs; one row a comparison."""
+    plans: dict[tuple[str, str], Plan] = {}
+    for name in names:
+        build, shape, options = NETWORKS[name]
+        for method in methods:
+            tokens = len(shape) == 1
+            x = torch.randint(0, 11, (BATCH, *shape)) if tokens else torch.randn(BATCH, *shape)
+            plans[name, method] = plan_of(build(), x, {"method": method, **options})
+    cuda_standin.install()
+    rows = []
+    for (name, method), plan in plans.items():
+        for kind in plan.kinds():
+            step = plan.graph(kind)
+            sizes = sizes_of(step, BATCH, plan.rows(BATCH))
+            given = values(step, sizes)
+            expected = run_step(compile_step(step, kind, sizes, "eager", None), step, given)
+            chain = kind == "calibration" or plan.method.sequential
+            for form in ("off",) if chain else FORMS:
+                row: dict[str, Any] = {"net": name, "method": method, "kind": kind, "form": form}
+                try:
+                    with warnings.catch_warnings():
+                        # a form that is left out is an error here
+                        warnings.simplefilter("error", category=GrapefxWarning)
+                        made = compile_step(on_cuda(step), kind, sizes, "inductor", None, form)
+                    with OnCpu():
+                        row["difference"] = difference(run_step(made, step, given), expected)
+                except Exception as e:
+                    row["error"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}"
+                row["ok"] = row.get("difference", 1.0) <= TOLERANCE
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def launches(depths: Sequence[int]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """(feedback points, variant) -> launches of (forward, update) by depth."""
+    plans: dict[tuple[str, str], list[tuple[Plan, str]]] = {}
+    for points in ("micro", "macro"):
+        for method in COUNTED:
+            for depth in depths:
+                torch.manual_seed(0)
+                benchmark = MODELS[f"transformer{depth}-{points}"]
+                options = {**VARIANTS[method][0], **dict(benchmark.options)}
+                plan = plan_of(benchmark.build(), benchmark.example(8)[0], options)
+                kind = "align" if "align" in plan.kinds() else plan.kinds()[0]
+                plans.setdefault((points, method), []).append((plan, kind))
+    cuda_standin.install()
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for (points, method), made in plans.items():
+        for form in ("off",) if method == "bp" else ("off", "horizontal"):
+            row = found.setdefault((points, f"{method}, {form}"), [])
+            for plan, kind in made:
+                step = plan.graph(kind)
+                sizes = sizes_of(step, 8, plan.rows(8))
+                with Launches() as counter:
+                    compile_step(on_cuda(step), kind, sizes, "inductor", None, form)
+                forward, update = counter.counts
+                row.append((forward, update))
+            print(points, method, form, row, flush=True)
+    return found
+
+
+def page(found: dict[tuple[str, str], list[tuple[int, int]]], depths: Sequence[int]) -> str:
+    """The table."""
+    head = " | ".join(f"{d} blocks" for d in depths)
+    lines = [
+        "# Launches of a step on a CUDA GPU",
+        "",
+        "Triton kernels and library calls that Inductor generates for one forward + one update of",
+        "the transformer of 001 table 5 (width 128, 64 tokens, batch 8), counted in the code.",
+        "No GPU has run it. Attention is written out (a fused one has a few less).",
+        "",
+        f"Made by `TRITON_INTERPRET=1 python tools/cuda_lowering.py`, torch {torch.__version__}.",
+        "",
+        f"| points | variant | {head} | update, {depths[-1]} over {depths[0]} |",
+        f"| --- | --- |{' ---: |' * (len(depths) + 1)}",
+    ]
+    for (points, variant), row in found.items():
+        cells = " | ".join(f"{forward} + {update}" for forward, update in row)
+        lines.append(f"| {points} | {variant} | {cells} | {row[-1][1] / row[0][1]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--check", action="store_true", help="values, not launches")
+    p.add_argument("--nets", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    p.add_argument("--methods", nargs="+", default=list(METHODS))
+    p.add_argument("--depths", nargs="+", type=int, choices=DEPTHS, default=list(DEPTHS))
+    p.add_argument("--out", type=Path, default=ROOT / "docs/results/cuda_launches.md")
+    a = p.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        if a.check:
+            return 0 if all(row["ok"] for row in check(a.nets, a.methods)) else 1
+        a.out.write_text(page(launches(a.depths), a.depths))
+    except Unfit as e:
+        print(f"cuda_lowering: {e}", file=sys.stderr)
+        return 2
+    print(a.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
