@@ -88,6 +88,7 @@ def install() -> None:
         raise Unfit(f"no Triton: {e}") from None
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers
+    from torch._subclasses import fake_tensor
     from torch.utils import _triton
 
     np.seterr(all="ignore")  # lanes behind a mask divide by zero
@@ -124,6 +125,8 @@ def install() -> None:
     )
     replaced: Any = _triton
     replaced.triton_backend = lambda: make_backend(target)
+    replaced = fake_tensor
+    replaced.init_gpu_context = lambda device: None
     triton_helpers.set_driver_to_gpu = lambda: None
     library = {name: _elementwise(fn) for name, fn in MATH.items()}
     triton_helpers.libdevice = types.SimpleNamespace(**library)
