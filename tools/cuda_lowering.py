@@ -184,7 +184,7 @@ def page(found: dict[tuple[str, str], list[tuple[int, int]]], depths: Sequence[i
         "",
         "Triton kernels and library calls that Inductor generates for one forward + one update of",
         "the transformer of 001 table 5 (width 128, 64 tokens, batch 8), counted in the code.",
-        "No GPU has run it. Attention is written out (a fused one has a few less).",
+        "No GPU has run it. Attention is written out, not one fused operator.",
         "",
         f"Made by `TRITON_INTERPRET=1 python tools/cuda_lowering.py`, torch {torch.__version__}.",
         "",
