@@ -18,11 +18,13 @@ from torch import nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from grapefx.batch_facts import Number, holds, number
 from grapefx.errors import CaptureError, GrapefxWarning
 from grapefx.ir import Captured, Slot
 from grapefx.passes import functions
 from grapefx.torch_compat import (
     batch_symbol,
+    facts_of,
     plain_calls,
     pytree,
     quiet_export,
@@ -102,10 +104,12 @@ def capture(
     kwargs: dict[str, Any],
     *,
     batch_dim: int = 0,
+    fixed: bool = False,
 ) -> Captured:
     """Trace ``model(*args, **kwargs)`` in its present mode; the batch dim becomes symbolic.
 
-    A batch of one sample is captured as it is: sizes 1 broadcast, so the graph holds for 1 only.
+    It stays a number with ``fixed``, where what the model asks of the batch size has another answer
+    for the size that is traced with, and for one sample: sizes 1 broadcast.
     Raises ``CaptureError`` naming the user's line where the model cannot be traced.
     """
     leaves, spec = flatten_call(args, kwargs)
@@ -125,7 +129,7 @@ def capture(
         # a square mask (T, T) with T == N looks like a batch; try each input alone next
         if len(carriers) > 1:
             attempts += [[i] for i in carriers]
-    if next(iter(sizes.values()), 1) == 1:
+    if fixed or next(iter(sizes.values()), 1) == 1:
         attempts = []  # sizes 1 broadcast: this graph is for one sample
     batch = next(iter(sizes.values()), 1)
 
@@ -135,10 +139,10 @@ def capture(
         if not dynamic and reduced is not None:
             return reduced  # every output is reduced over the batch: the first guess stands
         try:
-            exported = _export(flat, tensors, dynamic, batch_dim, model)
+            exported, facts = _export(flat, tensors, dynamic, batch_dim, model)
             if not _one_size(exported, dynamic, batch_dim):
                 # some operators (diagonal) fix one size rather than find it equal to the other
-                exported = _export(flat, tensors, dynamic, batch_dim, model, Dim("batch"))
+                exported, facts = _export(flat, tensors, dynamic, batch_dim, model, Dim("batch"))
         except CaptureError:
             raise
         except Exception as e:
@@ -146,12 +150,14 @@ def capture(
                 raise _explain(e) from e
             failure = failure or e
             continue
-        captured = _read(exported, flat, model, dynamic, batch_dim, notes)
+        captured = _read(exported, facts, flat, model, dynamic, batch_dim, notes)
+        if dynamic and not holds(captured, sizes[dynamic[0]]):
+            return capture(model, args, kwargs, batch_dim=batch_dim, fixed=True)
         if dynamic and not _keeps_batch(captured):
             if captured.batch is not None and reduced is None:
                 reduced = captured
             continue
-        if not dynamic and batch > 1:
+        if not dynamic and batch > 1 and not fixed:
             why = f" ({_first_line(failure)})" if failure is not None else ""
             warnings.warn(
                 f"the batch dimension could not be made symbolic{why}; each new batch size is "
@@ -237,7 +243,8 @@ def _export(
     batch_dim: int,
     model: nn.Module,
     size: Any = Dim.AUTO,
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, tuple[Any, ...]]:
+    """The decomposed program, and what the model asked of symbolic sizes."""
     if dynamic:
         sizes = {d for p in model.parameters() for d in p.shape}
         sizes |= {d for i, t in enumerate(tensors) for d in t.shape if i not in dynamic}
@@ -255,10 +262,11 @@ def _export(
         exported = torch.export.export(
             flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
         )
+    facts = facts_of(exported)  # decomposition asks more, which is no branch of the model's
     _keep_no_grad(exported.graph_module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return exported.run_decompositions({})
+        return exported.run_decompositions({}), facts
 
 
 @contextlib.contextmanager
@@ -331,6 +339,7 @@ def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
 
 def _read(
     exported: torch.export.ExportedProgram,
+    facts: tuple[Any, ...],
     flat: _Flat,
     model: nn.Module,
     dynamic: list[int],
@@ -383,25 +392,30 @@ def _read(
         symbol = batch_symbol(carrier.meta["val"].shape[batch_dim])
         if symbol is not None and not symbol.free_symbols:
             symbol = None  # the model made a number of it (len(x), int(n)): it holds for this size
+    spec_of, template = flat._seen.out_spec
     return Captured(
         gm=gm,
         inputs=tuple(slots),
         mutated=tuple(mutated),
         outputs=tuple(outputs),
-        out_spec=flat._seen.out_spec,
+        out_spec=(spec_of, [number(leaf, symbol) for leaf in template]),
         constants=constants,
         batch=symbol,
         dynamic=tuple(dynamic),
         lead=dynamic[0] if dynamic else 0,
         notes=tuple(notes),
+        facts=tuple(f for f in facts if f.free_symbols == {symbol}),
     )
 
 
-def unflatten_outputs(out_spec: Any, tensors: Sequence[Any]) -> Any:
+def unflatten_outputs(out_spec: Any, tensors: Sequence[Any], batch: int) -> Any:
     """Put flat outputs back into the structure that the user's module returned."""
     spec, template = out_spec
     it = iter(tensors)
-    return pytree.tree_unflatten([next(it) if o is TENSOR else o for o in template], spec)
+    leaves = [
+        next(it) if o is TENSOR else o.at(batch) if isinstance(o, Number) else o for o in template
+    ]
+    return pytree.tree_unflatten(leaves, spec)
 
 
 __all__ = ["TENSOR", "capture", "flatten_call", "pick_hint", "resized_example", "unflatten_outputs"]

@@ -111,7 +111,8 @@ class Captured:
 
     ``batch`` is the batch size's symbol (a sympy expression), or None when the graph holds one
     batch size only. ``dynamic`` lists the indices of the inputs that carry the batch dim; ``lead``
-    is the input whose size there is the batch size.
+    is the input whose size there is the batch size. ``facts``: what tracing asked of ``batch``, as
+    sympy relations that were true.
     """
 
     gm: GraphModule
@@ -124,3 +125,4 @@ class Captured:
     dynamic: tuple[int, ...]
     lead: int = 0
     notes: tuple[str, ...] = field(default=())
+    facts: tuple[Any, ...] = ()

@@ -274,11 +274,13 @@ def build_plan(
     *,
     method: str | Method = "grape",
     options: Options | None = None,
+    fixed: bool = False,
     **choices: Any,
 ) -> Plan:
     """Capture one call of ``model`` and lay out its feedback; nothing is compiled.
 
-    ``choices`` are options of ``grapefx.compile`` or of the method.
+    ``fixed``: for this batch size alone. ``choices`` are options of ``grapefx.compile`` or of the
+    method.
     """
     if options is None:
         chosen, options = resolve(method, choices)
@@ -287,7 +289,7 @@ def build_plan(
     kwargs = kwargs or {}
     leaves, _ = flatten_call(args, kwargs)
     examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    captured = capture(model, args, kwargs, batch_dim=options.batch_dim)
+    captured = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     values = {
         **parameters,
@@ -409,13 +411,18 @@ def default_budget(options: Options, captured: Captured) -> int:
 
 
 def build_forward(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    *,
+    fixed: bool = False,
 ) -> tuple[Captured, StepGraph]:
-    """Capture one call for inference: the forward graph alone."""
+    """Capture one call for inference: the forward graph alone. ``fixed``: as in ``build_plan``."""
     leaves, _ = flatten_call(args, kwargs)
     examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     with torch.no_grad():
-        captured = capture(model, args, kwargs, batch_dim=options.batch_dim)
+        captured = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
     values = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

@@ -34,6 +34,7 @@ __all__ = [
     "copy_all",
     "decomposed",
     "decompositions",
+    "facts_of",
     "fake_mode_of",
     "fake_tensor",
     "fixed_size",
@@ -56,6 +57,7 @@ __all__ = [
     "restrided",
     "retrace",
     "set_call",
+    "size_expression",
     "size_hint",
     "subtraction",
     "unwrap_for_export",
@@ -102,6 +104,20 @@ def fake_mode_of(value: Any) -> FakeTensorMode:
 def batch_symbol(size: Any) -> Any:
     """The sympy expression of a symbolic size, or None for a plain int."""
     return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def size_expression(value: Any) -> Any:
+    """The sympy expression of a symbolic number (int, float or bool), or None for anything else."""
+    kinds = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    return value.node.expr if isinstance(value, kinds) else None
+
+
+def facts_of(exported: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    """What the trace asked of symbolic sizes, as sympy relations that were true."""
+    values = (n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder")
+    fake = next((v for v in values if isinstance(v, FakeTensor)), None)
+    env = fake_mode_of(fake).shape_env if fake is not None else None
+    return tuple(g.expr for g in env.guards) if env is not None else ()
 
 
 def fixed_size(symbol: Any, value: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grapefx.batch_facts import holds, same_graph
+from grapefx.capture import capture
 from grapefx.errors import GrapefxWarning, InputError
 from grapefx.methods import Method
 from grapefx.options import Options
@@ -58,13 +60,38 @@ class Captures:
             self.fingerprint = Fingerprint(self.model)
         fingerprint = self.fingerprint
         key, batch = self._key(leaves, spec, fingerprint.read(), training)
-        found = self.programs.get(key) or self.programs.get((key, batch))
-        if found is None:
-            found = self._capture(args, kwargs, leaves, spec, key[0], training, feedback)
+        found = self.programs.get((key, batch)) or self.programs.get(key)
+        if found is None or not self._serves(found, batch, args, kwargs, training):
+            fixed = found is not None
+            found = self._capture(
+                args, kwargs, leaves, spec, key[0], training, feedback, fixed=fixed
+            )
         if self._listed is not fingerprint.modules:
             self.slots = module_slots(self.model)
             self._listed = fingerprint.modules
         return found
+
+    def _serves(
+        self, program: Program, batch: int | None, args: Any, kwargs: Any, training: bool
+    ) -> bool:
+        """Whether a program's graph is the model's for a batch size.
+
+        One that the model's branches on sizes, or a single sample, may treat otherwise is traced
+        alone, once, and compared.
+        """
+        captured = program.captured
+        if batch is None or batch in program.sizes or captured is None or captured.batch is None:
+            return True
+        right = holds(captured, batch)
+        if batch == 1 or not right:
+            with inplace.untouched(self.model), torch.set_grad_enabled(training):
+                alone = capture(
+                    self.model, args, kwargs, batch_dim=self.options.batch_dim, fixed=True
+                )
+            right = same_graph(captured, alone, batch)
+        if right:
+            program.sizes.add(batch)
+        return right
 
     def batch_size(self, program: Program, inputs: list[Tensor]) -> int:
         """Samples in a call."""
@@ -117,6 +144,8 @@ class Captures:
         reading: Any,
         training: bool,
         feedback: FeedbackState,
+        *,
+        fixed: bool = False,
     ) -> Program:
         self._check_devices(leaves)
         options = self.options
@@ -126,9 +155,11 @@ class Captures:
         with inplace.untouched(self.model):
             self._check_hooks(training)
             if training:
-                plan = build_plan(self.model, args, kwargs, method=self.method, options=options)
+                plan = build_plan(
+                    self.model, args, kwargs, method=self.method, options=options, fixed=fixed
+                )
             else:
-                captured, step = build_forward(self.model, args, kwargs, options)
+                captured, step = build_forward(self.model, args, kwargs, options, fixed=fixed)
         if training:
             captured = plan.captured
             program = Program(plan, None, captured.out_spec, captured.constants, *backend)
@@ -138,6 +169,7 @@ class Captures:
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
         for note in plan.notes if training else captured.notes:
             warnings.warn(note, GrapefxWarning, stacklevel=4)
+        program.captured = captured
         program.lead = captured.lead
         program.written = captured.mutated
         assert self.fingerprint is not None
@@ -159,10 +191,9 @@ class Captures:
             leaves[i].ndim > dim and leaves[i].shape[dim] == batch and k not in captured.dynamic
             for k, i in enumerate(tensors)
         )
+        if batch is not None:
+            program.sizes.add(batch)
         self.programs[(key, batch) if captured.batch is None or chance else key] = program
-        if key in self.programs:
-            # a first batch of one sample was captured as it was; from now on this serves it too
-            self.programs.pop((key, 1), None)
         return program
 
     def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:

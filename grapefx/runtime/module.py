@@ -164,8 +164,12 @@ class FeedbackModule(nn.Module):
         program = self._captures.program(args, kwargs, leaves, spec, training, self._feedback)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if program.plan is None:
-            return unflatten_outputs(program.out_spec, self._infer(program, inputs))
-        return unflatten_outputs(program.out_spec, self._train(program, inputs))
+            found = self._infer(program, inputs)
+        else:
+            found = self._train(program, inputs)
+        return unflatten_outputs(
+            program.out_spec, found, self._captures.batch_size(program, inputs)
+        )
 
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
         captures = self._captures

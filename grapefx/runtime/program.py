@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grapefx.ir import StepGraph
+from grapefx.ir import Captured, StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.split import forward_only, split
 from grapefx.passes.tail import Tail, cut_tail
@@ -94,6 +94,8 @@ class Program:
         self.backend = backend
         self.options = options
         self.parallel = parallel
+        self.captured: Captured | None = None
+        self.sizes: set[int] = set()  # batch sizes that the capture is known to be right for
         self.lead = 0  # the input that holds the batch
         self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
         self.written: tuple[str, ...] = ()  # buffers that the forward writes in place
