@@ -22,6 +22,7 @@ from grapefx.batch_facts import Number, holds, number
 from grapefx.errors import CaptureError, GrapefxWarning
 from grapefx.ir import Captured, Slot
 from grapefx.passes import functions
+from grapefx.side_effects import Watch
 from grapefx.torch_compat import (
     batch_symbol,
     facts_of,
@@ -38,6 +39,7 @@ class _Seen:
     """What a trace finds out on the side (export restores lists and dicts, not this)."""
 
     out_spec: Any = None
+    watch: Watch | None = None
 
 
 class _Flat(nn.Module):
@@ -54,7 +56,8 @@ class _Flat(nn.Module):
         it = iter(tensors)
         leaves = [next(it) if leaf is TENSOR else leaf for leaf in self._template]
         args, kwargs = pytree.tree_unflatten(leaves, self._call_spec)
-        out, spec = flatten(self.model(*args, **kwargs))
+        watch = self._seen.watch
+        out, spec = flatten((self.model if watch is None else watch.call)(*args, **kwargs))
         template = [TENSOR if isinstance(o, torch.Tensor) else o for o in out]
         self._seen.out_spec = (spec, template)
         return tuple(o for o in out if isinstance(o, torch.Tensor))
@@ -139,10 +142,12 @@ def capture(
         if not dynamic and reduced is not None:
             return reduced  # every output is reduced over the batch: the first guess stands
         try:
-            exported, facts = _export(flat, tensors, dynamic, batch_dim, model)
+            exported, facts = _export(flat, tensors, dynamic, batch_dim, model, notes)
             if not _one_size(exported, dynamic, batch_dim):
                 # some operators (diagonal) fix one size rather than find it equal to the other
-                exported, facts = _export(flat, tensors, dynamic, batch_dim, model, Dim("batch"))
+                exported, facts = _export(
+                    flat, tensors, dynamic, batch_dim, model, notes, Dim("batch")
+                )
         except CaptureError:
             raise
         except Exception as e:
@@ -242,6 +247,7 @@ def _export(
     dynamic: list[int],
     batch_dim: int,
     model: nn.Module,
+    notes: list[str],
     size: Any = Dim.AUTO,
 ) -> tuple[torch.export.ExportedProgram, tuple[Any, ...]]:
     """The decomposed program, and what the model asked of symbolic sizes."""
@@ -257,7 +263,11 @@ def _export(
     else:
         examples = list(tensors)
     shapes = tuple({batch_dim: size} if i in dynamic else {} for i in range(len(examples)))
-    with _watch_functions(), plain_calls(model), quiet_export(), warnings.catch_warnings():
+    flat._seen.watch = watch = Watch(model, notes)
+    with (
+        _watch_functions(), plain_calls(model), watch.watching(), quiet_export(),
+        warnings.catch_warnings(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             flat, tuple(examples), dynamic_shapes=(shapes,), strict=False

@@ -184,7 +184,8 @@ def trace_joint(
             )
         return [*outs, *found]
 
-    with mode, python_dispatcher():
+    # anomaly mode would ask values of tensors that have none
+    with mode, python_dispatcher(), torch.autograd.set_detect_anomaly(False):
         gm = make_fx(joint, tracing_mode="real")(unique, cotangents)
     return _finish(gm, cap, fakes, unique, wanted, differentiable)
 

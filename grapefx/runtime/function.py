@@ -27,14 +27,16 @@ class Step(torch.autograd.Function):
         ctx.owner = owner
         ctx.step = step
         ctx.used = False
-        ctx.layouts = [None if o.is_contiguous() else o.stride() for o in outs]
+        ctx.set_materialize_grads(False)  # which outputs the loss uses shows in what is None
+        ctx.outputs = [(o.shape, None if o.is_contiguous() else o.stride(), o.dtype, o.device)
+                       for o in outs]  # fmt: skip
         fixed = [o for o, keep in zip(outs, owner.differentiable, strict=True) if not keep]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
         return outs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         step: CompiledStep = ctx.step
         if torch.is_grad_enabled():
             raise BackwardError(
@@ -53,23 +55,34 @@ class Step(torch.autograd.Function):
         for i, s in zip(step.saved_sizes, ctx.sizes, strict=True):
             inputs[i] = s
         owner = ctx.owner
-        wanted = [
-            _laid_out(g, layout)
-            for g, layout, keep in zip(grads, ctx.layouts, owner.differentiable, strict=True)
+        given = [
+            (g, output)
+            for g, output, keep in zip(grads, ctx.outputs, owner.differentiable, strict=True)
             if keep
         ]
+        unused = frozenset(i for i, (g, _) in enumerate(given) if g is None)
+        wanted = [_laid_out(g, *output) for g, output in given]
         for role, ref in step.late:
             inputs.append(wanted[ref] if role == "cotangent" else owner.late_input(role, ref))
         del tensors, wanted
         clear_saved_tensors(ctx)
         results = owner.run_update(step, inputs)
-        found = owner.commit(step, results)
+        found = owner.commit(step, results, unused)
         ctx.used = True
         return (None, None, None, *found)
 
 
-def _laid_out(grad: Tensor, layout: tuple[int, ...] | None) -> Tensor:
+def _laid_out(
+    grad: Tensor | None,
+    shape: torch.Size,
+    layout: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     """The cotangent in the strides that the graph was compiled for (a loss may hand stride 0)."""
+    if grad is None:
+        zeros = torch.zeros(shape, dtype=dtype, device=device)
+        return zeros if layout is None else _laid_out(zeros, shape, layout, dtype, device)
     if layout is None:
         return grad.contiguous()
     if grad.stride() == layout:

@@ -214,7 +214,7 @@ class FeedbackModule(nn.Module):
             slots[name][0][slots[name][1]] if role == "gradient" else inputs[int(name)]
             for role, name in step.gradients
         ]
-        owner = Owner(self, program, kind == "calibration")
+        owner = Owner(self, program, kind == "calibration", batch)
         with autocast_off(captures.device_type):
             return Step.apply(owner, step, arguments, *leaves)
 

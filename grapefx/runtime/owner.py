@@ -36,6 +36,7 @@ class Owner:
     """What one training call leaves for its backward: the runtime and the program's wiring."""
 
     __slots__ = (
+        "batch",
         "calibration",
         "differentiable",
         "layers",
@@ -45,13 +46,16 @@ class Owner:
         "took_targets",
     )
 
-    def __init__(self, module: FeedbackModule, program: Program, calibration: bool) -> None:
+    def __init__(
+        self, module: FeedbackModule, program: Program, calibration: bool, batch: int
+    ) -> None:
         assert program.plan is not None
         self.module = module
         self.plan = program.plan
         self.differentiable = program.plan.differentiable
         self.layers = program.plan.layers
         self.calibration = calibration
+        self.batch = batch
         self.program = program
         self.took_targets = False
 
@@ -59,7 +63,7 @@ class Owner:
         """A feedback tensor as it is now, or the class targets of this step."""
         if role == "target":
             self.took_targets = True
-            return one_hot(self.module._targets, self.plan)
+            return one_hot(self.module._targets, self.plan, self.batch)
         return self.module._feedback.tensors[self.program.renamed.get(name, name)]
 
     def run_forward(self, step: CompiledStep, arguments: list[Any]) -> Any:
@@ -80,8 +84,12 @@ class Owner:
         with autocast_off(self.module._captures.device_type):
             return step.update(inputs)
 
-    def commit(self, step: CompiledStep, results: Any) -> list[Any]:
-        """Take over what the step learned, all or nothing; return the gradients in order."""
+    def commit(self, step: CompiledStep, results: Any, unused: frozenset[int]) -> list[Any]:
+        """Take over what the step learned, all or nothing; return the gradients in order.
+
+        ``unused``: the cotangents that the loss did not give. What depends on no other one has no
+        gradient, as in eager mode.
+        """
         module = self.module
         renamed = self.program.renamed
         gradients: dict[tuple[str, str], Any] = {}
@@ -94,7 +102,10 @@ class Owner:
                 metrics[name] = value
             else:
                 gradients[role, name] = value
-        found = [gradients.get(slot) for slot in step.gradients]
+        found = [
+            None if needs and needs <= unused else gradients.get(slot)
+            for slot, needs in zip(step.gradients, step.needs, strict=True)
+        ]
         if (learned or metrics) and distributed.parallel():
             refits = self.calibration and module._method.refits
             learned, metrics = distributed.agree(
@@ -121,8 +132,6 @@ class Owner:
         cosine = math.nan
         if self.calibration and options.calib_every == "auto" and "cos_gradient" in new:
             cosine = float(new["cos_gradient"][0].nanmean())
-        schedule = copy.copy(module._schedule)
-        schedule.done(self.calibration, cosine)
         ok = True
         flag = new.pop("finite", (None,))[0]
         if flag is not None and flag.device.type == "cpu":
@@ -130,6 +139,9 @@ class Owner:
         elif flag is not None:
             # reading a flag on an accelerator would wait for it: it is read with the metrics
             new["unread"] = (*new.get("unread", ()), flag)
+        schedule = copy.copy(module._schedule)
+        # one that was not finite fitted nothing: the next step tries again
+        schedule.done(self.calibration and ok, cosine)
         state: dict[str, Any] = {"_schedule": schedule, "_metrics": new}
         if learned:
             state["_feedback"] = module._feedback.having(learned)

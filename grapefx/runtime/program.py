@@ -55,6 +55,7 @@ class CompiledStep:
     ``late``: for each late input of the update callable, ("cotangent", k), ("target", k)
     or ("feedback", name).
     ``results``: for each output of the update callable, its slot.
+    ``needs``: for each of ``gradients``, the cotangents that it depends on.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class CompiledStep:
     late: tuple[tuple[str, Any], ...]
     results: tuple[tuple[str, Any], ...]
     gradients: tuple[tuple[str, str], ...]
+    needs: tuple[frozenset[int], ...]
     seconds: float
 
 
@@ -209,6 +211,7 @@ def compile_step(
         for i, s in enumerate(step.inputs)
         if s.role == "random" and (val := placeholders[i].meta["val"]) is not None
     )
+    needs = cotangents_of(step)
     tail = None
     if kind == "calibration":
         step, tail = cut_tail(step)
@@ -257,7 +260,25 @@ def compile_step(
         gradients=tuple(
             (s.role, s.name) for s in step.outputs if s.role in ("gradient", "input_gradient")
         ),
+        needs=needs,
         seconds=time.perf_counter() - start,
+    )
+
+
+def cotangents_of(step: StepGraph) -> tuple[frozenset[int], ...]:
+    """For each gradient, in order, the numbers of the cotangents that it depends on."""
+    slots = iter(step.inputs)
+    count = 0
+    reads: dict[Any, frozenset[int]] = {}
+    for node in step.gm.graph.nodes:
+        found = frozenset().union(*(reads[n] for n in node.all_input_nodes))
+        if node.op == "placeholder" and next(slots).role == "cotangent":
+            found, count = frozenset({count}), count + 1
+        reads[node] = found
+    return tuple(
+        reads.get(node, frozenset())
+        for slot, node in zip(step.outputs, step.results(), strict=True)
+        if slot.role in ("gradient", "input_gradient")
     )
 
 

@@ -53,9 +53,9 @@ class CalibrationSchedule:
         if self.forced:
             return True
         now = self.now()
-        if self.step == 0:
-            return self.at_start and self.calibrated_at < 0
-        if self.every is None:
+        if self.at_start and self.calibrated_at < 0:
+            return True
+        if self.every is None or self.step == 0:
             return False
         if self.every == "auto":
             return now >= max(self.calibrated_at, 0) + max(self.gap, self._least())

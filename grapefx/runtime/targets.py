@@ -8,10 +8,11 @@ from torch import Tensor
 from grapefx.errors import InputError, MethodError
 from grapefx.passes import markers
 from grapefx.plan import Plan
+from grapefx.torch_compat import size_expression
 
 
-def one_hot(y: Tensor | None, plan: Plan) -> Tensor:
-    """Targets in the shape and dtype of the model's output (N, ..., C).
+def one_hot(y: Tensor | None, plan: Plan, batch: int) -> Tensor:
+    """Targets in the shape and dtype of the model's output (N, ..., C), for ``batch`` samples.
 
     ``y`` holds class indices (N, ...), of which negative ones (padding) become rows of zeros, or
     one row of class probabilities each (N, ..., C). Raises ``MethodError`` if there is none,
@@ -33,11 +34,15 @@ def one_hot(y: Tensor | None, plan: Plan) -> Tensor:
             )
         known = (y >= 0).unsqueeze(-1)
         y = torch.nn.functional.one_hot(y.long().clamp_min(0), classes) * known
-    fixed = [k for k, size in enumerate(like.shape) if isinstance(size, int)]
-    if y.ndim != like.ndim or any(y.shape[k] != like.shape[k] for k in fixed):
-        shape = ", ".join("N" if not isinstance(s, int) else str(s) for s in like.shape)
+    shape = tuple(_size(s, batch) for s in like.shape)
+    if y.shape != shape:
         raise InputError(
-            f"targets of shape {tuple(y.shape)} do not fit the output ({shape}): method {name!r} "
+            f"targets of shape {tuple(y.shape)} do not fit the output {shape}: method {name!r} "
             "needs class indices without the last dim, or one number for each class"
         )
     return y.to(like.dtype).contiguous()
+
+
+def _size(size: int | torch.SymInt, batch: int) -> int:
+    expr = size_expression(size)
+    return int(size if expr is None else expr.subs({s: batch for s in expr.free_symbols}))
