@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import EllipsisType
 from typing import Any, Literal, TypeVar, overload
 
+import torch
 from torch import nn
 
 from grapefx.choices import resolve
@@ -131,6 +132,10 @@ def compile(
             "this model is compiled by grapefx in place already\n"
             "  remedy: grapefx.restore(model) first"
         )
+    for name, part in model.named_modules():
+        found = _untraceable(part)
+        if found is not None:
+            raise OptionError(f"{f'{name!r} of the model' if name else 'the model'} {found}")
     if calib_every is not ...:
         options["calib_every"] = calib_every
     net = FeedbackModule(model, *resolve(method, options, preset))
@@ -138,6 +143,20 @@ def compile(
         return net
     in_place.install(model, net)
     return model
+
+
+def _untraceable(part: nn.Module) -> str | None:
+    """Why a module cannot be captured, with the remedy."""
+    if isinstance(part, FeedbackModule):
+        return "is compiled by grapefx already: compile the outermost model alone"
+    if isinstance(part, torch.jit.ScriptModule):
+        return "is a TorchScript module, which cannot be traced: use the Python module"
+    if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):
+        return "was compiled by torch.compile: use the module inside (._orig_mod)"
+    own = (*part._parameters.values(), *part._buffers.values())
+    if any(map(nn.parameter.is_lazy, own)):
+        return "has no sizes yet (a lazy module): run the model once before compiling it"
+    return None
 
 
 def restore(model: M) -> M:

@@ -8,6 +8,7 @@ requires one. Composite operators are gone; every node has a fake value, a phase
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,9 +151,11 @@ def trace_joint(
         interpreter = _Marked(cap.gm, cuts, taps)
         return list(interpreter.run(*[flat[where[f]] for f in fakes]))
 
+    # the captured graph holds its casts: where the model turns autocast off, it stays off
+    no_casts = functools.partial(torch.autocast, unique[0].device.type, enabled=False)
     n_mutated = len(cap.mutated)
     # which outputs carry a gradient is known only after a run
-    with mode, python_dispatcher(), torch.set_grad_enabled(backward):
+    with mode, python_dispatcher(), no_casts(), torch.set_grad_enabled(backward):
         probe = outputs_of(unique)
     differentiable = [
         i
@@ -160,7 +163,7 @@ def trace_joint(
         if isinstance(o, torch.Tensor) and o.requires_grad
     ]
     if not backward:
-        with mode, python_dispatcher(), torch.no_grad():
+        with mode, python_dispatcher(), no_casts(), torch.no_grad():
             gm = make_fx(lambda flat, _: outputs_of(flat), tracing_mode="real")(unique, [])
         return _finish(gm, cap, fakes, unique, [], [])
     if not differentiable:
@@ -185,7 +188,7 @@ def trace_joint(
         return [*outs, *found]
 
     # anomaly mode would ask values of tensors that have none
-    with mode, python_dispatcher(), torch.autograd.set_detect_anomaly(False):
+    with mode, python_dispatcher(), no_casts(), torch.autograd.set_detect_anomaly(False):
         gm = make_fx(joint, tracing_mode="real")(unique, cotangents)
     return _finish(gm, cap, fakes, unique, wanted, differentiable)
 

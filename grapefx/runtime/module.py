@@ -173,7 +173,8 @@ class FeedbackModule(nn.Module):
 
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
         captures = self._captures
-        compiled = program.infer(captures.batch_size(program, inputs))
+        with autocast_off(captures.device_type):
+            compiled = program.infer(captures.batch_size(program, inputs))
         arguments = [captures.value(role, ref, inputs, program) for role, ref in compiled.sources]
         with autocast_off(captures.device_type), torch.no_grad(), self._kept_buffers(program):
             return compiled.forward(arguments)
@@ -199,7 +200,8 @@ class FeedbackModule(nn.Module):
         kind = self._kind(plan)
         captures = self._captures
         batch = captures.batch_size(program, inputs)
-        step = program.step(kind, batch)
+        with autocast_off(captures.device_type):
+            step = program.step(kind, batch)
         drawn: dict[int, Tensor] = {}
         if step.noise or step.random:
             drawn = self._noise(step, plan.rows(batch), inputs[0].device)

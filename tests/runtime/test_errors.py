@@ -233,3 +233,18 @@ def test_no_batch_dimension_left() -> None:
 
     with pytest.raises(PlacementError, match=r"no error tap(.|\n)*keeps the batch"):
         compiled(Mixes(), "dfa")(torch.randn(4, 8))
+
+
+def test_modules_that_cannot_be_captured_are_refused_at_once() -> None:
+    inner = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    cases = {
+        "compiled by torch.compile": torch.compile(inner, backend="eager"),
+        "TorchScript": torch.jit.trace(inner, torch.randn(2, 4)),
+        "compiled by grapefx already": grapefx.compile(inner, method="bp", backend="eager"),
+        "a lazy module": nn.LazyLinear(8),
+    }
+    for words, part in cases.items():
+        with pytest.raises(OptionError, match=f"'0' of the model.*{words}"):
+            grapefx.compile(nn.Sequential(part, nn.Linear(8, 2)), method="bp")
+    with pytest.raises(OptionError, match=r"_orig_mod"):
+        grapefx.compile(torch.compile(inner, backend="eager"), method="bp")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import grapefx
 from tests.zoo import (
     MLP,
     assert_same_gradients,
@@ -251,3 +252,26 @@ def test_noise_does_not_depend_on_forwards_without_backward() -> None:
 
     a, b = run(0), run(2)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_that_the_model_turns_off_stays_off(grad: bool) -> None:
+    """Inside the user's autocast: the part in float32 is computed in float32."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            with torch.autocast("cpu", enabled=False):
+                return self.b(300 * h.float())
+
+    net = grapefx.compile(Part(), method="bp", backend="eager")
+    x = torch.randn(5, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+        expected, found = Part()(x), net(x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
