@@ -153,8 +153,8 @@ def _untraceable(part: nn.Module) -> str | None:
         return "is a TorchScript module, which cannot be traced: use the Python module"
     if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):
         return "was compiled by torch.compile: use the module inside (._orig_mod)"
-    own = (*part._parameters.values(), *part._buffers.values())
-    if any(map(nn.parameter.is_lazy, own)):
+    own = [*part._parameters.values(), *part._buffers.values()]
+    if any(nn.parameter.is_lazy(t) for t in own if t is not None):
         return "has no sizes yet (a lazy module): run the model once before compiling it"
     return None
 

@@ -2,8 +2,9 @@
 
 torch.compile guards every assumption of a trace. A capture without guards goes stale when a
 submodule changes mode, a parameter is frozen, tied or replaced by one of another layout, a child is
-swapped, a hook is added, or a Python number on a module changes. All of that is cheap to read on
-every call.
+swapped, a hook is added, or a Python number on a module changes, also in a short list or dict. All
+of that is cheap to read on every call. Not read: attributes with a leading underscore (training
+frameworks write theirs each step), attributes of other objects, and globals.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 _SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RESTLESS = 8
+_SHORT = 64
 _STORES = ("_modules", "_parameters", "_buffers")
 
 
@@ -47,11 +49,15 @@ class Fingerprint:
             for k, p in d["_parameters"].items()
             if p is not None
         ]
-        self._scalars = [
-            (d, k)
+        public = [
+            (d, k, v)
             for d in self._dicts
             for k, v in d.items()
-            if k != "training" and not k.startswith("_") and _watched(v)
+            if k != "training" and not k.startswith("_")
+        ]
+        self._scalars = [(d, k) for d, k, v in public if _watched(v)]
+        self._others = [
+            (d, k) for d, k, v in public if not _watched(v) and _plain(v) is not type(v)
         ]
         buffers = [b for d in self._dicts for b in d["_buffers"].values() if b is not None]
         first: dict[int, int] = {}
@@ -76,6 +82,8 @@ class Fingerprint:
         modes = tuple([d["training"] for d in self._dicts])
         layouts = tuple([_layout(d[k]) for d, k in self._parameters])
         scalars = tuple([d.get(k) for d, k in self._scalars])
+        if self._others:
+            scalars += tuple([_plain(d.get(k)) for d, k in self._others])
         return self.structure, modes, layouts, scalars
 
     def restless(self, reading: tuple[Any, ...]) -> str:
@@ -83,7 +91,8 @@ class Fingerprint:
         last, self._last = self._last, reading
         if last is None or last[:3] != reading[:3] or len(last[3]) != len(reading[3]):
             return ""
-        for (store, key), a, b in zip(self._scalars, last[3], reading[3], strict=True):
+        watched = [*self._scalars, *self._others]
+        for (store, key), a, b in zip(watched, last[3], reading[3], strict=True):
             if a != b:
                 path = next(n for n, m in self.model.named_modules() if m.__dict__ is store)
                 name = f"{path}.{key}".lstrip(".")
@@ -96,6 +105,23 @@ def _watched(value: Any) -> bool:
     if type(value) is tuple:
         return all(type(i) in _SCALARS for i in value)
     return type(value) in _SCALARS
+
+
+def _plain(value: Any) -> Any:
+    """None, a number of another type (NumPy's), a short list or dict of numbers; else the type."""
+    if value is None or isinstance(value, int | float | str):
+        return (type(value), value)
+    if isinstance(value, list | dict) and len(value) <= _SHORT:
+        items = list(value.items()) if isinstance(value, dict) else value
+        if all(map(_number, items)):
+            return (type(value), tuple(items))
+    return type(value)
+
+
+def _number(item: Any) -> bool:
+    if type(item) is tuple:
+        return all(map(_number, item))
+    return item is None or type(item) in _SCALARS
 
 
 def _layout(p: torch.Tensor) -> Any:
@@ -114,6 +140,8 @@ def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
             and leaf.is_contiguous(memory_format=torch.channels_last)
         )
         return (shape, leaf.dtype, leaf.device, leaf.requires_grad, channels_last)
+    if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # a NumPy array: its repr leaves out
+        return (leaf.shape, str(leaf.dtype), leaf.tobytes())
     try:
         hash(leaf)
     except TypeError:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -266,6 +267,46 @@ def test_a_number_that_matters_is_read_again() -> None:
     for gain in (1.0, 2.0, 1.0, 0.5, 3.0):
         model.gain = twin.gain = gain
         follow(net, twin, x)
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "none", "numpy"])
+def test_numbers_in_containers_are_read_again(kind: str) -> None:
+    class Gain(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gains: Any = {"list": [1.0], "dict": {"g": 1.0}, "numpy": np.float64(1)}.get(kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gains = self.gains[0] if kind == "list" else self.gains
+            gains = gains["g"] if kind == "dict" else gains
+            return super().forward(x) * (1.0 if gains is None else float(gains))
+
+    model = Gain().double()
+    twin = eager_twin(model)
+    net = compiled(model, "bp")
+    x = torch.randn(4, 8).double()
+    follow(net, twin, x)
+    for gain in (2.0, 0.5):
+        for m in (model, twin):
+            if kind in ("list", "dict"):
+                m.gains[0 if kind == "list" else "g"] = gain
+            else:
+                m.gains = np.float64(gain) if kind == "numpy" else gain
+        follow(net, twin, x)
+
+
+def test_a_numpy_array_among_the_arguments_is_read_whole() -> None:
+    class Masked(MLP):
+        def forward(self, x: Tensor, mask: Any) -> Tensor:
+            return super().forward(x) * torch.from_numpy(mask).sum()
+
+    model = Masked()
+    net = compiled(model, "bp")
+    x = torch.randn(4, 8)
+    mask = np.ones(2000, dtype=np.float32)
+    for stop in (1000, 1500):
+        mask[5:stop] = 0  # its repr leaves the middle out
+        torch.testing.assert_close(net(x, mask), model(x, mask))
 
 
 def test_an_attribute_set_on_the_wrapper_reaches_the_model() -> None:
