@@ -157,7 +157,8 @@ def capture(
             continue
         captured = _read(exported, facts, flat, model, dynamic, batch_dim, notes)
         if dynamic and not holds(captured, sizes[dynamic[0]]):
-            return capture(model, args, kwargs, batch_dim=batch_dim, fixed=True)
+            fixed = True  # what this size does is another graph than what was traced
+            continue
         if dynamic and not _keeps_batch(captured):
             if captured.batch is not None and reduced is None:
                 reduced = captured
