@@ -76,24 +76,27 @@ def _written(
     name: str, module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any]
 ) -> Iterator[str]:
     """Tensors and numbers that are other ones than before."""
-    dot = f"{name}." if name else ""
-    # weight_norm, spectral_norm and pruning compute such an attribute before each call
-    hooks = module._forward_pre_hooks.values()
-    derived = {getattr(h, k, None) for h in hooks for k in ("name", "_tensor_name")}
     for now, old in ((module.__dict__, attributes), (module._buffers, buffers)):
         for key, value in now.items():
-            other = value is not old.get(key) and not (
-                isinstance(value, int | float) and value == old.get(key)
-            )
-            if other and isinstance(value, Tensor | int | float) and key not in derived:
-                yield f"{dot}{key}"
+            if key in old and old[key] is value:
+                continue
+            if isinstance(value, int | float) and value == old.get(key):
+                continue
+            if isinstance(value, Tensor | int | float) and key not in _computed(module):
+                yield f"{name}.{key}".lstrip(".")
+
+
+def _computed(module: nn.Module) -> set[Any]:
+    """What weight_norm, spectral_norm and pruning compute and assign before each call."""
+    hooks = module._forward_pre_hooks.values()
+    return {getattr(h, k, None) for h in hooks for k in ("name", "_tensor_name")}
 
 
 def _restore(now: dict[str, Any], old: dict[str, Any]) -> None:
     for key in [k for k in now if k not in old]:
         del now[key]
     for key, value in old.items():
-        if now.get(key) is not value:
+        if key not in now or now[key] is not value:
             now[key] = value
 
 

@@ -194,6 +194,12 @@ class Captures:
         if batch is not None:
             program.sizes.add(batch)
         self.programs[(key, batch) if captured.batch is None or chance else key] = program
+        single = self.programs.get((key, 1))
+        known = single.captured if single is not None and not chance else None
+        if captured.batch is not None and known is not None and same_graph(captured, known, 1):
+            # a first batch of one sample was captured as it was: one graph serves both
+            program.sizes.add(1)
+            del self.programs[key, 1]
         return program
 
     def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:
