@@ -140,7 +140,7 @@ def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
             and leaf.is_contiguous(memory_format=torch.channels_last)
         )
         return (shape, leaf.dtype, leaf.device, leaf.requires_grad, channels_last)
-    if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # a NumPy array: its repr leaves out
+    if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # NumPy: a long repr is cut
         return (leaf.shape, str(leaf.dtype), leaf.tobytes())
     try:
         hash(leaf)
