@@ -125,8 +125,6 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"grapefx.compile takes an nn.Module, not {type(model).__name__}")
-    if isinstance(model, FeedbackModule):
-        raise OptionError("this module is compiled by grapefx already")
     if in_place.installed(model) is not None:
         raise OptionError(
             "this model is compiled by grapefx in place already\n"
@@ -148,7 +146,7 @@ def compile(
 def _untraceable(part: nn.Module) -> str | None:
     """Why a module cannot be captured, with the remedy."""
     if isinstance(part, FeedbackModule):
-        return "is compiled by grapefx already: compile the outermost model alone"
+        return "is compiled by grapefx already"
     if isinstance(part, torch.jit.ScriptModule):
         return "is a TorchScript module, which cannot be traced: use the Python module"
     if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):

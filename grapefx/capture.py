@@ -39,15 +39,15 @@ class _Seen:
     """What a trace finds out on the side (export restores lists and dicts, not this)."""
 
     out_spec: Any = None
-    watch: Watch | None = None
 
 
 class _Flat(nn.Module):
     """The user's module as a function of a flat list of tensors to a flat tuple of tensors."""
 
-    def __init__(self, model: nn.Module, spec: Any, template: Sequence[Any]) -> None:
+    def __init__(self, model: nn.Module, spec: Any, template: Sequence[Any], watch: Watch) -> None:
         super().__init__()
         self.model = model
+        self.watch = watch
         self._call_spec = spec
         self._template = tuple(template)
         self._seen = _Seen()
@@ -56,8 +56,7 @@ class _Flat(nn.Module):
         it = iter(tensors)
         leaves = [next(it) if leaf is TENSOR else leaf for leaf in self._template]
         args, kwargs = pytree.tree_unflatten(leaves, self._call_spec)
-        watch = self._seen.watch
-        out, spec = flatten((self.model if watch is None else watch.call)(*args, **kwargs))
+        out, spec = flatten(self.watch.call(*args, **kwargs))
         template = [TENSOR if isinstance(o, torch.Tensor) else o for o in out]
         self._seen.out_spec = (spec, template)
         return tuple(o for o in out if isinstance(o, torch.Tensor))
@@ -120,10 +119,10 @@ def capture(
     template = [TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     if not tensors:
         raise CaptureError("the call has no tensor argument; grapefx needs a batch to trace")
-    flat = _Flat(model, spec, template)
+    notes: list[str] = []
+    flat = _Flat(model, spec, template, Watch(model, notes))
 
     sizes = {i: t.shape[batch_dim] for i, t in enumerate(tensors) if t.ndim > batch_dim}
-    notes: list[str] = []
     attempts: list[list[int]] = []
     # the first input holds the batch, or else (a table, a mask) one of those that follow
     for size in dict.fromkeys(s for s in sizes.values() if s > 1):
@@ -133,7 +132,7 @@ def capture(
         if len(carriers) > 1:
             attempts += [[i] for i in carriers]
     if fixed or next(iter(sizes.values()), 1) == 1:
-        attempts = []  # sizes 1 broadcast: this graph is for one sample
+        attempts = []  # this graph is for one size (sizes 1 broadcast)
     batch = next(iter(sizes.values()), 1)
 
     failure: Exception | None = None
@@ -142,12 +141,10 @@ def capture(
         if not dynamic and reduced is not None:
             return reduced  # every output is reduced over the batch: the first guess stands
         try:
-            exported, facts = _export(flat, tensors, dynamic, batch_dim, model, notes)
+            exported, facts = _export(flat, tensors, dynamic, batch_dim, model)
             if not _one_size(exported, dynamic, batch_dim):
                 # some operators (diagonal) fix one size rather than find it equal to the other
-                exported, facts = _export(
-                    flat, tensors, dynamic, batch_dim, model, notes, Dim("batch")
-                )
+                exported, facts = _export(flat, tensors, dynamic, batch_dim, model, Dim("batch"))
         except CaptureError:
             raise
         except Exception as e:
@@ -248,7 +245,6 @@ def _export(
     dynamic: list[int],
     batch_dim: int,
     model: nn.Module,
-    notes: list[str],
     size: Any = Dim.AUTO,
 ) -> tuple[torch.export.ExportedProgram, tuple[Any, ...]]:
     """The decomposed program, and what the model asked of symbolic sizes."""
@@ -264,9 +260,8 @@ def _export(
     else:
         examples = list(tensors)
     shapes = tuple({batch_dim: size} if i in dynamic else {} for i in range(len(examples)))
-    flat._seen.watch = watch = Watch(model, notes)
     with (
-        _watch_functions(), plain_calls(model), watch.watching(), quiet_export(),
+        _watch_functions(), plain_calls(model), flat.watch.watching(), quiet_export(),
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")

@@ -31,13 +31,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 import cuda_standin  # noqa: E402
 import networks  # noqa: E402
 from bench_models import MODELS, VARIANTS  # noqa: E402
-from cuda_standin import Launches, OnCpu, Unfit, difference, on_cuda  # noqa: E402
+from cuda_standin import Launches, OnCpu, Unfit, on_cuda  # noqa: E402
 from grapefx.errors import GrapefxWarning  # noqa: E402
 from grapefx.ir import StepGraph  # noqa: E402
 from grapefx.plan import Plan, build_plan  # noqa: E402
 from grapefx.runtime import program  # noqa: E402
 from grapefx.runtime.parallel import FORMS  # noqa: E402
 from grapefx.runtime.program import CompiledStep, compile_step, sizes_of  # noqa: E402
+from grapefx.torch_compat import concrete  # noqa: E402
+from parity import difference  # noqa: E402
 
 BATCH = 4
 TOLERANCE = 2e-5  # float32; sums in another order
@@ -69,26 +71,19 @@ def plan_of(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Plan:
     return plan
 
 
-def sized(size: Any, sizes: dict[Any, int]) -> int:
-    """The number that a size stands for."""
-    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)
-
-
 def values(step: StepGraph, sizes: dict[Any, int]) -> list[Any]:
     """Something for each input of a step graph."""
     torch.manual_seed(0)
     out: list[Any] = []
-    for node, slot in zip(step.placeholders(), step.inputs, strict=True):
-        val = node.meta["val"]
-        if not isinstance(val, Tensor):
-            out.append(sized(val, sizes))
-            continue
-        shape = [sized(d, sizes) for d in val.shape]
-        if val.dtype.is_floating_point:
-            drawn = torch.randn(shape, dtype=val.dtype)
+    fakes = concrete([node.meta["val"] for node in step.placeholders()], sizes)
+    for fake, slot in zip(fakes, step.inputs, strict=True):
+        if not isinstance(fake, Tensor):
+            out.append(fake)
+        elif fake.dtype.is_floating_point:
+            drawn = torch.randn(fake.shape, dtype=fake.dtype)
             out.append(drawn.abs() if slot.role == "buffer" else drawn)  # variances
         else:
-            out.append(torch.randint(0, 2, shape).to(val.dtype))
+            out.append(torch.randint(0, 2, fake.shape).to(fake.dtype))
     return out
 
 

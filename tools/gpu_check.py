@@ -40,6 +40,7 @@ import grapefx  # noqa: E402
 import networks  # noqa: E402
 from bench_models import COLOUR, MODELS, SMALL, VARIANTS, Step  # noqa: E402
 from gpu_page import METHODS, PLAIN, Row, page  # noqa: E402
+from parity import difference  # noqa: E402
 
 FORMS = ("off", "graphs", "horizontal", "streams", "auto")
 # every form once on the smallest model; on the others the forms that rewrite the graph
@@ -212,12 +213,6 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> list[Tens
         out = net(x)
         F.cross_entropy(out.flatten(0, -2), y.flatten()).backward()
     return [p.grad.clone() for p in net.parameters() if p.grad is not None]
-
-
-def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest relative distance."""
-    assert len(a) == len(b)
-    return max(float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in zip(a, b, strict=True))
 
 
 def parity(run: Run) -> Iterator[tuple[str, Callable[[], float], float]]:

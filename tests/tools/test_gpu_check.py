@@ -128,3 +128,12 @@ def test_targets() -> None:
     assert "grows by 1.40 from depth 2 to 16 (target below 1.5): met" in text
     assert text in page(rows, "somewhere")
     assert verdicts({}) == []
+
+
+def test_what_is_not_finite_or_missing_is_infinitely_far() -> None:
+    """``max`` would pass over a NaN, and a broken kernel would count as right."""
+    one, nan = torch.ones(2), torch.full((2,), float("nan"))
+    assert gpu_check.difference([one, None, 3], [one, None, 4]) == 0.0
+    assert gpu_check.difference([one, 1.5 * one], [one, one]) == pytest.approx(0.5)
+    for mine, theirs in (([one, nan], [one, one]), ([one, one], [nan, one]), ([one], [None])):
+        assert gpu_check.difference(mine, theirs) == float("inf")

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.fx.node import map_aggregate, map_arg
 
 from grapefx.ir import StepGraph
@@ -232,15 +231,3 @@ class Launches:
     def _count(self, code: str) -> None:
         body = code[code.index("def call(") :]
         self.counts.append(len(LAUNCH.findall(body)))
-
-
-def difference(mine: list[Any], theirs: list[Any]) -> float:
-    """The largest relative distance; infinite where one is missing, NaN where one is not finite."""
-    if [a is None for a in mine] != [b is None for b in theirs]:
-        return math.inf
-    pairs = [
-        (a.double(), b.double()) for a, b in zip(mine, theirs, strict=True) if isinstance(a, Tensor)
-    ]
-    if not all(torch.isfinite(v).all() for pair in pairs for v in pair):
-        return math.nan
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
