@@ -19,13 +19,17 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from grapefx.batch_facts import Number, holds, number
-from grapefx.errors import CaptureError, GrapefxWarning
+from grapefx.cumulative import cumulative_norms
+from grapefx.errors import CaptureError, tell
 from grapefx.ir import Captured, Slot
+from grapefx.lost import refuse_only_lost, without_lost
 from grapefx.passes import functions
+from grapefx.passes.source import quoted
 from grapefx.side_effects import Watch
 from grapefx.torch_compat import (
     batch_symbol,
     facts_of,
+    from_data,
     plain_calls,
     pytree,
     quiet_export,
@@ -57,7 +61,8 @@ class _Flat(nn.Module):
         leaves = [next(it) if leaf is TENSOR else leaf for leaf in self._template]
         args, kwargs = pytree.tree_unflatten(leaves, self._call_spec)
         out, spec = flatten(self.watch.call(*args, **kwargs))
-        template = [TENSOR if isinstance(o, torch.Tensor) else o for o in out]
+        template = [TENSOR if isinstance(o, torch.Tensor) else without_lost(o) for o in out]
+        refuse_only_lost(template, TENSOR)
         self._seen.out_spec = (spec, template)
         return tuple(o for o in out if isinstance(o, torch.Tensor))
 
@@ -162,11 +167,9 @@ def capture(
             continue
         if not dynamic and batch > 1 and not fixed:
             why = f" ({_first_line(failure)})" if failure is not None else ""
-            warnings.warn(
+            tell(
                 f"the batch dimension could not be made symbolic{why}; each new batch size is "
-                "captured again",
-                GrapefxWarning,
-                stacklevel=2,
+                "captured again"
             )
         if not dynamic:
             captured = replace(captured, lead=_fixed_lead(captured, sizes, batch_dim))
@@ -261,8 +264,8 @@ def _export(
         examples = list(tensors)
     shapes = tuple({batch_dim: size} if i in dynamic else {} for i in range(len(examples)))
     with (
-        _watch_functions(), plain_calls(model), flat.watch.watching(), quiet_export(),
-        warnings.catch_warnings(),
+        _watch_functions(), plain_calls(model), _as_parameters(model), flat.watch.watching(),
+        cumulative_norms(model), quiet_export(), warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         exported = torch.export.export(
@@ -273,6 +276,27 @@ def _export(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return exported.run_decompositions({}), facts
+
+
+@contextlib.contextmanager
+def _as_parameters(model: nn.Module) -> Iterator[None]:
+    """Tensors that ``torch.func.functional_call`` put in the places of parameters become ones."""
+    held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        values: dict[str, Any] = module.__dict__["_parameters"]
+        for name, t in values.items():
+            if t is None or isinstance(t, nn.Parameter):
+                continue
+            held.append((values, name, t))
+            made.setdefault(id(t), nn.Parameter(t.detach(), requires_grad=t.requires_grad))
+    for store, name, t in held:
+        store[name] = made[id(t)]
+    try:
+        yield
+    finally:
+        for store, name, t in held:
+            store[name] = t
 
 
 @contextlib.contextmanager
@@ -322,6 +346,28 @@ def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
         module.recompile()
 
 
+def _refuse_data(graph: torch.fx.Graph) -> None:
+    """Drop what checks numbers read from tensors; ``CaptureError`` where an output needs one."""
+    checks = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+    for node in list(graph.nodes):
+        if getattr(node.target, "overloadpacket", None) in [getattr(aten, c) for c in checks]:
+            graph.erase_node(node)
+    needed = {next(n for n in reversed(graph.nodes) if n.op == "output")}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in list(graph.nodes):
+        if node not in needed or not from_data(node.meta.get("val")):
+            continue
+        raise CaptureError(
+            f"{node.target} (node {node.name!r}) makes a number or a size of the values of a "
+            f"tensor, which a graph made once cannot follow{quoted(node)}\n"
+            "  remedy: compute with tensors of fixed sizes: leave .item() out, use torch.where or "
+            "a product with the mask instead of indexing by it, or do it outside the model"
+        )
+    graph.eliminate_dead_code()
+
+
 def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
     """Drop assertions: on dtypes and devices (each call is compared with the capture), on values.
 
@@ -339,6 +385,8 @@ def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
         elif meta in node.args or meta in node.kwargs.values():
             node.args = tuple(cpu if a == meta else a for a in node.args)
             node.kwargs = {k: cpu if a == meta else a for k, a in node.kwargs.items()}
+    if any(from_data(n.meta.get("val")) for n in gm.graph.nodes if n.op == "call_function"):
+        _refuse_data(gm.graph)
     for m in parts:
         m.recompile()
 

@@ -7,7 +7,10 @@ line where there is one, and a way out.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 
 class GrapefxError(RuntimeError):
@@ -56,6 +59,19 @@ class StateError(GrapefxError):
 
 class GrapefxWarning(UserWarning):
     """Something works, but not as the user may expect."""
+
+
+def tell(message: str) -> None:
+    """A ``GrapefxWarning`` at the line that called into grapefx, whatever of torch lies between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _between(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, GrapefxWarning, stacklevel=level)
+
+
+def _between(frame: FrameType) -> bool:
+    top = frame.f_globals.get("__name__", "").partition(".")[0]
+    return top in ("grapefx", "torch", "contextlib")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

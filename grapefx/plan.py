@@ -132,7 +132,7 @@ class Plan:
     def states(self) -> tuple[dict[str, torch.Tensor], ...]:
         """Fake tensors of each state in ``state_specs`` (shape, dtype, device; no memory)."""
         like = next(iter(self.joint.placeholders())).meta["val"]
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = torch.promote_types(like.dtype.to_real(), torch.float32)
         generator = torch.Generator(like.device)
         with new_fake_mode():
             return tuple(self.method.init(s.shape, generator, dtype) for s in self.state_specs())

@@ -21,8 +21,9 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
+    free_unbacked_symbols,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
     "FakeTensor",
@@ -39,6 +40,7 @@ __all__ = [
     "fake_tensor",
     "fixed_size",
     "forget_guards",
+    "from_data",
     "functionalized",
     "holders",
     "inductor_compile",
@@ -60,8 +62,10 @@ __all__ = [
     "size_expression",
     "size_hint",
     "subtraction",
+    "transforming",
     "unwrap_for_export",
     "vmap_rules_only",
+    "without_modes",
 ]
 
 
@@ -130,9 +134,25 @@ def fixed_size(symbol: Any, value: Any) -> Any:
     return None if found is None or found.free_symbols else int(found)
 
 
+def from_data(value: Any) -> bool:
+    """Whether a number, or a size of a tensor, follows from the values of tensors."""
+    return bool(free_unbacked_symbols(value))
+
+
 def size_hint(size: Any) -> int:
     """A plain int for a size: its hint when it is symbolic."""
     return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else int(size)
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Inside, no dispatch mode and no hook on saved tensors that was on outside."""
+
+    def keep(value: Any) -> Any:
+        return value
+
+    with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        yield
 
 
 @contextlib.contextmanager
@@ -403,6 +423,11 @@ def functionalized(fn: Callable[..., Any]) -> Callable[..., Any]:
     from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 
     return dispatch_functionalize(fn, FunctionalTensorMode())
+
+
+def transforming() -> bool:
+    """Whether a function transform (``torch.func.grad``, ``vmap``, ``jvp``) is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def clear_saved_tensors(ctx: Any) -> None:

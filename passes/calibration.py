@@ -126,9 +126,14 @@ def _compare(b: Builder, twins: dict[str, Node]) -> None:
             continue
 
         def cos(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-            xs, ys = [x.float() for x in xs], [y.float() for y in ys]
+            xs, ys = [_real(x) for x in xs], [_real(y) for y in ys]
             dot = sum((x * y).sum() for x, y in zip(xs, ys, strict=True))
             size = sum((x * x).sum() for x in xs) * sum((y * y).sum() for y in ys)
             return dot / size.sqrt().clamp_min(1e-30)  # type: ignore[union-attr]
 
         b.metric("cos_gradient", m, cos, [true[p] for p in names], [twins[p] for p in names])
+
+
+def _real(x: Tensor) -> Tensor:
+    """In single precision; the parts of a complex gradient as two numbers."""
+    return torch.view_as_real(x.to(torch.complex64)) if x.is_complex() else x.float()

@@ -21,7 +21,14 @@ from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes import functions, markers, recurrent
 from grapefx.passes.order import aliases, writes
 from grapefx.passes.partition import Placement
-from grapefx.torch_compat import fake_tensor, make_fx, new_fake_mode, python_dispatcher, pytree
+from grapefx.torch_compat import (
+    fake_tensor,
+    functionalized,
+    make_fx,
+    new_fake_mode,
+    python_dispatcher,
+    pytree,
+)
 
 aten = torch.ops.aten
 
@@ -31,6 +38,9 @@ _POOLS: dict[Any, list[int]] = {
     aten.adaptive_avg_pool2d.default: [-1, -2],
     aten.adaptive_avg_pool3d.default: [-1, -2, -3],
 }
+
+
+_CHECKS = (aten._assert_async, aten._linalg_check_errors)
 
 
 class _Marked(torch.fx.Interpreter):
@@ -190,7 +200,13 @@ def trace_joint(
     # anomaly mode would ask values of tensors that have none
     with mode, python_dispatcher(), no_casts(), torch.autograd.set_detect_anomaly(False):
         gm = make_fx(joint, tracing_mode="real")(unique, cotangents)
-    return _finish(gm, cap, fakes, unique, wanted, differentiable)
+        step = _finish(gm, cap, fakes, unique, wanted, differentiable)
+        if any(n.op == "call_function" and writes(n) for n in step.gm.graph.nodes):
+            # a derivative of torch's writes into a view (FFTs); this trace takes writes apart, but
+            # runs every operator's Python a second time
+            gm = make_fx(functionalized(joint), tracing_mode="real")(unique, cotangents)
+            step = _finish(gm, cap, fakes, unique, wanted, differentiable)
+    return step
 
 
 def _resized(real: torch.Tensor, hint: int, batch_dim: int) -> torch.Tensor:
@@ -230,7 +246,7 @@ def _finish(
         if node.op == "call_function" and node.target in (aten.alias.default, aten.detach.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif getattr(node.target, "overloadpacket", None) is aten._assert_async:
+        elif getattr(node.target, "overloadpacket", None) in _CHECKS:
             # torch's own, in what it took apart; the model's are gone since the capture
             graph.erase_node(node)
     graph.eliminate_dead_code()

@@ -19,7 +19,8 @@ from grapefx.ir import Captured, Layer
 from grapefx.passes.batch import Fold, op_name
 from grapefx.passes.blocks import blocks, sublayers
 from grapefx.passes.points import select
-from grapefx.passes.sweep import Segment, Sweep, is_float, sample_shape, source_of, value
+from grapefx.passes.source import source_of
+from grapefx.passes.sweep import Segment, Sweep, is_float, sample_shape, value
 from grapefx.passes.taps import error_taps
 
 aten = torch.ops.aten

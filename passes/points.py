@@ -62,7 +62,7 @@ def select(sweep: Sweep, option: str, choice: Any) -> dict[Node, str]:
     for node, name in found.items():
         if node not in sweep.folds or node not in sweep.live:
             raise PlacementError(
-                f"{option}: the value at {name!r} ({node.name}) is not a floating-point tensor "
+                f"{option}: the value at {name!r} ({node.name}) is not a real tensor "
                 "that keeps the batch on the way to an output"
             )
     return {n: found[n] for n in sorted(found, key=lambda n: sweep.order[n])}

@@ -23,6 +23,7 @@ from grapefx.passes.batch import Fold, batch_folds
 from grapefx.passes.emit import Emitter
 from grapefx.passes.order import descendants
 from grapefx.passes.rules import derive, lookup
+from grapefx.passes.source import quoted
 from grapefx.torch_compat import batch_symbol
 
 aten = torch.ops.aten
@@ -89,8 +90,8 @@ class TangentEmitter(Emitter):
             if self._depends(node, val):
                 raise TangentError(
                     f"tangent_fraction < 1 cannot follow the batch through {node.name!r} "
-                    f"({node.target}), whose shape is {tuple(val.shape)}\n"
-                    f"{_where(node)}  remedy: tangent_fraction=1"
+                    f"({node.target}), whose shape is {tuple(val.shape)}{quoted(node)}\n"
+                    "  remedy: tangent_fraction=1"
                 )
             return node
         # a slice is cheap; placing it beside its source keeps it in front of every use
@@ -110,8 +111,8 @@ class TangentEmitter(Emitter):
             with self.after(node):
                 return self.call(node.target, *args, **node.kwargs)
         raise TangentError(
-            f"tangent_fraction < 1 cannot follow the size {node.name!r} ({expr})\n"
-            f"{_where(node)}  remedy: tangent_fraction=1"
+            f"tangent_fraction < 1 cannot follow the size {node.name!r} ({expr}){quoted(node)}\n"
+            "  remedy: tangent_fraction=1"
         )
 
     def count(self, multiple: int) -> Node:
@@ -207,7 +208,7 @@ def _tangent(
     except Exception as e:
         raise TangentError(
             f"{node.target} (node {node.name!r}) has no forward derivative: {type(e).__name__}: "
-            f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}\n{_where(node)}"
+            f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}{quoted(node)}\n"
             "  remedy: choose a method without tangents (dfa), or add a rule in passes/rules"
         ) from e
 
@@ -231,13 +232,8 @@ def _check_batch(em: TangentEmitter, node: Node) -> None:
         return
     raise TangentError(
         f"tangent_fraction < 1 needs samples that do not mix, but {node.target} (node "
-        f"{node.name!r}) joins them\n{_where(node)}  remedy: tangent_fraction=1"
+        f"{node.name!r}) joins them{quoted(node)}\n  remedy: tangent_fraction=1"
     )
-
-
-def _where(node: Node) -> str:
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    return "".join(f"  {line.strip()}\n" for line in trace[-2:])
 
 
 __all__ = ["TangentEmitter", "propagate", "take_rows"]

@@ -33,6 +33,7 @@ from grapefx.errors import PlacementError
 from grapefx.ir import Captured
 from grapefx.passes.batch import Fold, batch_folds, op_name
 from grapefx.passes.functions import FUNCTION
+from grapefx.passes.source import source_of
 
 aten = torch.ops.aten
 
@@ -85,10 +86,18 @@ def is_float(node: Any) -> bool:
     return isinstance(val, torch.Tensor) and (val.is_floating_point() or val.is_complex())
 
 
+def is_complex(node: Node) -> bool:
+    """Whether a node is a complex tensor."""
+    val = value(node)
+    return isinstance(val, torch.Tensor) and val.is_complex()
+
+
 class Sweep:
     def __init__(self, cap: Captured, trainable: set[str], batch_size: int) -> None:
         self.cap = cap
-        self.folds = batch_folds(cap.gm.graph, cap.batch, batch_size)
+        folds = batch_folds(cap.gm.graph, cap.batch, batch_size)
+        # of what can be cut or tapped: feedback is real
+        self.folds = {n: fold for n, fold in folds.items() if not is_complex(n)}
         self.nodes = list(cap.gm.graph.nodes)
         self.order = {n: i for i, n in enumerate(self.nodes)}
         self.output = self.nodes[-1]
@@ -381,9 +390,3 @@ def sample_shape(node: Node, fold: Fold) -> tuple[int, ...]:
     shape = [int(s) for d, s in enumerate(value(node).shape) if d != fold.dim]
     extra = fold.outer * fold.inner
     return tuple(shape) if extra == 1 else (extra, *shape)
-
-
-def source_of(node: Node) -> str:
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    return lines[-2] if len(lines) > 1 else ""

@@ -15,7 +15,8 @@ from torch.fx import Node
 from grapefx.errors import PlacementError
 from grapefx.passes.batch import op_name
 from grapefx.passes.points import select
-from grapefx.passes.sweep import Sweep, UncuttableError, is_float, sample_shape, source_of, value
+from grapefx.passes.source import source_of
+from grapefx.passes.sweep import Sweep, UncuttableError, is_complex, is_float, sample_shape, value
 
 aten = torch.ops.aten
 
@@ -69,6 +70,11 @@ def _outer(sweep: Sweep) -> list[Node]:
     outputs = [n for n in outputs if n in sweep.data]
     if not outputs:
         raise PlacementError("the model returns no floating-point tensor that depends on its input")
+    if any(map(is_complex, outputs)):
+        raise UncuttableError(
+            "the model returns a complex tensor, and feedback is real\n"
+            "  remedy: return torch.view_as_real(it), or method='bp'"
+        )
     inner = sweep.ancestors(outputs)
     last = [n for n in outputs if n not in inner]
     taps = {n: [n] for n in last if n in sweep.folds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from grapefx.batch_facts import holds, same_graph
 from grapefx.capture import capture
-from grapefx.errors import GrapefxWarning, InputError
+from grapefx.errors import InputError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan, build_forward, build_plan
 from grapefx.runtime import hooks, inplace
-from grapefx.runtime.guard import Fingerprint, describe_leaf
+from grapefx.runtime.building import building
+from grapefx.runtime.guard import Calls, Fingerprint, describe_leaf
 from grapefx.runtime.program import Program, module_slots
 from grapefx.runtime.state import FeedbackState
 
@@ -39,6 +39,7 @@ class Captures:
         self._listed: Any = None  # the modules that ``slots`` was made from
         self._leads: dict[Any, int] = {}
         self._told_hooks: set[str] = set()
+        self._calls = Calls()
 
     def program(
         self,
@@ -60,16 +61,22 @@ class Captures:
             self.fingerprint = Fingerprint(self.model)
         fingerprint = self.fingerprint
         key, batch = self._key(leaves, spec, fingerprint.read(), training)
-        found = self.programs.get((key, batch)) or self.programs.get(key)
-        if found is None or not self._serves(found, batch, args, kwargs, training):
-            fixed = found is not None
-            found = self._capture(
-                args, kwargs, leaves, spec, key[0], training, feedback, fixed=fixed
-            )
+        found = self._find(key, batch)
+        if found is None or not _settled(found, batch):
+            with building():
+                found = self._find(key, batch)  # another thread may have been first
+                if found is None or not self._serves(found, batch, args, kwargs, training):
+                    fixed = found is not None
+                    found = self._capture(
+                        args, kwargs, leaves, spec, key[0], training, feedback, fixed=fixed
+                    )
         if self._listed is not fingerprint.modules:
             self.slots = module_slots(self.model)
             self._listed = fingerprint.modules
         return found
+
+    def _find(self, key: Any, batch: int | None) -> Program | None:
+        return self.programs.get((key, batch)) or self.programs.get(key)
 
     def _serves(
         self, program: Program, batch: int | None, args: Any, kwargs: Any, training: bool
@@ -79,9 +86,10 @@ class Captures:
         One that the model's branches on sizes, or a single sample, may treat otherwise is traced
         alone, once, and compared.
         """
-        captured = program.captured
-        if batch is None or batch in program.sizes or captured is None or captured.batch is None:
+        if _settled(program, batch):
             return True
+        captured = program.captured
+        assert captured is not None and batch is not None
         right = holds(captured, batch)
         if batch == 1 or not right:
             with inplace.untouched(self.model), torch.set_grad_enabled(training):
@@ -168,19 +176,20 @@ class Captures:
         else:
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
         for note in plan.notes if training else captured.notes:
-            warnings.warn(note, GrapefxWarning, stacklevel=4)
+            tell(note)
         program.captured = captured
         program.lead = captured.lead
         program.written = captured.mutated
         assert self.fingerprint is not None
         restless = self.fingerprint.restless(reading)
         if restless:
-            warnings.warn(
+            tell(
                 f"the attribute {restless!r} of the model keeps changing, and each new value needs "
-                "a new capture: make it a buffer (a tensor), or pass it as a tensor argument",
-                GrapefxWarning,
-                stacklevel=5,
+                "a new capture: make it a buffer (a tensor), or pass it as a tensor argument"
             )
+        key, _ = self._key(leaves, spec, reading, training)
+        if note := self._calls.restless(key[1], spec, training):
+            tell(note)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         dim = options.batch_dim
         if any(leaves[i].ndim > dim for i in tensors[: captured.lead]):
@@ -208,7 +217,7 @@ class Captures:
         if not specs:
             return {}
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
         return feedback.ensure(specs, dtype, parameter.device)
 
     def _check_hooks(self, training: bool) -> None:
@@ -217,7 +226,7 @@ class Captures:
         for note in hooks.traced(self.model):
             if note not in self._told_hooks:
                 self._told_hooks.add(note)
-                warnings.warn(note, GrapefxWarning, stacklevel=5)
+                tell(note)
 
     def _check_devices(self, leaves: list[Any]) -> None:
         parameter = next(self.model.parameters(), None)
@@ -230,6 +239,12 @@ class Captures:
                     f"an input is on {leaf.device}, the parameters are on {parameter.device}: move "
                     "one of them (x.to(device) or net.to(device))"
                 )
+
+
+def _settled(program: Program, batch: int | None) -> bool:
+    """Whether a program is known to be right for a batch size."""
+    captured = program.captured
+    return batch is None or batch in program.sizes or captured is None or captured.batch is None
 
 
 __all__ = ["Captures"]

@@ -9,14 +9,13 @@ keeps ``p.grad`` see what they would see without CUDA graphs.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from grapefx.errors import GrapefxWarning
+from grapefx.errors import tell
 from grapefx.torch_compat import copy_all, holders
 
 Call = Callable[[list[Any]], Any]
@@ -113,11 +112,9 @@ class Graphed:
             replay, outputs = self.recorder(self.fn, own)
         except RuntimeError as e:
             self.captures = CAPTURES + 1
-            warnings.warn(
+            tell(
                 f"a graph could not be captured in a CUDA graph and runs without: "
-                f"{str(e).splitlines()[0]}",
-                GrapefxWarning,
-                stacklevel=2,
+                f"{str(e).splitlines()[0]}"
             )
             return False
         # of stable inputs the address alone: holding what a captured forward saved would look as if

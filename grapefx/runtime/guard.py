@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx.torch_compat import pytree
+
 _SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_RESTLESS = 8
+RESTLESS = 8  # captures for one reason before it is named
 _SHORT = 64
 _STORES = ("_modules", "_parameters", "_buffers")
 
@@ -97,8 +99,48 @@ class Fingerprint:
                 path = next(n for n, m in self.model.named_modules() if m.__dict__ is store)
                 name = f"{path}.{key}".lstrip(".")
                 self._counts[name] = self._counts.get(name, 0) + 1
-                return name if self._counts[name] == _RESTLESS else ""
+                return name if self._counts[name] == RESTLESS else ""
         return ""
+
+
+class Calls:
+    """Counts captures that one argument of the calls was the reason for."""
+
+    def __init__(self) -> None:
+        self._last: dict[Any, tuple[Any, ...]] = {}
+        self._counts: dict[Any, int] = {}
+
+    def restless(self, call: tuple[Any, ...], spec: Any, training: bool) -> str:
+        """At a capture, for ``describe_leaf`` of all leaves: what to tell the user, or ''."""
+        last = self._last.get((spec, training))
+        self._last[spec, training] = call
+        if last is None:
+            return ""
+        changed = [i for i, (a, b) in enumerate(zip(last, call, strict=True)) if a != b]
+        if not changed:
+            return ""
+        where = (spec, training, changed[0])
+        self._counts[where] = self._counts.get(where, 0) + 1
+        if self._counts[where] != RESTLESS:
+            return ""
+        name, new = _argument(spec, changed[0]), call[changed[0]]
+        if new[0] is float or new[0] is int:
+            return (
+                f"{name} of the calls keeps changing, and each new number needs a new capture: "
+                "pass it as a tensor"
+            )
+        return (
+            f"{name} of the calls keeps changing in shape or kind, and each new one is captured "
+            "and compiled: pad to a few lengths"
+        )
+
+
+def _argument(spec: Any, index: int) -> str:
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if index in pytree.tree_leaves(value):
+            return f"the argument {name!r}"
+    return "an argument"
 
 
 def _watched(value: Any) -> bool:

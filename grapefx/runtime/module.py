@@ -7,7 +7,6 @@ import copy
 import functools
 import inspect
 import types
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grapefx.capture import flatten_call, unflatten_outputs
-from grapefx.errors import GrapefxWarning, InputError, StateError
+from grapefx.errors import BackwardError, InputError, StateError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
@@ -27,12 +26,24 @@ from grapefx.runtime.owner import Owner, autocast_off
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
+from grapefx.torch_compat import transforming
 
 if TYPE_CHECKING:
     from grapefx.report import Report
 
 _SAVED = {"version", "method", "architecture", "tensors", "schedule", "momentum", "skipped"}
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+# what Python looks up on the class: len(net), net[0], for layer in net
+_CONTAINER = ("__len__", "__getitem__", "__iter__", "__contains__")
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+_SHARED = (
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 class FeedbackModule(nn.Module):
@@ -73,8 +84,10 @@ class FeedbackModule(nn.Module):
             _targets=None,
             _generators={},
             _installed=False,
+            _under=...,
         )
         self.__dict__["_captures"] = Captures(model, method, options)
+        self.__dict__["_begun"] = frozenset({*self.__dict__, "_begun"})
 
     # the module that users see
 
@@ -92,6 +105,15 @@ class FeedbackModule(nn.Module):
     def train(self, mode: bool = True) -> FeedbackModule:
         """As the wrapped module's."""
         self._original.train(mode)
+        return self
+
+    def eval(self) -> FeedbackModule:
+        """As the wrapped module's."""
+        self._original.eval()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FeedbackModule:
+        self._original._apply(*args, **kwargs)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +145,13 @@ class FeedbackModule(nn.Module):
         else:
             setattr(original, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        original = self.__dict__.get("_original")
+        if original is None or name.startswith("_") or name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(original, name)
+
     def _get_name(self) -> str:
         return "FeedbackModule"
 
@@ -134,13 +163,15 @@ class FeedbackModule(nn.Module):
         if self._installed and id(self._original) in memo:
             return None  # the copy of a model that was compiled in place is a plain model
         new = FeedbackModule(copy.deepcopy(self._original, memo), self._method, self._options)
-        new._restore(copy.deepcopy(self._saved(), memo))
+        memo[id(self)] = new
+        new._restore(*copy.deepcopy((self._saved(), self._set_by_user()), memo))
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._installed:
             return type(None), ()
-        return _rebuild, (self._original, self._method, self._options, self._saved())
+        own = (self._original, self._method, self._options)
+        return _rebuild, (*own, self._saved(), self._set_by_user())
 
     def _saved(self) -> dict[str, Any]:
         return {
@@ -150,7 +181,13 @@ class FeedbackModule(nn.Module):
             "skipped": self._skipped,
         }
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _set_by_user(self) -> dict[str, Any]:
+        """Hooks on the net itself, and attributes that it did not begin with."""
+        names = {k for k in self.__dict__ if k not in self._begun} | set(_HOOKS)
+        return {k: self.__dict__[k] for k in names - {"_compiled_call_impl", "forward"}}
+
+    def _restore(self, saved: dict[str, Any], more: dict[str, Any]) -> None:
+        self.__dict__.update(more)
         self._feedback.tensors = dict(saved["tensors"])
         self._schedule.load(saved["schedule"])
         self.__dict__.update(_momentum=saved["momentum"], _skipped=saved["skipped"])
@@ -159,6 +196,11 @@ class FeedbackModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One call. With gradients enabled it is a training step: backward fills ``p.grad``."""
+        if transforming():
+            raise BackwardError(
+                "torch.func transforms (grad, vmap, jvp) cannot pass through a grapefx module: its "
+                "gradients are not the derivative of a graph. Use the plain model for it."
+            )
         leaves, spec = flatten_call(args, kwargs)
         training = torch.is_grad_enabled()
         program = self._captures.program(args, kwargs, leaves, spec, training, self._feedback)
@@ -261,11 +303,9 @@ class FeedbackModule(nn.Module):
         self.__dict__["_skipped"] += 1
         if not self._warned_skip:
             self.__dict__["_warned_skip"] = True
-            warnings.warn(
+            tell(
                 "the output error or a tangent is not finite: the feedback maps keep their values "
-                "for this step (net.skipped_updates counts such steps)",
-                GrapefxWarning,
-                stacklevel=2,
+                "for this step (net.skipped_updates counts such steps)"
             )
 
     # what users ask
@@ -391,10 +431,14 @@ class FeedbackModule(nn.Module):
 
 
 def _rebuild(
-    model: nn.Module, method: Method, options: Options, saved: dict[str, Any]
+    model: nn.Module,
+    method: Method,
+    options: Options,
+    saved: dict[str, Any],
+    more: dict[str, Any],
 ) -> FeedbackModule:
     new = FeedbackModule(model, method, options)
-    new._restore(saved)
+    new._restore(saved, more)
     return new
 
 
@@ -406,4 +450,14 @@ def _class_for(model: type[nn.Module]) -> type[FeedbackModule]:
     with contextlib.suppress(TypeError, ValueError):
         forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     forward.__doc__ = plain.__doc__
-    return type(f"Feedback{model.__name__}", (FeedbackModule,), {"forward": forward})
+    members = {name: _delegated(name) for name in _CONTAINER if hasattr(model, name)}
+    members["forward"] = torch.compiler.disable(forward, reason="grapefx compiles it by itself")
+    return type(f"Feedback{model.__name__}", (FeedbackModule,), members)
+
+
+def _delegated(name: str) -> Any:
+    def method(self: FeedbackModule, *args: Any) -> Any:
+        return getattr(self._original, name)(*args)
+
+    method.__name__ = name
+    return method

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.fx import GraphModule
 from grapefx.analysis import DeviceModel, build_dag, list_schedule, load_device
 from grapefx.analysis.dag import Dag
 from grapefx.analysis.dag import Task as Work
-from grapefx.errors import GrapefxWarning
+from grapefx.errors import tell
 from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_tasks, lower_update
 from grapefx.passes.channels_last import channels_last
@@ -102,7 +101,7 @@ def _left_out(form: str, error: Exception) -> None:
     """One form of several that does not work leaves the others."""
     lines = str(error).splitlines() or [""]
     text = f"parallel={form!r} is left out: {type(error).__name__}: {lines[0]}"
-    warnings.warn(text, GrapefxWarning, stacklevel=2)
+    tell(text)
 
 
 def _copied(gm: GraphModule) -> GraphModule:

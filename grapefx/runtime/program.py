@@ -15,6 +15,7 @@ from grapefx.passes.split import forward_only, split
 from grapefx.passes.tail import Tail, cut_tail
 from grapefx.plan import Plan
 from grapefx.runtime import cudagraph
+from grapefx.runtime.building import building
 from grapefx.runtime.cudagraph import Graphed
 from grapefx.runtime.parallel import forms_of, lower_forms, stable_inputs
 from grapefx.torch_compat import batch_symbol, copy_all, size_hint
@@ -136,33 +137,48 @@ class Program:
 
     def step(self, kind: str, batch: int) -> CompiledStep:
         """The compiled step of a kind, for a batch size."""
-        found = self.steps.get((kind, batch)) or self.steps.get((kind, None))
-        if found is None:
-            assert self.plan is not None
-            graph = self.plan.graph(kind)
-            variant = self._variant([b for k, b in self.steps if k == kind], batch)
-            sizes = None if variant is None else sizes_of(graph, batch, self.plan.rows(batch))
-            chain = kind == "calibration" or self.plan.method.sequential
-            found = self.steps[kind, variant] = compile_step(
-                graph, kind, sizes, self.backend, self.options, "off" if chain else self.parallel
-            )
-        return found
+        found = self._known_step(kind, batch)
+        if found is not None:
+            return found
+        with building():  # another thread may have been first
+            return self._known_step(kind, batch) or self._new_step(kind, batch)
+
+    def _known_step(self, kind: str, batch: int) -> CompiledStep | None:
+        return self.steps.get((kind, batch)) or self.steps.get((kind, None))
+
+    def _new_step(self, kind: str, batch: int) -> CompiledStep:
+        assert self.plan is not None
+        graph = self.plan.graph(kind)
+        variant = self._variant([b for k, b in self.steps if k == kind], batch)
+        sizes = None if variant is None else sizes_of(graph, batch, self.plan.rows(batch))
+        chain = kind == "calibration" or self.plan.method.sequential
+        step = self.steps[kind, variant] = compile_step(
+            graph, kind, sizes, self.backend, self.options, "off" if chain else self.parallel
+        )
+        return step
 
     def infer(self, batch: int) -> CompiledForward:
         """The compiled inference forward, for a batch size."""
-        found = self.forwards.get(batch) or self.forwards.get(None)
-        if found is None:
-            assert self.inference is not None
-            start = time.perf_counter()
-            variant = self._variant(self.forwards, batch)
-            sizes = None if variant is None else sizes_of(self.inference, batch, batch)
-            step = prepare(self.inference, sizes, self.backend, self.options)
-            gm, used = forward_only(step)
-            sources = tuple(_source(step, i) for i in used)
-            fn = lower_forward(gm, self.backend, self.options)
-            found = self.forwards[variant] = CompiledForward(
-                fn, sources, time.perf_counter() - start
-            )
+        found = self._known_forward(batch)
+        if found is not None:
+            return found
+        with building():
+            return self._known_forward(batch) or self._new_forward(batch)
+
+    def _known_forward(self, batch: int) -> CompiledForward | None:
+        return self.forwards.get(batch) or self.forwards.get(None)
+
+    def _new_forward(self, batch: int) -> CompiledForward:
+        assert self.inference is not None
+        start = time.perf_counter()
+        variant = self._variant(self.forwards, batch)
+        sizes = None if variant is None else sizes_of(self.inference, batch, batch)
+        step = prepare(self.inference, sizes, self.backend, self.options)
+        gm, used = forward_only(step)
+        sources = tuple(_source(step, i) for i in used)
+        fn = lower_forward(gm, self.backend, self.options)
+        found = CompiledForward(fn, sources, time.perf_counter() - start)
+        self.forwards[variant] = found
         return found
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grapefx.errors import GrapefxWarning
+from grapefx.errors import tell
 
 
 @dataclass
@@ -84,12 +83,10 @@ class CalibrationSchedule:
             return
         if self.epoch is None and self.steps_per_epoch is None:
             start = "only at step 0" if self.at_start else "never"
-            warnings.warn(
+            tell(
                 f"calib_every={self.every} counts epochs, but none was announced: the network is "
                 f"calibrated {start}. Call net.set_epoch(epoch) before each epoch, or pass "
-                "steps_per_epoch= or calib_unit='step'.",
-                GrapefxWarning,
-                stacklevel=4,
+                "steps_per_epoch= or calib_unit='step'."
             )
         self.told = True
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from grapefx.errors import TangentError
 from grapefx.passes.batch import fold_of
+from grapefx.passes.source import quoted
 
 aten = torch.ops.aten
 Rule = Callable[[Any, Node], Any]
@@ -186,9 +187,7 @@ def unmixed(em: Any, node: Node, x: Any, *dims: int) -> None:
 
 def refuse(node: Node, why: str, remedy: str) -> TangentError:
     """An error that names the operator, the user's line and what to do."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
-    at = "".join(f"\n  {line.strip()}" for line in lines)
     return TangentError(
-        f"{node.target} (node {node.name!r}) has no forward derivative: {why}{at}\n"
+        f"{node.target} (node {node.name!r}) has no forward derivative: {why}{quoted(node)}\n"
         f"  remedy: {remedy}"
     )

@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import grapefx
 from grapefx.errors import CaptureError, GrapefxWarning
 from tests.zoo import (
     MLP,
+    assert_same_buffers,
     assert_same_gradients,
     compiled,
     eager_twin,
@@ -198,3 +199,35 @@ def test_tensorboard(tmp_path: Path) -> None:
     log = EventAccumulator(str(found[0])).Reload()
     (tag,) = log.Tags()["scalars"]
     assert len(log.Scalars(tag)) == 4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_batch_norms_of_averaged_weights(whole: bool) -> None:
+    """``update_bn`` sets ``momentum=None``, which reads a count as a Python number."""
+    model, args = make("cnn")
+    net = compiled(model, "dfa")
+    train_step(net, args)
+    batches = [torch.randn_like(args[0]) for _ in range(3)]
+    found = []
+    for averaged in (net if whole else model, eager_twin(model)):
+        ema = AveragedModel(averaged)
+        ema.update_parameters(averaged)
+        update_bn(batches, ema)
+        found.append(ema.module)
+    assert_same_buffers(*found)
+
+
+def test_batch_norm_without_momentum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 6), nn.BatchNorm1d(6, momentum=None, affine=False), nn.Linear(6, 2),
+    ).double()  # fmt: skip
+    twin = eager_twin(model)
+    net = compiled(model, "bp")
+    for n in (5, 6, 7):
+        x = torch.randn(n, 1, 6, 6, dtype=torch.float64)
+        for m in (net, twin):
+            train_step(m, (x,))
+    assert_same_gradients(net, twin)
+    assert_same_buffers(net, twin)

@@ -153,3 +153,36 @@ def test_pooling_channels_last_keeps_its_gradient() -> None:
     train_step(net, (x,))
     train_step(twin, (x,))
     assert_same_gradients(net, twin)
+
+
+class _Spectral(nn.Module):
+    """A complex weight between Fourier transforms: their derivatives write into views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.w = nn.Parameter(torch.randn(5, dtype=torch.cdouble))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(torch.fft.irfft(torch.fft.rfft(self.a(x)) * self.w, n=8)))
+
+
+def _orthogonal(how: str) -> nn.Module:
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 8), orthogonal_map=how)
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("kind", ["spectral", "matrix_exp", "cayley", "householder"])
+def test_derivatives_that_write_into_views(kind: str) -> None:
+    torch.manual_seed(0)
+    model = (_Spectral() if kind == "spectral" else _orthogonal(kind)).double()
+    twin = eager_twin(model)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    net = compiled(model, "grape", calib_every=None)
+    with net.calibration():
+        train_step(net, (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(net, twin)
+    net.zero_grad()
+    train_step(net, (x,))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())

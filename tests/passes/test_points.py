@@ -532,7 +532,7 @@ def test_group_norm_behind_a_frozen_layer() -> None:
         ({"error_at": "heads"}, PlacementError, "error_at: nothing"),
         ({"granularity": "blok"}, OptionError, "block"),
         ({"residual": "leak", "points": "*"}, OptionError, "chooses its own points"),
-        ({"points": lambda n: n.op == "placeholder"}, PlacementError, "not a floating-point"),
+        ({"points": lambda n: n.op == "placeholder"}, PlacementError, "not a real tensor"),
         ({"points": "head", "error_at": "output"}, PlacementError, "is the error tap"),
         ({"points": "head", "error_at": "output", "method": "fg-a"}, PlacementError, "error tap"),
     ],

@@ -21,7 +21,15 @@ from grapefx.errors import (
     PlacementError,
 )
 from grapefx.methods import DFA
-from tests.zoo import MLP, compiled, loss_of, make, train_step
+from tests.zoo import (
+    MLP,
+    assert_same_gradients,
+    compiled,
+    eager_twin,
+    loss_of,
+    make,
+    train_step,
+)
 
 
 @pytest.mark.parametrize(
@@ -248,3 +256,91 @@ def test_modules_that_cannot_be_captured_are_refused_at_once() -> None:
             grapefx.compile(nn.Sequential(part, nn.Linear(8, 2)), method="bp")
     with pytest.raises(OptionError, match=r"_orig_mod"):
         grapefx.compile(torch.compile(inner, backend="eager"), method="bp")
+
+
+class _Reads(MLP):
+    """What a graph cannot follow: a number or a size that values decide."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        mask = x[:, 0] > 0
+        if self.how == "number":
+            return out / x.abs().max().item()
+        if self.how == "rows":
+            return out[mask]
+        if self.how == "written":
+            out[mask] = out[mask] * 2
+            return out
+        if self.how == "found":
+            return out[torch.nonzero(mask)[:, 0]]
+        x.sum().item()  # which nobody needs
+        torch.unique(mask)
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("number", "return out / x.abs"),
+        ("rows", "return out[mask]"),
+        ("written", "out[mask] = "),
+        ("found", "nonzero(mask)"),
+    ],
+)
+def test_what_values_decide_is_refused_with_its_line(how: str, line: str, grad: bool) -> None:
+    with pytest.raises(CaptureError) as caught, torch.set_grad_enabled(grad):
+        compiled(_Reads(how), "dfa")(torch.randn(4, 8))
+    text = str(caught.value)
+    assert line in text and "test_errors.py" in text and "remedy" in text
+
+
+def test_what_values_decide_and_nobody_needs_is_left_out() -> None:
+    net = compiled(_Reads("unused"), "bp")
+    twin = eager_twin(net._original)
+    x = torch.randn(4, 8)
+    for m in (net, twin):
+        train_step(m, (x,))
+    assert_same_gradients(net, twin, 1e-6)
+
+
+class _Distribution(MLP):
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        made = torch.distributions.Categorical(logits=logits)
+        return made if self.alone else (made, logits.mean(1))
+
+
+def test_an_object_that_holds_tensors_is_refused_when_it_is_used() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(CaptureError, match="Categorical"):
+        compiled(_Distribution(True), "bp")(x)
+    made, value = compiled(_Distribution(False), "bp")(x)
+    value.sum().backward()
+    assert not hasattr(made, "sample") and "Categorical" in repr(made)
+    for use in (lambda: made.log_prob(value), lambda: made[0], lambda: list(made)):
+        with pytest.raises(CaptureError, match=r"Categorical(.|\n)*return the tensors"):
+            use()
+
+
+class _Holder:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+
+def test_an_object_without_tensors_is_returned() -> None:
+    class Returns(MLP):
+        held = _Holder(2.0)
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.held
+
+    assert compiled(Returns(), "bp")(torch.randn(4, 8))[1] is Returns.held

@@ -163,6 +163,13 @@ def test_going_back_in_one_process_is_exact_too() -> None:
         assert torch.equal(v, first[k]), k
 
 
+_CALLS: list[nn.Module] = []
+
+
+def _seen(module: nn.Module, *_: Any) -> None:
+    _CALLS.append(module)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_copies_go_their_own_way(how: str) -> None:
     model, args = make("cnn")
@@ -256,3 +263,48 @@ def test_the_feedback_state_of_something_else_is_refused_and_nothing_changes() -
     with pytest.raises(StateError):  # before its first call as well
         fresh.load_feedback_state_dict(bad[1][0])
     net.load_feedback_state_dict(good)
+
+
+def test_hooks_and_attributes_of_the_net_go_with_its_copies() -> None:
+    model, (x,) = make("mlp")
+    net = compiled(model, "dfa")
+    net.register_forward_hook(_seen)
+    net._mark = [1]
+    other = copy.deepcopy(net)
+    third = pickle.loads(pickle.dumps(net))
+    _CALLS.clear()
+    for n in (other, third):
+        n(x)
+        assert n._mark == [1] and n._mark is not net._mark
+    assert [id(n) for n in _CALLS] == [id(other), id(third)]
+
+
+def test_state_dict_hooks_on_the_net_run() -> None:
+    net = compiled(make("mlp")[0], "dfa")
+    seen: list[str] = []
+    net.register_state_dict_pre_hook(lambda *_: seen.append("saved"))
+    net.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
+    net.load_state_dict(net.state_dict())
+    assert seen == ["saved", "loaded"]
+
+
+def test_what_the_model_overrides_is_called() -> None:
+    class Own(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.spare = torch.zeros(2), 1
+
+        def _apply(self, fn: Any, *args: Any) -> Any:
+            self.plain = fn(self.plain)
+            return super()._apply(fn, *args)
+
+        def eval(self) -> Any:
+            self.seen = True
+            return super().eval()
+
+    model = Own()
+    net = compiled(model, "dfa")
+    assert net.double() is net and net.eval() is net
+    assert model.plain.dtype is torch.float64 and model.seen and not model.training
+    del net.spare
+    assert not hasattr(model, "spare")
