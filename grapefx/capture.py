@@ -459,6 +459,7 @@ def _read(
         lead=dynamic[0] if dynamic else 0,
         notes=tuple(notes),
         facts=tuple(f for f in facts if f.free_symbols == {symbol}),
+        read=tuple(flat.watch.read),
     )
 
 

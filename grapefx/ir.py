@@ -112,7 +112,8 @@ class Captured:
     ``batch`` is the batch size's symbol (a sympy expression), or None when the graph holds one
     batch size only. ``dynamic`` lists the indices of the inputs that carry the batch dim; ``lead``
     is the input whose size there is the batch size. ``facts``: what tracing asked of ``batch``, as
-    sympy relations that were true.
+    sympy relations that were true. ``read``: (module, attribute) that the graph may depend on,
+    beside what is always watched.
     """
 
     gm: GraphModule
@@ -126,3 +127,4 @@ class Captured:
     lead: int = 0
     notes: tuple[str, ...] = field(default=())
     facts: tuple[Any, ...] = ()
+    read: tuple[tuple[str, str], ...] = ()

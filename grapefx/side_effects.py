@@ -14,18 +14,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grapefx.attribute_reads import recording
+
 
 class Watch:
-    """Trace a model inside ``watching``, by ``call``; what it did is added to ``notes``."""
+    """Trace a model inside ``watching``, by ``call``; what it did is added to ``notes``.
+
+    ``read``: attributes that the graph depends on, see ``attribute_reads``.
+    """
 
     def __init__(self, model: nn.Module, notes: list[str]) -> None:
         self.model, self.notes = model, notes
         self.written: set[str] = set()
+        self.read: dict[tuple[str, str], None] = {}
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model. Looks at its attributes inside the trace, which puts some back at its end."""
         before = _attributes(self.model)
-        out = self.model(*args, **kwargs)
+        with recording(self.model, self.read):
+            out = self.model(*args, **kwargs)
         self.written |= {name for part in before for name in _written(*part)}
         return out
 

@@ -190,6 +190,10 @@ class Captures:
         key, _ = self._key(leaves, spec, reading, training)
         if note := self._calls.restless(key[1], spec, training):
             tell(note)
+        if more := self.fingerprint.watch(captured.read):
+            # what is known did not read them: it holds at their present values
+            self.programs = {_longer(k, more): p for k, p in self.programs.items()}
+            reading = _longer((reading,), more)[0]
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         dim = options.batch_dim
         if any(leaves[i].ndim > dim for i in tensors[: captured.lead]):
@@ -239,6 +243,14 @@ class Captures:
                     f"an input is on {leaf.device}, the parameters are on {parameter.device}: move "
                     "one of them (x.to(device) or net.to(device))"
                 )
+
+
+def _longer(key: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key of ``programs`` whose reading ends in more values."""
+    if len(key) == 2:  # with a batch size
+        return (_longer(key[0], more), key[1])
+    (*first, scalars), *rest = key
+    return ((*first, scalars + more), *rest)
 
 
 def _settled(program: Program, batch: int | None) -> bool:

@@ -3,12 +3,14 @@
 torch.compile guards every assumption of a trace. A capture without guards goes stale when a
 submodule changes mode, a parameter is frozen, tied or replaced by one of another layout, a child is
 swapped, a hook is added, or a Python number on a module changes, also in a short list or dict. All
-of that is cheap to read on every call. Not read: attributes with a leading underscore (training
-frameworks write theirs each step), attributes of other objects, and globals.
+of that is cheap to read on every call. Numbers with a leading underscore (training frameworks write
+theirs each step) and in other objects are read where a capture read them. Not read: globals, and
+objects in objects.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -32,6 +34,7 @@ class Fingerprint:
         self._tokens: dict[Any, int] = {}  # structures seen so far: going back finds its graph
         self._last: tuple[Any, ...] | None = None
         self._counts: dict[str, int] = {}
+        self._more: list[tuple[dict[str, Any], str]] = []  # see ``watch``
         self.refresh()
 
     def refresh(self) -> None:
@@ -86,14 +89,33 @@ class Fingerprint:
         scalars = tuple([d.get(k) for d, k in self._scalars])
         if self._others:
             scalars += tuple([_plain(d.get(k)) for d, k in self._others])
+        if self._more:
+            scalars += tuple([_contents(d.get(k)) for d, k in self._more])
         return self.structure, modes, layouts, scalars
+
+    def watch(self, read: tuple[tuple[str, str], ...]) -> tuple[Any, ...]:
+        """Read these (module, attribute) too; returns what each reading ends in from now on."""
+        modules = dict(self.model.named_modules())
+        known = {(id(d), k) for d, k in self._more}
+        held = {id(d.get(k)) for d, k in self._more if _holder(d.get(k))}
+        new = []
+        for path, name in read:
+            store = modules[path].__dict__
+            value = store.get(name)
+            if (id(store), name) in known or id(value) in held:
+                continue  # many modules share one configuration
+            if _holder(value):
+                held.add(id(value))
+            new.append((store, name))
+        self._more += new
+        return tuple([_contents(d.get(k)) for d, k in new])
 
     def restless(self, reading: tuple[Any, ...]) -> str:
         """At a capture: the attribute that has caused one for the eighth time, or ''."""
         last, self._last = self._last, reading
         if last is None or last[:3] != reading[:3] or len(last[3]) != len(reading[3]):
             return ""
-        watched = [*self._scalars, *self._others]
+        watched = [*self._scalars, *self._others, *self._more]
         for (store, key), a, b in zip(watched, last[3], reading[3], strict=True):
             if a != b:
                 path = next(n for n, m in self.model.named_modules() if m.__dict__ is store)
@@ -151,13 +173,25 @@ def _watched(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """None, a number of another type (NumPy's), a short list or dict of numbers; else the type."""
-    if value is None or isinstance(value, int | float | str):
+    if value is None or isinstance(value, int | float | str | Enum):
         return (type(value), value)
     if isinstance(value, list | dict) and len(value) <= _SHORT:
         items = list(value.items()) if isinstance(value, dict) else value
         if all(map(_number, items)):
             return (type(value), tuple(items))
     return type(value)
+
+
+def _holder(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, Enum)
+
+
+def _contents(value: Any) -> Any:
+    """What of an attribute is compared: a number, or the public numbers of an object."""
+    if not _holder(value):
+        return _plain(value)
+    public = [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
+    return (type(value), tuple([(k, _plain(v)) for k, v in public]))
 
 
 def _number(item: Any) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -307,6 +309,78 @@ def test_a_numpy_array_among_the_arguments_is_read_whole() -> None:
     for stop in (1000, 1500):
         mask[5:stop] = 0  # its repr leaves the middle out
         torch.testing.assert_close(net(x, mask), model(x, mask))
+
+
+class _Mode(Enum):
+    ADD = 1
+    MULTIPLY = 2
+
+
+class _Configured(nn.Module):
+    """Numbers where a fingerprint of public attributes does not see them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self._gain, self._unread = 2.0, 0
+        self._list = [1.0]
+        self.config = config
+        self.mode = _Mode.ADD
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x) * self._gain + self._list[0] + self.config.shift
+        return out + 1 if self.mode is _Mode.ADD else out * 3
+
+
+class _Config:
+    shift = 0.0
+
+    def __init__(self) -> None:
+        self.shift = 1.0
+
+
+@pytest.mark.parametrize("config", [_Config, lambda: SimpleNamespace(shift=1.0)])
+def test_numbers_that_a_forward_reads_are_read_again(config: Any) -> None:
+    model = nn.Sequential(_Configured(config()), nn.ReLU(), _Configured(config()))
+    model[2].layer = nn.Linear(3, 3)
+    net = compiled(model, "bp")
+    x = torch.randn(2, 4)
+
+    def same() -> None:
+        torch.testing.assert_close(net(x), model(x))
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), model(x))
+
+    same()
+    for change in (
+        lambda: setattr(model[0], "_gain", 5.0),
+        lambda: model[0]._list.__setitem__(0, 4.0),
+        lambda: setattr(model[2].config, "shift", -2.0),
+        lambda: setattr(model[0], "config", SimpleNamespace(shift=7.0)),
+        lambda: setattr(model[2], "mode", _Mode.MULTIPLY),
+    ):
+        change()
+        same()
+    programs = len(net._captures.programs)
+    model[0]._unread = 3  # which no graph depends on
+    model[0]._gain = 2.0
+    model[0]._gain = 5.0
+    same()
+    assert len(net._captures.programs) == programs
+
+
+def test_one_configuration_of_many_modules_is_read_once() -> None:
+    config = SimpleNamespace(shift=1.0)
+    net = compiled(nn.Sequential(_Configured(config), _Configured(config)), "bp")
+    net._original[1].layer = nn.Linear(3, 3)
+    net(torch.randn(2, 4))
+    with torch.no_grad():
+        net(torch.randn(2, 4))
+    net(torch.randn(2, 4))
+    assert len(net._captures.programs) == 2
+    fingerprint = net._captures.fingerprint
+    assert fingerprint is not None
+    assert [k for _, k in fingerprint._more].count("config") == 1
 
 
 def test_an_attribute_set_on_the_wrapper_reaches_the_model() -> None:

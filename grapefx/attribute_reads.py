@@ -1,0 +1,58 @@
+"""Which attributes of its modules a forward reads, beside those that are always watched.
+
+A trace takes their values for granted: numbers with a leading underscore, and objects that hold
+numbers (a configuration). Those that nobody reads may change, as training frameworks' do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+_OWN = frozenset(nn.Module().__dict__)
+_FOREIGN = frozenset(
+    ("abc", "builtins", "collections", "enum", "functools", "numpy", "threading", "torch", "typing")
+)
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, found: dict[tuple[str, str], None]) -> Iterator[None]:
+    """What runs inside adds (path of the module, attribute) to ``found``."""
+    paths = {id(m): name for name, m in model.named_modules()}
+
+    def read(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name[0] == "_":
+            wanted = name not in _OWN and not name.startswith("__") and _number(self, value)
+        else:
+            wanted = _object(value)
+        if wanted and id(self) in paths and name in object.__getattribute__(self, "__dict__"):
+            found[paths[id(self)], name] = None
+        return value
+
+    nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
+
+def _number(module: nn.Module, value: Any) -> bool:
+    plain = value is None or isinstance(value, int | float | str | tuple | list | dict)
+    return plain and not type(module).__module__.startswith("torch.")
+
+
+def _object(value: Any) -> bool:
+    if isinstance(value, SimpleNamespace):
+        return True
+    kind = type(value)
+    if isinstance(value, nn.Module | Tensor | type) or kind.__module__.split(".")[0] in _FOREIGN:
+        return False
+    return hasattr(value, "__dict__") and not callable(value)
+
+
+__all__ = ["recording"]
