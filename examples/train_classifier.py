@@ -5,6 +5,7 @@ python examples/train_classifier.py --dataset cifar10 --data-dir ~/data --model 
 """
 
 import argparse
+import sys
 from itertools import pairwise
 
 import torch
@@ -79,6 +80,8 @@ def main() -> None:
 
     net = grapefx.compile(model, method=args.method, calib_every=calib_every, seed=args.seed)
     opt = torch.optim.Adam(net.parameters(), lr=args.lr)
+    if not 0 < args.batch_size <= len(data.train_y):
+        sys.exit(f"--batch-size must be from 1 to {len(data.train_y)}, the number of images")
     steps = len(data.train_y) // args.batch_size
     decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=args.epochs * steps)
     for epoch in range(args.epochs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import EllipsisType
 from typing import Any, Literal, TypeVar, overload
 
-import torch
 from torch import nn
 
 from grapefx.choices import resolve
@@ -13,6 +12,7 @@ from grapefx.errors import OptionError
 from grapefx.methods import Method
 from grapefx.runtime import inplace as in_place
 from grapefx.runtime.module import FeedbackModule
+from grapefx.untraceable import refuse_untraceable
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,12 +77,14 @@ def compile(
         calib_refit: what a calibration batch does: "weights" (exact gradients only, 001),
             "feedback" (only refits the maps by ridge regression), "both" (default).
         calib_update: "grad" leaves exact gradients for your optimizer; "sgd" steps by an SGD(0.01,
-            momentum 0.9) of its own and leaves grad None (001 appendix E).
+            momentum 0.9) of its own and leaves grad None (001 appendix E); not with a GradScaler,
+            whose scale it does not know.
         steps_per_epoch: counts epochs without ``net.set_epoch``.
         ridge: ridge of the refit, relative to the mean eigenvalue of e^T e.
         tangent_fraction: the part of each batch that carries tangents (1: all, 001 algorithm 1).
         align_every: learn from tangents every k-th step.
-        align_warmup: in the first steps only the feedback maps learn: weight gradients are zeros.
+        align_warmup: in the first steps only the feedback maps learn: weight gradients are zeros
+            (but for the exact ones of a calibration).
         streams: whose noise shares one tangent pass: "shared" (all layers, 002 and 003 algorithm 1;
             default), "per_layer" (001 algorithm 1 read literally: one pass each), or a number of
             groups of consecutive layers.
@@ -130,31 +132,16 @@ def compile(
             "this model is compiled by grapefx in place already\n"
             "  remedy: grapefx.restore(model) first"
         )
-    for name, part in model.named_modules():
-        found = _untraceable(part)
-        if found is not None:
-            raise OptionError(f"{f'{name!r} of the model' if name else 'the model'} {found}")
+    refuse_untraceable(model)
     if calib_every is not ...:
         options["calib_every"] = calib_every
     net = FeedbackModule(model, *resolve(method, options, preset))
+    if not isinstance(inplace, bool):
+        raise OptionError(f"inplace={inplace!r} must be True or False")
     if not inplace:
         return net
     in_place.install(model, net)
     return model
-
-
-def _untraceable(part: nn.Module) -> str | None:
-    """Why a module cannot be captured, with the remedy."""
-    if isinstance(part, FeedbackModule):
-        return "is compiled by grapefx already"
-    if isinstance(part, torch.jit.ScriptModule):
-        return "is a TorchScript module, which cannot be traced: use the Python module"
-    if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):
-        return "was compiled by torch.compile: use the module inside (._orig_mod)"
-    own = [*part._parameters.values(), *part._buffers.values()]
-    if any(nn.parameter.is_lazy(t) for t in own if t is not None):
-        return "has no sizes yet (a lazy module): run the model once before compiling it"
-    return None
 
 
 def restore(model: M) -> M:

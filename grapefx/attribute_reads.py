@@ -42,7 +42,7 @@ def recording(model: nn.Module, found: dict[tuple[str, str], None]) -> Iterator[
 
 
 def _number(module: nn.Module, value: Any) -> bool:
-    plain = value is None or isinstance(value, int | float | str | tuple | list | dict)
+    plain = value is None or isinstance(value, int | float | str | tuple | list | dict | Tensor)
     return plain and not type(module).__module__.startswith("torch.")
 
 

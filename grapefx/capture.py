@@ -19,6 +19,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from grapefx.batch_facts import Number, holds, number
+from grapefx.constants import refuse_unregistered, tensor_attributes
 from grapefx.cumulative import cumulative_norms
 from grapefx.errors import CaptureError, tell
 from grapefx.ir import Captured, Slot
@@ -210,7 +211,8 @@ def _fixed_lead(captured: Captured, sizes: dict[int, int], batch_dim: int) -> in
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    first = text.splitlines()[0][:200] if text else ""
+    return first if " " in first else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 def _data_dependent(error: BaseException) -> bool:
@@ -220,12 +222,15 @@ def _data_dependent(error: BaseException) -> bool:
 def _explain(error: Exception) -> CaptureError:
     where = unwrap_for_export(error)
     data_dependent = _data_dependent(error)
-    remedy = (
-        "the model branches on the value of a tensor; use torch.where or torch.cond, "
-        "or compute the condition outside the model"
-        if data_dependent
-        else "see the error above; the model must be traceable by torch.export"
-    )
+    if data_dependent:
+        remedy = (
+            "the model branches on the value of a tensor; use torch.where or torch.cond, "
+            "or compute the condition outside the model"
+        )
+    elif "fake tensor in the exported program constant" in str(error):
+        remedy = "use x.detach() where the model has x.data, which a trace does not see"
+    else:
+        remedy = "see the error above; the model must be traceable by torch.export"
     at = f"\n  at {where}" if where else ""
     return CaptureError(f"the model cannot be captured: {_first_line(error)}{at}\n  {remedy}")
 
@@ -431,13 +436,22 @@ def _read(
             mutated.append((out.target or "").removeprefix("model."))
         elif out.kind is OutputKind.USER_OUTPUT:
             outputs.append(getattr(out.arg, "name", ""))
+        elif out.kind.name == "PARAMETER_MUTATION":
+            name = (out.target or "").removeprefix("model.")
+            raise CaptureError(
+                f"the model writes into its parameter {name!r} in the forward "
+                "(nn.Embedding(max_norm=...) does)\n"
+                "  remedy: do it behind the optimizer's step, under torch.no_grad()"
+            )
         else:
             raise CaptureError(
                 f"the model changes {out.target!r} in place during the forward ({out.kind.name}); "
                 "copy it first (x = x.clone())"
             )
-    for name in constants:
-        notes.append(f"constant {name!r} was fixed when the model was captured")
+    for name, tensor in constants.items():
+        refuse_unregistered(model, name, tensor)
+        if name not in tensor_attributes(model):
+            notes.append(f"constant {name!r} was fixed when the model was captured")
     symbol = None
     if dynamic:
         carrier = [n for n in gm.graph.nodes if n.op == "placeholder"][

@@ -36,6 +36,11 @@ def check_together(method: Method, options: Options) -> None:
             f"tangent_fraction={options.tangent_fraction!r}: method {method.name!r} needs the "
             "tangent of every sample for its gradient\n  remedy: tangent_fraction=1"
         )
+    if method.mechanism == "parameters" and (options.directions, options.streams) != (1, "shared"):
+        raise OptionError(
+            f"method {method.name!r} takes one direction for all parameters\n"
+            "  remedy: leave directions and streams out"
+        )
     if options.align_warmup and not method.aligns():
         raise OptionError(
             f"align_warmup={options.align_warmup!r}: method {method.name!r} learns no feedback "

@@ -6,6 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from grapefx.methods import Method, get_method, names, option_names
 from grapefx.options import OPTION_NAMES, Options
 from grapefx.plan import Plan, build_plan
 from grapefx.torch_compat import FakeTensorMode, pytree
+from grapefx.untraceable import refuse_untraceable
 
 if TYPE_CHECKING:
     from grapefx.analysis import DeviceModel
@@ -32,7 +34,7 @@ def inspect(
     device: DeviceModel | str = "cpu-2core",
     workers: Sequence[int | None] = (1, 2, 4, 8, None),
     batch: int | None = None,
-    calib_every: int | None = None,
+    calib_every: int | str | None = None,
     steps_per_epoch: int | None = None,
     name: str | None = None,
     **options: Any,
@@ -48,10 +50,10 @@ def inspect(
         device: a bundled device model's name, a YAML file, or a model.
         workers: numbers of workers to schedule for; None is unlimited.
         batch: report for this batch size instead of the example's.
-        calib_every: T, one full backward step every T epochs; None leaves it out.
+        calib_every: T, one full backward step every T epochs; None leaves it out. As ``compile``'s.
         steps_per_epoch: mini-batches an epoch, for the share of calibration.
         name: the model's name in the report.
-        options: options of ``grapefx.compile`` and of the methods.
+        options: options of ``grapefx.compile`` (not ``preset``, ``inplace``) and of the methods.
 
     Returns:
         The report: ``print`` it, or see its ``html()``, ``json()``, ``to_dict()``.
@@ -67,7 +69,7 @@ def inspect(
         device=device,
         workers=workers,
         batch=batch,
-        calib_every=calib_every,
+        calib_every=_epochs(plans[-1].options),
         steps_per_epoch=steps_per_epoch,
         name=name or type(model).__name__,
     )
@@ -82,6 +84,7 @@ def build_plans(
     """A plan a method, BP's first, from one capture of the model. Arguments as ``inspect``."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"grapefx.inspect takes an nn.Module, not {type(model).__name__}")
+    refuse_untraceable(model)
     asked = [method] if isinstance(method, (str, Method)) else list(method)
     chosen = _methods(asked, options)
     opts = Options(**{k: v for k, v in options.items() if k in OPTION_NAMES})
@@ -91,7 +94,7 @@ def build_plans(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GrapefxWarning)  # the report shows notes itself
-            first = build_plan(model, args, kwargs, method="bp", options=opts)
+            first = build_plan(model, args, kwargs, method="bp", options=_for_bp(opts))
     except CaptureError as e:
         raise locate(model, args, kwargs) or e from e
     plans = [first]
@@ -116,6 +119,10 @@ def report_plans(
     from grapefx.report.from_plan import method_graphs, parameter_count
 
     first = plans[0]
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise InputError(f"batch={batch!r} must be a positive integer")
+    if isinstance(workers, int) or not all(w is None or isinstance(w, int) for w in workers):
+        raise InputError(f"workers={workers!r} must be a list of integers, None for unlimited")
     if first.captured.batch is None:
         if batch not in (None, first.batch_size):
             raise InputError(
@@ -150,18 +157,27 @@ def explain(
 ) -> Report:
     """The report on a plan that is in use, beside BP on the same capture (``net.explain()``)."""
     o = plan.options
-    plans = [plan] if plan.method.name == "bp" else [plan.for_method("bp", o), plan]
+    plans = [plan] if plan.method.name == "bp" else [plan.for_method("bp", _for_bp(o)), plan]
     return report_plans(
         plans,
         device=device,
         workers=workers,
         batch=batch,
-        calib_every=(
-            o.calib_every if isinstance(o.calib_every, int) and o.calib_unit == "epoch" else None
-        ),
+        calib_every=_epochs(o),
         steps_per_epoch=o.steps_per_epoch,
         name=name,
     )
+
+
+def _for_bp(options: Options) -> Options:
+    """Without what only methods with tangents take."""
+    return replace(options, perturb="activation", align_warmup=0)
+
+
+def _epochs(options: Options) -> int | None:
+    """Epochs between calibrations, where they are counted in epochs."""
+    every = options.calib_every
+    return every if isinstance(every, int) and options.calib_unit == "epoch" else None
 
 
 def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -64,6 +64,12 @@ class FeedbackMap:
             parts.append("seeded")
         return ", ".join(parts) or "dense"
 
+    def reading(self, seed: int) -> str:
+        """The random parts that B stands behind: with others it is another map."""
+        parts = [f"low-rank {self.rank}"] if self.rank is not None else []
+        parts += [f"sparse 1/{self.groups}"] if self.groups > 1 else []
+        return ", ".join([*parts, f"seed {seed}"]) if parts else ""
+
     @property
     def shape(self) -> tuple[int, int]:
         """(C, n): the shape of B; C / G rows in a sparse map."""
@@ -176,10 +182,14 @@ class FeedbackMap:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Something that keeps a state: its key in the state dict, and the shape that ``init`` gets."""
+    """Something that keeps a state: its key in the state dict, and the shape that ``init`` gets.
+
+    ``reading``: what else gives the state its meaning, see ``FeedbackMap.reading``.
+    """
 
     key: str
     shape: tuple[int, ...]
+    reading: str = ""
 
 
 @dataclass(frozen=True)

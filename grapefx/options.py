@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from grapefx.errors import OptionError, nearest
+from grapefx.errors import OptionError, is_number, nearest
 from grapefx.lowering import BACKENDS, PARALLEL
 from grapefx.map_choice import parse_kind
 from grapefx.passes.partition import GRANULARITIES
@@ -84,8 +84,11 @@ class Options:
             raise OptionError(
                 f"streams={self.streams!r} must be 'shared', 'per_layer' or a number of groups"
             )
-        if self.dynamic not in (None, True, False):
-            raise OptionError(f"dynamic={self.dynamic!r} must be None, True or False")
+        for name in ("dynamic", "calib_init"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be None, True or False")
+        if self.backend_options is not None and not isinstance(self.backend_options, dict):
+            raise OptionError(f"backend_options={self.backend_options!r} must be a dict")
         parse_kind(self.feedback)
         for name in ("points", "error_at"):
             if getattr(self, name) is not None:
@@ -94,6 +97,9 @@ class Options:
             raise OptionError(
                 "residual='leak' chooses its own points: leave points and granularity out"
             )
+        for name in ("tangent_fraction", "calib_threshold", "calib_budget", "ridge"):
+            if not is_number(getattr(self, name)):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be a number")
         if not 0 < self.tangent_fraction <= 1:
             raise OptionError(f"tangent_fraction={self.tangent_fraction!r} must be in (0, 1]")
         if not -1 <= self.calib_threshold <= 1:

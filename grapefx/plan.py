@@ -13,7 +13,7 @@ from torch import nn
 
 from grapefx.capture import capture, flatten_call, pick_hint
 from grapefx.choices import check_together, resolve
-from grapefx.errors import BudgetError, CaptureError, PlacementError
+from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
 from grapefx.ir import Captured, Layer, StepGraph
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
@@ -36,6 +36,7 @@ from grapefx.passes.partition import (
 from grapefx.passes.perturbed import build_perturbed
 from grapefx.passes.prune import prune_masks
 from grapefx.passes.second_forward import build_two_forwards, input_size
+from grapefx.passes.source import quoted
 from grapefx.passes.sweep import HEAVY, UncuttableError, sample_shape
 from grapefx.passes.tangent import add_tangents
 from grapefx.passes.verify import check, independence
@@ -127,7 +128,10 @@ class Plan:
         if self.method.state_at == "input":
             size = input_size(self.joint, self.method.name)
             return (StateSpec("input", (size, self.error_rows["dense"].dim)),)
-        return tuple(StateSpec(m.layer.name, m.shape) for m in self.maps if m.seed is None)
+        seed = self.options.seed
+        return tuple(
+            StateSpec(m.layer.name, m.shape, m.reading(seed)) for m in self.maps if m.seed is None
+        )
 
     def states(self) -> tuple[dict[str, torch.Tensor], ...]:
         """Fake tensors of each state in ``state_specs`` (shape, dtype, device; no memory)."""
@@ -297,20 +301,37 @@ def build_plan(
         **captured.constants,
     }
     trainable = {n for n, p in parameters.items() if p.requires_grad}
+    passes = not trainable and any(e.requires_grad for e in examples)
+    if passes:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
+        chosen, options = get_method("bp", {}), replace(options, residual="cut", points=None)
     lead = examples[captured.lead]
     batch_size = lead.shape[options.batch_dim] if lead.ndim > options.batch_dim else 1
     if options.residual == "leak":
         captured = with_edges(captured, frozenset(HEAVY))
-    placement = _placement(captured, trainable, chosen, options, batch_size)
-    joint = trace_joint(
-        captured,
-        placement,
-        values,
-        examples,
-        trainable,
-        batch_hint=_hint(captured, values, examples, options.batch_dim),
-        batch_dim=options.batch_dim,
-    )
+    if passes:
+        placement = Placement((), (), ())
+    else:
+        placement = _placement(captured, trainable, chosen, options, batch_size)
+    if not chosen.exact:
+        _refuse_sparse(captured)
+    try:
+        joint = trace_joint(
+            captured,
+            placement,
+            values,
+            examples,
+            trainable,
+            batch_hint=_hint(captured, values, examples, options.batch_dim),
+            batch_dim=options.batch_dim,
+        )
+    except RuntimeError as e:
+        if captured.batch is None or "SymIntArrayRef" not in str(e):
+            raise
+        tell(
+            "a derivative of torch's cannot have a symbolic batch size (affine_grid); each new "
+            "batch size is captured again"
+        )
+        return build_plan(model, args, kwargs, method=chosen, options=options, fixed=True)
     layers = tuple(c.layer for c in placement.cuts)
     mark_forward(joint, layers)
     check(joint, "joint")
@@ -342,6 +363,17 @@ def build_plan(
     )
     _check_feedback(plan)
     return plan
+
+
+def _refuse_sparse(captured: Captured) -> None:
+    places = {"aten.embedding.default": 4, "aten.embedding_bag.padding_idx": 5}
+    for node in captured.gm.graph.nodes:
+        at = places.get(str(node.target))
+        if at is not None and len(node.args) > at and node.args[at] is True:
+            raise CaptureError(
+                f"{node.target} (node {node.name!r}) asks for sparse gradients, which only "
+                f"method='bp' gives{quoted(node)}\n  remedy: nn.Embedding(sparse=False)"
+            )
 
 
 def _reads_classes(method: Method) -> bool:

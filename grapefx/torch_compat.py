@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -512,10 +513,11 @@ def unwrap_for_export(error: BaseException) -> str:
     """The user's own frame of an export failure: ``file:line, in function: source``, or ''."""
     import traceback
 
+    package = os.path.dirname(__file__)
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "grapefx" not in f.filename and f.line
+        if "/torch/" not in f.filename and not f.filename.startswith(package) and f.line
     ]
     if not frames:
         return ""

@@ -42,7 +42,10 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
 
 
 def refit(b: Builder) -> None:
-    """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2)."""
+    """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2).
+
+    A map whose fit is not finite, or zero, stays as it is.
+    """
     backward = markers.find(b.graph, markers.CUT_BACKWARD)
     inverse: dict[str, list[Node]] = {}
     ridge, method = b.fb.ridge, b.fb.method
@@ -71,7 +74,9 @@ def refit(b: Builder) -> None:
         else:
             made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
             new = m.joined(made, state)
-        ok = torch.isfinite(fitted.abs().sum())
+        # zeros where the true gradient is (an output layer that starts at zero) would stay zeros
+        size = fitted.abs().sum()
+        ok = torch.isfinite(size) & (size > 0)
         return {k: torch.where(ok, new[k], state[k]) for k in state}
 
     for m, state in zip(b.fb.maps, b.state_nodes, strict=True):

@@ -48,6 +48,7 @@ class _Marked(torch.fx.Interpreter):
 
     def __init__(self, gm: GraphModule, cuts: dict[Node, int], taps: dict[Node, int]) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # our errors name the line themselves
         self.cuts = cuts
         self.taps = taps
         self.before_cut: dict[Node, Any] = {}

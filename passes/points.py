@@ -24,6 +24,8 @@ Choice = str | type[nn.Module] | Callable[[Node], bool]
 
 def check_choice(option: str, choice: Any) -> None:
     """Raise ``OptionError`` for what cannot name a place."""
+    if not _listed(choice):
+        raise OptionError(f"{option}={choice!r} names nothing\n  remedy: leave {option} out")
     for one in _listed(choice):
         if not isinstance(one, str) and not callable(one):
             raise OptionError(

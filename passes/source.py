@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch.fx import Node
+
+_PACKAGE = str(Path(__file__).parent.parent)  # grapefx, whose own frames say nothing
 
 
 def source_of(node: Node) -> str:
@@ -20,7 +24,8 @@ def _frame(node: Node) -> tuple[str, str]:
     starts = [i for i, line in enumerate(lines) if line.startswith("File ")]
     if not starts:
         return "", ""
-    own = [i for i in starts if "/torch/" not in lines[i].split(", line")[0]]
+    files = {i: lines[i].partition('"')[2].partition('"')[0] for i in starts}
+    own = [i for i, f in files.items() if "/torch/" not in f and not f.startswith(_PACKAGE)]
     at = (own or starts)[-1]
     code = lines[at + 1] if at + 1 < len(lines) and at + 1 not in starts else ""
     return lines[at], code

@@ -138,6 +138,16 @@ class Sweep:
             )
         return live
 
+    def trained(self) -> set[Node]:
+        """Nodes that a gradient leads from to a trainable parameter."""
+        found = set(self.param_of)
+        for n in self.nodes:
+            if n.op != "call_function" or n.target is aten.detach.default:
+                continue
+            if is_float(n) or isinstance(value(n), (tuple, list)):
+                found.update([n] if any(a in found for a in n.all_input_nodes) else [])
+        return found
+
     @staticmethod
     def ancestors(nodes: Iterable[Node]) -> set[Node]:
         """Everything that leads to one of ``nodes``."""

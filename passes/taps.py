@@ -75,6 +75,8 @@ def _outer(sweep: Sweep) -> list[Node]:
             "the model returns a complex tensor, and feedback is real\n"
             "  remedy: return torch.view_as_real(it), or method='bp'"
         )
+    trained = sweep.trained()  # h, and not h.detach() behind it; the joint trace refuses none
+    outputs = [n for n in outputs if n in trained] or outputs
     inner = sweep.ancestors(outputs)
     last = [n for n in outputs if n not in inner]
     taps = {n: [n] for n in last if n in sweep.folds}

@@ -192,6 +192,8 @@ def train(
     torch.manual_seed(args.seed)
     start_model = build(name, data, task.width)
     scratch = build(name, data, task.width)
+    if not 0 < args.batch_size <= len(data.train_y):
+        sys.exit(f"--batch-size must be from 1 to {len(data.train_y)}, the number of images")
     per_epoch = len(data.train_y) // args.batch_size
     total = task.epochs * per_epoch
     variants = []

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from grapefx.errors import OptionError, nearest
+from grapefx.errors import OptionError, is_number, nearest
 
 # What ``cotangent`` and ``learn`` may read; the graph is checked against the declaration.
 READS = frozenset(
@@ -182,8 +182,8 @@ def choose(name: str, value: str, valid: tuple[str, ...]) -> None:
 
 def positive(name: str, value: float) -> None:
     """Refuse an option's value that is not above 0."""
-    if not value > 0:
-        raise OptionError(f"{name}={value!r} must be positive")
+    if not is_number(value) or not value > 0:
+        raise OptionError(f"{name}={value!r} must be a positive number")
 
 
 def he_bound(n: int) -> float:

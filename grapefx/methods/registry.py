@@ -63,7 +63,15 @@ def build(cls: type[Method], options: dict[str, Any]) -> Method:
     for key in options:
         if key not in fields:
             raise OptionError(f"method {cls.name!r} has no option {key!r}.{nearest(key, fields)}")
-    return declared(cls(**options))
+    for field in dataclasses.fields(cls):
+        value = options.get(field.name, field.default)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise OptionError(f"{field.name}={value!r} must be True or False")
+    try:
+        method = cls(**options)
+    except TypeError as e:
+        raise OptionError(f"an option of {cls.name!r} in {options} is no number: {e}") from e
+    return declared(method)
 
 
 def declared(method: Method) -> Method:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grapefx.batch_facts import holds, same_graph
 from grapefx.capture import capture
+from grapefx.constants import tensor_attributes
 from grapefx.errors import InputError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
@@ -60,7 +61,10 @@ class Captures:
         if self.fingerprint is None:
             self.fingerprint = Fingerprint(self.model)
         fingerprint = self.fingerprint
-        key, batch = self._key(leaves, spec, fingerprint.read(), training)
+        reading = fingerprint.read()
+        if training and not fingerprint.trains(reading):
+            training = any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
+        key, batch = self._key(leaves, spec, reading, training)
         found = self._find(key, batch)
         if found is None or not _settled(found, batch):
             with building():
@@ -115,9 +119,9 @@ class Captures:
             ):
                 return x
             return x.contiguous()
-        if role == "constant":
+        if role == "constant" and ref not in program.attributes:
             return program.constants[ref]
-        store, key = self.slots[ref]
+        store, key = program.attributes[ref] if role == "constant" else self.slots[ref]
         return store[key]
 
     def ensure_states(self, feedback: FeedbackState) -> None:
@@ -156,6 +160,11 @@ class Captures:
         fixed: bool = False,
     ) -> Program:
         self._check_devices(leaves)
+        _, batch = self._key(leaves, spec, reading, training)
+        if batch == 0 and training and not self.method.exact:
+            raise InputError(
+                "no step can be taken on a batch of no samples\n  remedy: leave empty batches out"
+            )
         options = self.options
         backend = (
             options.backend, options.backend_options, options.dynamic, options.parallel
@@ -172,13 +181,17 @@ class Captures:
             captured = plan.captured
             program = Program(plan, None, captured.out_spec, captured.constants, *backend)
             program.renamed = self._ensure(plan, feedback)
-            self.plan = plan
+            # not that of a model that is frozen for now
+            if any(s.role == "gradient" for s in plan.joint.outputs):
+                self.plan = plan
         else:
             program = Program(None, step, captured.out_spec, captured.constants, *backend)
         for note in plan.notes if training else captured.notes:
             tell(note)
         program.captured = captured
         program.lead = captured.lead
+        places = tensor_attributes(self.model)
+        program.attributes = {k: places[k] for k in captured.constants if k in places}
         program.written = captured.mutated
         assert self.fingerprint is not None
         restless = self.fingerprint.restless(reading)

@@ -20,7 +20,9 @@ class Step(torch.autograd.Function):
         ctx: Any, owner: Any, step: CompiledStep, arguments: list[Any], *leaves: Tensor
     ) -> Any:
         results = owner.run_forward(step, arguments)
-        outs = tuple(results[: step.outputs])
+        # h and h.detach() are one value of the graph, but two outputs
+        kept = zip(results[: step.outputs], owner.differentiable, strict=True)
+        outs = tuple([o if keep else o.detach() for o, keep in kept])
         saved = results[step.outputs :]
         ctx.save_for_backward(*[saved[i] for i in step.saved_tensors])
         ctx.sizes = [saved[i] for i in step.saved_sizes]
@@ -45,8 +47,9 @@ class Step(torch.autograd.Function):
             )
         if ctx.used:
             raise BackwardError(
-                "backward was called twice on one forward: the feedback maps have already learned "
-                "from it. Sum the losses and call backward once, or run the forward again."
+                "backward was called twice on one forward: its saved values are gone, and feedback "
+                "maps have learned from it. Sum the losses and call backward once, or run the "
+                "forward again."
             )
         tensors = ctx.saved_tensors
         inputs: list[Any] = [None] * (len(step.saved_tensors) + len(step.saved_sizes))

@@ -93,6 +93,11 @@ class Fingerprint:
             scalars += tuple([_contents(d.get(k)) for d, k in self._more])
         return self.structure, modes, layouts, scalars
 
+    @staticmethod
+    def trains(reading: tuple[Any, ...]) -> bool:
+        """Whether any parameter was trainable."""
+        return any(layout[0] for layout in reading[2])
+
     def watch(self, read: tuple[tuple[str, str], ...]) -> tuple[Any, ...]:
         """Read these (module, attribute) too; returns what each reading ends in from now on."""
         modules = dict(self.model.named_modules())
@@ -173,6 +178,8 @@ def _watched(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """None, a number of another type (NumPy's), a short list or dict of numbers; else the type."""
+    if isinstance(value, torch.Tensor):
+        return _layout(value)
     if value is None or isinstance(value, int | float | str | Enum):
         return (type(value), value)
     if isinstance(value, list | dict) and len(value) <= _SHORT:

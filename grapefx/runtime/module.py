@@ -175,7 +175,7 @@ class FeedbackModule(nn.Module):
 
     def _saved(self) -> dict[str, Any]:
         return {
-            "tensors": self._feedback.tensors or self._feedback.pending or {},
+            "tensors": self._feedback.latest(),
             "schedule": self._schedule.state(),
             "momentum": self._momentum,
             "skipped": self._skipped,
@@ -241,6 +241,8 @@ class FeedbackModule(nn.Module):
         self._schedule.tell_once()
         kind = self._kind(plan)
         captures = self._captures
+        if kind == "calibration" and self._options.calib_update == "sgd":
+            _refuse_scaled(captures.device_type)
         batch = captures.batch_size(program, inputs)
         with autocast_off(captures.device_type):
             step = program.step(kind, batch)
@@ -365,6 +367,7 @@ class FeedbackModule(nn.Module):
             "architecture": architecture(self._original),
             "seed": self._options.seed,
             "tensors": {k: v.detach().clone() for k, v in saved["tensors"].items()},
+            "readings": self._feedback.latest_readings(),
             "schedule": saved["schedule"],
             "momentum": {k: v.clone() for k, v in self._momentum.items()},
             "skipped": self.skipped_updates,
@@ -386,10 +389,12 @@ class FeedbackModule(nn.Module):
                 f"{self._method.name!r}"
             )
         check_architecture(state["architecture"], self._original)
-        self._feedback.load(state["tensors"])
-        self._captures.ensure_states(self._feedback)
+        feedback = copy.copy(self._feedback)
+        feedback.load(state["tensors"], state.get("readings", {}))
+        self._captures.ensure_states(feedback)
         self._schedule.load(state["schedule"])
         self.__dict__.update(
+            _feedback=feedback,
             _momentum={k: v.clone() for k, v in state["momentum"].items()},
             _skipped=state["skipped"],
         )
@@ -427,7 +432,15 @@ class FeedbackModule(nn.Module):
     @property
     def feedback(self) -> dict[str, Tensor]:
         """The feedback tensors by "layer/name" (read-only view of the present values)."""
-        return dict(self._feedback.tensors)
+        return dict(self._feedback.latest())
+
+
+def _refuse_scaled(device: str) -> None:
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
+        raise InputError(
+            "calib_update='sgd' steps by itself, with gradients that a GradScaler would have "
+            "scaled\n  remedy: calib_update='grad', or autocast to bfloat16 without a GradScaler"
+        )
 
 
 def _rebuild(

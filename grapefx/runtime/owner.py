@@ -74,7 +74,7 @@ class Owner:
             except RuntimeError as e:
                 if any(isinstance(a, Tensor) and a.numel() == 0 for a in arguments):
                     raise InputError(
-                        f"the model cannot take a batch of no samples: {str(e).splitlines()[0]}\n"
+                        f"no step can be taken on a batch of no samples: {str(e).splitlines()[0]}\n"
                         "  remedy: leave empty batches out"
                     ) from e
                 raise
@@ -106,12 +106,15 @@ class Owner:
             None if needs and needs <= unused else gradients.get(slot)
             for slot, needs in zip(step.gradients, step.needs, strict=True)
         ]
+        if not any(role == "gradient" for role, _ in step.gradients):
+            return found  # all is frozen: not a step of training
         if (learned or metrics) and distributed.parallel():
             refits = self.calibration and module._method.refits
             learned, metrics = distributed.agree(
                 learned, module._feedback.tensors, metrics, module._method if refits else None
             )
-        if not self.calibration and module._schedule.step < module._options.align_warmup:
+        exact = self.calibration and module._options.calib_refit != "feedback"
+        if not exact and module._schedule.step < module._options.align_warmup:
             # zeros, not None: DistributedDataParallel and GradScaler wait for a gradient
             found = [
                 torch.zeros_like(g) if role == "gradient" and g is not None else g
@@ -140,8 +143,8 @@ class Owner:
             # reading a flag on an accelerator would wait for it: it is read with the metrics
             new["unread"] = (*new.get("unread", ()), flag)
         schedule = copy.copy(module._schedule)
-        # one that was not finite fitted nothing: the next step tries again
-        schedule.done(self.calibration and ok, cosine)
+        # one that fitted nothing (not finite, no gradient yet): the next step tries again
+        schedule.done(self.calibration and ok and self._fitted(step, learned, found), cosine)
         state: dict[str, Any] = {"_schedule": schedule, "_metrics": new}
         if learned:
             state["_feedback"] = module._feedback.having(learned)
@@ -161,6 +164,20 @@ class Owner:
         if len(new.get("unread", ())) >= 256:
             module._read_flags()
         return found
+
+    def _fitted(self, step: CompiledStep, learned: dict[str, Tensor], found: list[Any]) -> bool:
+        """Whether a calibration had a true gradient to fit maps to: it moved one, or found none
+        to move (the same batch and weights again).
+        """
+        old = self.module._feedback.tensors
+        if not learned or any(not torch.equal(t, old[k]) for k, t in learned.items()):
+            return True
+        behind = {p for layer in self.layers for p in layer.parameters}
+        exact = self.module._options.calib_refit != "feedback"
+        return exact and any(
+            g is not None and name in behind and bool(g.any())
+            for (_, name), g in zip(step.gradients, found, strict=True)
+        )
 
     def _own_sgd(
         self, step: CompiledStep, found: list[Any]

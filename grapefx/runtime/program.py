@@ -100,6 +100,8 @@ class Program:
         self.captured: Captured | None = None
         self.sizes: set[int] = set()  # batch sizes that the capture is known to be right for
         self.lead = 0  # the input that holds the batch
+        # constants that are attributes of modules: where each lives
+        self.attributes: dict[str, tuple[dict[str, Any], str]] = {}
         self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
         self.written: tuple[str, ...] = ()  # buffers that the forward writes in place
         # by (kind, batch size); batch size None: any

@@ -23,7 +23,18 @@ class FeedbackState:
         self.method = method
         self.seed = seed
         self.tensors: dict[str, Tensor] = {}
-        self.pending: dict[str, Tensor] | None = None  # loaded before the layers were known
+        self.readings: dict[str, str] = {}  # of each layer, see ``StateSpec``
+        # loaded, until the layers are known
+        self.pending: dict[str, Tensor] | None = None
+        self.pending_readings: dict[str, str] = {}
+
+    def latest(self) -> dict[str, Tensor]:
+        """The tensors that the next step reads (where the layers keep them, or as loaded)."""
+        return self.tensors if self.pending is None else self.pending
+
+    def latest_readings(self) -> dict[str, str]:
+        """The readings that belong to ``latest``."""
+        return dict(self.readings if self.pending is None else self.pending_readings)
 
     def ensure(
         self, specs: tuple[StateSpec, ...], dtype: torch.dtype, device: torch.device
@@ -32,9 +43,14 @@ class FeedbackState:
 
         Returns the keys that differ from "layer/name": a map belongs to one sample shape, so inputs
         of another length or resolution get one of their own, "layer[CxN]/name".
+
+        Raises:
+            StateError: what was loaded is of other feedback points or maps; nothing changed.
         """
         if self.pending is not None:
+            self._check_pending(specs)
             self.tensors, self.pending = self.pending, None
+        self.readings = {**self.readings, **{m.key: m.reading for m in specs}}
         new = {
             k: t.to(device, dtype if t.is_floating_point() else t.dtype)
             for k, t in self.tensors.items()
@@ -53,6 +69,25 @@ class FeedbackState:
                     new[f"{key}/{name}"] = t
         self.tensors = new
         return renamed
+
+    def _check_pending(self, specs: tuple[StateSpec, ...]) -> None:
+        assert self.pending is not None
+        have = {key.rpartition("/")[0].partition("[")[0] for key in self.pending}
+        want = {m.key for m in specs}
+        if have - want and want - have:
+            raise StateError(
+                f"the loaded feedback state has maps at {sorted(have - want)[:3]}, this model's "
+                f"feedback points need some at {sorted(want - have)[:3]}: it was saved with other "
+                "points=, granularity= or error_at="
+            )
+        for m in specs:
+            saved = self.pending_readings.get(m.key, m.reading)
+            if saved != m.reading:
+                raise StateError(
+                    f"the loaded feedback map of layer {m.key!r} is {saved or 'a full one'}, this "
+                    f"model's is {m.reading or 'a full one'}: pass the feedback= and seed= that "
+                    "it was saved with"
+                )
 
     def _like(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The names and shapes of one layer's state."""
@@ -76,7 +111,7 @@ class FeedbackState:
         new.tensors = {**self.tensors, **learned}
         return new
 
-    def load(self, loaded: dict[str, Tensor]) -> None:
+    def load(self, loaded: dict[str, Tensor], readings: dict[str, str]) -> None:
         """Take over a checkpoint's tensors; checked first, so a refusal changes nothing."""
         names = set(self._like((1, 1)))
         layers: dict[str, set[str]] = {}
@@ -90,6 +125,7 @@ class FeedbackState:
                     f"keeps {sorted(names)}: it was learned with other options"
                 )
         self.pending = {k: v.detach().clone() for k, v in loaded.items()}
+        self.pending_readings = dict(readings)
 
 
 def architecture(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -98,7 +98,7 @@ def test_a_declaration_without_sense_is_refused() -> None:
         ({"method": "grape", "directions": 0}, "directions=0"),
         ({"method": "grape", "preset": "papper"}, "Did you mean 'paper'"),
         ({"method": "fg-a", "tangent_fraction": 0.5}, "needs the tangent of every sample"),
-        ({"method": "dkp", "lr": 0.0}, "lr=0.0 must be positive"),
+        ({"method": "dkp", "lr": 0.0}, "lr=0.0 must be a positive"),
         ({"method": "grape-2024", "rule": "3"}, "rule='3'"),
         ({"method": "pepita", "scale": -1}, "scale=-1"),
     ],

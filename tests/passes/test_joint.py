@@ -186,3 +186,76 @@ def test_derivatives_that_write_into_views(kind: str) -> None:
     net.zero_grad()
     train_step(net, (x,))
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+class _Aligned(nn.Module):
+    """A spatial transformer: the derivative of ``affine_grid`` takes no symbolic size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.out = nn.Linear(16, 6), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = self.place(x.flatten(1)).view(-1, 2, 3)
+        grid = F.affine_grid(at, list(x.shape), align_corners=False)
+        return self.out(F.grid_sample(x, grid, align_corners=False).flatten(1))
+
+
+_OPERATORS = {
+    "circular": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(32, 3)
+    ),
+    "instance norm": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2, track_running_stats=True),
+        nn.Flatten(), nn.Linear(32, 3),
+    ),
+    "affine_grid": _Aligned,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(_OPERATORS))
+def test_composite_operators_train(kind: str) -> None:
+    torch.manual_seed(0)
+    model = _OPERATORS[kind]().double()
+    twin = eager_twin(model)
+    net = compiled(model, "grape", calib_every=None)
+    for n in (4, 5):
+        x = torch.randn(n, 1, 4, 4, dtype=torch.float64)
+        with net.calibration():
+            train_step(net, (x,))
+        train_step(twin, (x,))
+        assert_same_gradients(net, twin)
+        train_step(net, (x,))
+        twin.zero_grad()
+        net.zero_grad()
+
+
+class _Of(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Linear(4, 9), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        square = h.view(-1, 3, 3) + 3 * torch.eye(3, dtype=h.dtype)
+        made = {
+            "cumprod": lambda: h.cumprod(1),
+            "solve": lambda: torch.linalg.solve(square, h.view(-1, 3, 3)).flatten(1),
+            "inverse": lambda: torch.inverse(square).flatten(1),
+            "cholesky": lambda: torch.linalg.cholesky(square @ square.mT).flatten(1),
+            "rfft": lambda: torch.cat([torch.fft.rfft(h).abs(), h], 1)[:, :9],
+        }
+        return self.b(made[self.kind]())
+
+
+@pytest.mark.parametrize("kind", ["cumprod", "solve", "inverse", "cholesky", "rfft"])
+def test_operators_that_torch_takes_apart_with_writes_or_checks(kind: str) -> None:
+    torch.manual_seed(0)
+    model = _Of(kind).double()
+    twin = eager_twin(model)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    train_step(compiled(model, "bp"), (x,))
+    train_step(twin, (x,))
+    assert_same_gradients(model, twin)
+    train_step(compiled(model, "dfa", calib_every=None), (x,))

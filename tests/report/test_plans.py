@@ -220,6 +220,33 @@ def test_bad_arguments():
         grapefx.inspect(model, torch.zeros(4, 9))
     with pytest.raises(grapefx.InputError, match="holds for 1 only"):
         grapefx.inspect(model, torch.zeros(1, 8), batch=4)
+    for batch in (-3, 2.5, 0):
+        with pytest.raises(grapefx.InputError, match="positive integer"):
+            grapefx.inspect(model, x, batch=batch)
+    for workers in (2, ("inf",)):
+        with pytest.raises(grapefx.InputError, match="list of integers"):
+            grapefx.inspect(model, x, workers=workers)
+    with pytest.raises(grapefx.OptionError, match="compiled by grapefx already"):
+        grapefx.inspect(grapefx.compile(model), x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"perturb": "auto"},
+        {"align_warmup": 3},
+        {"calib_every": "auto"},
+        {"calib_unit": "step", "calib_every": 4, "steps_per_epoch": 100},
+    ],
+)
+def test_options_that_train_are_explained(options):
+    """BP, the baseline, takes none of what is for tangents alone."""
+    model, x = mlp(3, 8, 2), torch.randn(4, 8)
+    net = grapefx.compile(model, method="grape", backend="eager", **options)
+    net(x).sum().backward()
+    for report in (net.explain(), grapefx.inspect(model, x, "grape", **options)):
+        assert report.method("grape").work_flops > 0
+        assert "epochs" not in str(report).partition("calibration:")[2].splitlines()[:1]
 
 
 @pytest.mark.slow

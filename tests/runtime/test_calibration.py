@@ -242,6 +242,16 @@ def test_warmup_moves_only_the_maps() -> None:
         assert (moved, learned) == ((False, True) if step < 2 else (True, False))
 
 
+def test_warmup_with_calibrations() -> None:
+    """One that only refits leaves the weights, too; exact gradients train them."""
+    model, args = make("mlp")
+    for refit, moves in (("feedback", False), ("both", True)):
+        net = compiled(model, "grape", align_warmup=3, calib_refit=refit)
+        net.zero_grad()
+        train_step(net, args)
+        assert any(g is not None and bool(g.any()) for g in gradients(net).values()) is moves
+
+
 @pytest.mark.parametrize(
     "options",
     [

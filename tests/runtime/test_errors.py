@@ -43,6 +43,17 @@ from tests.zoo import (
         ({"calib_every": 0}, "calib_every=0 must be a positive integer"),
         ({"calib_every": 1.5}, "calib_every=1.5"),
         ({"calib_every": True}, "calib_every=True"),
+        ({"eta": "0.1"}, "eta='0.1' must be a positive number"),
+        ({"method": "fdfa", "alpha": "x"}, "no number"),
+        ({"method": "drtp", "mean": "no"}, "mean='no' must be True or False"),
+        ({"ridge": float("inf")}, "ridge=inf must be a number"),
+        ({"tangent_fraction": None}, "tangent_fraction=None"),
+        ({"calib_init": "no"}, "calib_init='no'"),
+        ({"inplace": "no"}, "inplace='no'"),
+        ({"dynamic": 1}, "dynamic=1"),
+        ({"backend_options": [1]}, "backend_options"),
+        ({"points": []}, r"points=\[\] names nothing"),
+        ({"method": "fg-w", "directions": 3}, "one direction"),
         ({"calib_unit": "epochs"}, "calib_unit='epochs'.*Did you mean 'epoch'"),
         ({"calib_refit": "all"}, "calib_refit='all'"),
         ({"noise": "gauss"}, "Did you mean 'gaussian'"),
@@ -102,18 +113,17 @@ def test_a_forward_that_raises_keeps_its_own_message() -> None:
 
 
 def test_no_trainable_parameter() -> None:
-    model = MLP().requires_grad_(False)
-    with pytest.raises(PlacementError, match="no trainable parameter"):
-        compiled(model)(torch.randn(4, 8))
-    with torch.no_grad():  # inference is fine
-        compiled(model)(torch.randn(4, 8))
-
     class Empty(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2
 
-    with pytest.raises(PlacementError, match="no trainable parameter"):
-        compiled(Empty())(torch.randn(4, 8))
+    x = torch.randn(4, 8)
+    for model in (MLP().requires_grad_(False), Empty()):
+        out = compiled(model)(x)  # as in eager mode
+        torch.testing.assert_close(out, model(x))
+        assert not out.requires_grad
+        with pytest.raises(InputError, match="no trainable parameter"):
+            grapefx.inspect(model, x)
 
 
 def test_no_feedback_point() -> None:
@@ -344,3 +354,63 @@ def test_an_object_without_tensors_is_returned() -> None:
             return super().forward(x), self.held
 
     assert compiled(Returns(), "bp")(torch.randn(4, 8))[1] is Returns.held
+
+
+def test_a_first_batch_of_no_samples() -> None:
+    net = compiled(MLP(), "dfa")
+    with pytest.raises(InputError, match="no samples"):
+        net(torch.randn(0, 8))
+    train_step(net, (torch.randn(4, 8),))
+
+
+def test_sparse_gradients_are_bps() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 8, sparse=True), MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.words(x).mean(1))
+
+    x = torch.randint(9, (4, 3))
+    with pytest.raises(CaptureError, match=r"sparse=False"):
+        compiled(Words(), "dfa")(x)
+    model = Words()
+    twin = eager_twin(model)
+    train_step(compiled(model, "bp"), (x,))
+    train_step(twin, (x,))
+    assert model.words.weight.grad is not None and model.words.weight.grad.is_sparse
+    torch.testing.assert_close(model.words.weight.grad, twin.words.weight.grad)
+
+
+def test_a_step_of_its_own_is_refused_where_a_loss_scale_is_likely() -> None:
+    net = compiled(MLP(), "grape", calib_update="sgd")
+    with pytest.raises(InputError, match="GradScaler"), torch.autocast("cpu", torch.float16):
+        net(torch.randn(4, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(4, 8))
+
+
+def test_messages_about_parameters_written_and_data() -> None:
+    class Shares(MLP):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = super().forward(x)
+            return h, h.data
+
+    with pytest.raises(CaptureError, match=r"x.detach\(\)"):
+        compiled(Shares(), "bp")(torch.randn(4, 8))
+    words = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(CaptureError, match=r"max_norm(.|\n)*no_grad"):
+        compiled(words, "bp")(torch.randint(9, (4, 2)))
+
+
+def test_the_line_of_a_model_of_torchs_own_modules() -> None:
+    """No frame of ours, which says nothing."""
+    net = compiled(nn.Sequential(nn.LSTM(4, 4, proj_size=2, batch_first=True)), "bp")
+    with pytest.raises(CaptureError, match="proj_size") as caught:
+        net(torch.randn(3, 5, 4))
+    assert "While executing" not in str(caught.value)
+    words = nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 4), nn.Linear(4, 2))
+    with pytest.raises(CaptureError, match="sparse=False") as caught:
+        compiled(words, "dfa")(torch.randint(9, (4, 3)))
+    assert "sparse.py" in str(caught.value) and "side_effects" not in str(caught.value)

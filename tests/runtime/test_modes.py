@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grapefx.errors import CaptureError
 from grapefx.runtime.module import FeedbackModule
 from tests.zoo import (
     MLP,
@@ -434,3 +435,50 @@ def test_cnn_runs_the_whole_zoo_of_changes_in_feedback_mode() -> None:
             k for k, v in net.feedback.items() if k in before and not torch.equal(v, before[k])
         ]
         assert changed or not before
+
+
+@pytest.mark.parametrize("name", ["scale", "_scale"])
+def test_tensor_attributes_are_read_in_every_call(name: str) -> None:
+    class Scaled(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / getattr(self, name)
+
+    model = Scaled()
+    setattr(model, name, torch.tensor(1.0))
+    net = compiled(model, "bp")
+    x = torch.randn(3, 8)
+
+    def same() -> None:
+        torch.testing.assert_close(net(x), model(x))
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), model(x))
+
+    same()
+    programs = len(net._captures.programs)
+    getattr(model, name).fill_(4.0)
+    same()
+    setattr(model, name, torch.tensor(9.0))
+    same()
+    assert len(net._captures.programs) == programs  # an input of the graph, not a constant
+    setattr(model, name, torch.linspace(1, 2, 5))  # of another shape
+    same()
+
+
+@pytest.mark.parametrize("how", ["list", "attribute", "outside"])
+def test_trainable_tensors_that_are_not_registered_are_refused(how: str) -> None:
+    outside = nn.Parameter(torch.ones(5))
+
+    class Hides(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [nn.Linear(5, 5)]
+            self.plain = torch.ones(5, requires_grad=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            if how == "list":
+                return self.hidden[0](out)
+            return out * (self.plain if how == "attribute" else outside)
+
+    with pytest.raises(CaptureError, match="does not register"):
+        compiled(Hides(), "dfa")(torch.randn(3, 8))

@@ -308,3 +308,52 @@ def test_what_the_model_overrides_is_called() -> None:
     assert model.plain.dtype is torch.float64 and model.seen and not model.training
     del net.spare
     assert not hasattr(model, "spare")
+
+
+def test_a_state_loaded_before_the_first_call_is_what_is_saved_and_copied() -> None:
+    model, args = make("mlp")
+    net = compiled(model, "grape")
+    train_step(net, args)
+    saved = net.feedback_state_dict()
+    other = copy.deepcopy(compiled(make("mlp")[0], "grape"))
+    for again in (other, copy.deepcopy(net)):
+        again.load_feedback_state_dict(saved)
+        for n in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+            assert n.feedback_state_dict()["schedule"] == saved["schedule"]
+            for found in (n.feedback, n.feedback_state_dict()["tensors"]):
+                assert found.keys() == saved["tensors"].keys()
+                assert all(torch.equal(v, saved["tensors"][k]) for k, v in found.items())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before-a-call", "after-a-call"])
+@pytest.mark.parametrize(
+    ("saved", "mine", "message"),
+    [
+        ({"feedback": "low-rank:4"}, {"feedback": "low-rank:4", "seed": 1}, "seed 0.*seed 1"),
+        ({"feedback": "sparse:2"}, {"feedback": "sparse:2", "seed": 1}, "seed 0.*seed 1"),
+        ({"feedback": "low-rank:4"}, {}, "low-rank 4.*a full one"),
+        ({}, {"points": "1"}, "other points="),
+    ],
+)
+def test_a_state_of_other_maps_is_refused_and_nothing_changes(
+    saved: dict[str, Any], mine: dict[str, Any], message: str, late: bool
+) -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(6, 8),)
+    layers = (nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5))
+    first = compiled(nn.Sequential(*layers), "dfa", calib_every=None, **saved)
+    train_step(first, args)
+    state = first.feedback_state_dict()
+    net = compiled(nn.Sequential(*layers), "dfa", calib_every=None, **mine)
+    if late:
+        train_step(net, args)
+        before = net.feedback
+        with pytest.raises(StateError, match=message):
+            net.load_feedback_state_dict(state)
+        assert net.feedback.keys() == before.keys()
+        assert all(torch.equal(v, before[k]) for k, v in net.feedback.items())
+        train_step(net, args)
+    else:
+        net.load_feedback_state_dict(state)  # its feedback points are not known yet
+        with pytest.raises(StateError, match=message):
+            net(*args)

@@ -1,4 +1,4 @@
-"""Outputs that the loss does not use; losses that are not finite; anomaly mode."""
+"""Outputs that the loss does not use or that are detached; frozen models; nothing to fit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import InputError
+from tests.zoo import (
+    MLP,
+    assert_same_gradients,
+    compiled,
+    eager_twin,
+    loss_of,
+    make,
+    train_step,
+)
 
 
 class Heads(nn.Module):
@@ -90,3 +99,75 @@ def test_targets_of_another_batch_size(rows: int) -> None:
     net.targets(torch.zeros(rows, dtype=torch.long))
     with pytest.raises(InputError, match=rf"\({rows}, 3\) do not fit the output \(5, 3\)"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["bp", "dfa", "grape"])
+def test_the_gradient_passes_a_frozen_model_exactly(method: str) -> None:
+    """A generator learns through a discriminator; the discriminator's schedule does not move."""
+    model, (x,) = make("mlp")
+    twin = eager_twin(model)
+    net = compiled(model, method)
+    train_step(net, (x,))
+    calls, plan = net._schedule.step, net.plan
+    for m in (model, twin):
+        m.requires_grad_(False)
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    for m, z in zip((net, twin), given, strict=True):
+        loss_of(m(z)).backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad)
+    assert (net._schedule.step, net.plan) == (calls, plan)
+    assert not net(x).requires_grad
+    model.requires_grad_()
+    train_step(net, (x,))
+    assert net._schedule.step == calls + 1
+
+
+@pytest.mark.parametrize("method", ["bp", "dfa", "grape", "fg-a"])
+@pytest.mark.parametrize("form", ["twin", "view", "scaled", "softmax"])
+def test_a_detached_twin_of_an_output(form: str, method: str) -> None:
+    class Twins(MLP):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = super().forward(x)
+            still = h.detach()
+            more = {"twin": still, "view": still.view(-1), "scaled": still * 2}
+            return h, more.get(form, still.softmax(-1))
+
+    torch.manual_seed(0)
+    model = Twins().double()
+    twin = eager_twin(model)
+    plain = MLP().double()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(4, 8, dtype=torch.float64)
+    options = {"calib_every": None, "seed": 1}
+    net, other = compiled(model, method, **options), compiled(plain, method, **options)
+    for _ in range(2):
+        out, still = net(x)
+        assert out.requires_grad and not still.requires_grad
+        torch.testing.assert_close(still, twin(x)[1])
+        net.zero_grad()
+        other.zero_grad()
+        loss_of(out).backward()
+        loss_of(other(x)).backward()
+        assert_same_gradients(net, other)
+    if method == "bp":
+        loss_of(twin(x)[0]).backward()
+        assert_same_gradients(net, twin)
+
+
+@pytest.mark.parametrize("method", ["dfa", "grape", "grape-2024", "fdfa", "dkp"])
+def test_an_output_layer_that_starts_at_zero(method: str) -> None:
+    """The first calibration has nothing to fit: maps keep their values, and the next one tries."""
+    torch.manual_seed(0)
+    model = MLP(act=nn.Tanh)
+    nn.init.zeros_(model.out.weight)
+    net = compiled(model, method)
+    x, y = torch.randn(32, 8), torch.randint(5, (32,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        assert net._schedule.calibrations == min(step, 1)
+        sizes = [t.norm(dim=0).min() for k, t in net.feedback.items() if k.endswith("/B")]
+        assert min(sizes) > 1e-6 or method in ("dkp", "fdfa")  # which start at 0
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())  # type: ignore[union-attr]

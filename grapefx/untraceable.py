@@ -1,0 +1,32 @@
+"""Modules that no capture can follow, refused before anything is made of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from grapefx.errors import OptionError
+
+
+def refuse_untraceable(model: nn.Module) -> None:
+    """Raise ``OptionError`` naming a part that is compiled already, TorchScript or lazy."""
+    for name, part in model.named_modules():
+        found = _untraceable(part)
+        if found is not None:
+            raise OptionError(f"{f'{name!r} of the model' if name else 'the model'} {found}")
+
+
+def _untraceable(part: nn.Module) -> str | None:
+    """Why a module cannot be captured, with the remedy."""
+    from grapefx.runtime.module import FeedbackModule  # which imports what needs this file
+
+    if isinstance(part, FeedbackModule):
+        return "is compiled by grapefx already"
+    if isinstance(part, torch.jit.ScriptModule):
+        return "is a TorchScript module, which cannot be traced: use the Python module"
+    if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):
+        return "was compiled by torch.compile: use the module inside (._orig_mod)"
+    own = [*part._parameters.values(), *part._buffers.values()]
+    if any(nn.parameter.is_lazy(t) for t in own if t is not None):
+        return "has no sizes yet (a lazy module): run the model once before compiling it"
+    return None
