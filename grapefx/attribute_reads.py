@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 _OWN = frozenset(nn.Module().__dict__)
+_COMMON = frozenset((int, float, bool, str, tuple, list, dict, type(None), MethodType))
 _FOREIGN = frozenset(
     ("abc", "builtins", "collections", "enum", "functools", "numpy", "threading", "torch", "typing")
 )
@@ -27,9 +28,9 @@ def recording(model: nn.Module, found: dict[tuple[str, str], None]) -> Iterator[
     def read(self: nn.Module, name: str) -> Any:
         value = object.__getattribute__(self, name)
         if name[0] == "_":
-            wanted = name not in _OWN and not name.startswith("__") and _number(self, value)
+            wanted = name not in _OWN and name[:2] != "__" and _number(self, value)
         else:
-            wanted = _object(value)
+            wanted = type(value) not in _COMMON and _object(value)
         if wanted and id(self) in paths and name in object.__getattribute__(self, "__dict__"):
             found[paths[id(self)], name] = None
         return value

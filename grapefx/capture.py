@@ -390,7 +390,7 @@ def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
         elif meta in node.args or meta in node.kwargs.values():
             node.args = tuple(cpu if a == meta else a for a in node.args)
             node.kwargs = {k: cpu if a == meta else a for k, a in node.kwargs.items()}
-    if any(from_data(n.meta.get("val")) for n in gm.graph.nodes if n.op == "call_function"):
+    if any("unbacked_bindings" in n.meta for n in gm.graph.nodes):
         _refuse_data(gm.graph)
     for m in parts:
         m.recompile()
@@ -448,9 +448,10 @@ def _read(
                 f"the model changes {out.target!r} in place during the forward ({out.kind.name}); "
                 "copy it first (x = x.clone())"
             )
+    attributes = tensor_attributes(model) if constants else {}
     for name, tensor in constants.items():
         refuse_unregistered(model, name, tensor)
-        if name not in tensor_attributes(model):
+        if name not in attributes:
             notes.append(f"constant {name!r} was fixed when the model was captured")
     symbol = None
     if dynamic:

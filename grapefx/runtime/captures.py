@@ -190,7 +190,7 @@ class Captures:
             tell(note)
         program.captured = captured
         program.lead = captured.lead
-        places = tensor_attributes(self.model)
+        places = tensor_attributes(self.model) if captured.constants else {}
         program.attributes = {k: places[k] for k in captured.constants if k in places}
         program.written = captured.mutated
         assert self.fingerprint is not None
