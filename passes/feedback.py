@@ -8,7 +8,8 @@ steps are in ``passes.calibration``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from grapefx.errors import MethodError
+from grapefx.errors import GrapefxError, MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
@@ -253,7 +254,11 @@ class Builder:
                 if samples:
                     vs, ds = [m.value_rows(v) for v, _ in samples], [d for _, d in samples]
                     rows = replace(rows, noise=torch.cat(vs), tangent=torch.cat(ds))
-                new = m.learned(self.fb.method.learn, rows)
+                with authored(self.fb.method, "learn", m):
+                    new = m.learned(self.fb.method.learn, rows)
+                    shapes = {k: tuple(t.shape) for k, t in state.items()}
+                    if {k: tuple(t.shape) for k, t in new.items()} != shapes:
+                        raise TypeError(f"it has to return a state of {shapes}")
                 return {k: torch.where(ok, new[k], state[k]) for k in state}
 
             new = self.emit(
@@ -305,17 +310,18 @@ class Builder:
                 rows = _rows(m, state, found, dtype)
                 if incoming is not None:
                     rows = replace(rows, incoming=m.value_rows(incoming))
-                made = [
-                    m.cotangent(
-                        self.fb.method.cotangent,
-                        replace(
-                            rows,
-                            noise=m.value_rows(v).to(dtype),
-                            tangent=None if d is None else d.to(dtype),
-                        ),
-                    )
-                    for v, d in pairs
-                ] or [m.cotangent(self.fb.method.cotangent, rows)]
+                with authored(self.fb.method, "cotangent", m):
+                    made = [
+                        m.cotangent(
+                            self.fb.method.cotangent,
+                            replace(
+                                rows,
+                                noise=m.value_rows(v).to(dtype),
+                                tangent=None if d is None else d.to(dtype),
+                            ),
+                        )
+                        for v, d in pairs
+                    ] or [m.cotangent(self.fb.method.cotangent, rows)]
                 total = made[0]
                 for more in made[1:]:
                     total = total + more
@@ -398,6 +404,23 @@ def _rows(
     if dtype is not None:
         values = {k: t.to(dtype) for k, t in values.items()}
     return Rows(state, tokens=m.tokens, classes=m.classes, **values)
+
+
+@contextlib.contextmanager
+def authored(method: Method, part: str, m: FeedbackMap) -> Iterator[None]:
+    """A method's own code inside: what goes wrong is said with the method, and what it may read."""
+    try:
+        yield
+    except GrapefxError:
+        raise
+    except Exception as e:
+        said = str(e).strip().splitlines()
+        reads = method.reads if part == "cotangent" else method.learns_from
+        raise MethodError(
+            f"{part} of method {method.name!r} fails at layer {m.layer.name!r}: "
+            f"{type(e).__name__}: {said[0] if said else ''}\n"
+            f"  it may read {sorted(reads) or 'nothing'}, as declared; all else in rows is None"
+        ) from e
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
+from torch import Tensor
 
-from grapefx.methods import BUILTIN
+import grapefx
+from grapefx.errors import MethodError
+from grapefx.methods import BUILTIN, Method, Rows, State
 from tests.zoo import train_step
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -41,3 +46,41 @@ def test_every_method_has_its_rows() -> None:
         for option, value in cls.paper.items():
             shown = f'{option}="{value}"' if isinstance(value, str) else f"{option}={value}"
             assert f"`{shown}`" in text, (name, shown)
+
+
+@dataclass(frozen=True)
+class _Undeclared(Method):
+    name: ClassVar[str] = "undeclared"
+    reads: ClassVar[frozenset[str]] = frozenset({"error"})
+
+    def init(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> State:
+        return {"B": torch.ones(shape, dtype=dtype, device=generator.device)}
+
+    def cotangent(self, rows: Rows) -> Tensor:
+        return rows.error @ rows.state["B"] + rows.value  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class _Shrinks(_Undeclared):
+    name: ClassVar[str] = "shrinks"
+    learns_from: ClassVar[frozenset[str]] = frozenset({"tangent"})
+
+    def cotangent(self, rows: Rows) -> Tensor:
+        return rows.error @ rows.state["B"]  # type: ignore[operator]
+
+    def learn(self, rows: Rows) -> State:
+        return {"B": rows.state["B"][:1]}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (_Undeclared(), r"cotangent of method 'undeclared' fails at layer '0'(.|\n)*\['error'\]"),
+        (_Shrinks(), r"learn of method 'shrinks'(.|\n)*state of \{'B': \(3, 8\)\}"),
+    ],
+)
+def test_mistakes_of_an_author_are_named(method: Method, message: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    net = grapefx.compile(model, method=method, backend="eager", calib_every=None)
+    with pytest.raises(MethodError, match=message):
+        net(torch.randn(5, 4)).sum().backward()
