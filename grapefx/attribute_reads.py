@@ -35,11 +35,15 @@ def recording(model: nn.Module, found: dict[tuple[str, str], None]) -> Iterator[
             found[paths[id(self)], name] = None
         return value
 
+    before = nn.Module.__dict__.get("__getattribute__")
     nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
+        if before is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = before  # type: ignore[method-assign]
 
 
 def _number(module: nn.Module, value: Any) -> bool:

@@ -23,7 +23,7 @@ class _LostError(CaptureError, AttributeError):
 class Lost:
     """In the place of such an object; any use of it raises ``CaptureError``."""
 
-    _kind: str
+    _kind = "object"
 
     def __init__(self, kind: str) -> None:
         self.__dict__["_kind"] = kind
@@ -37,6 +37,9 @@ class Lost:
             "cannot fill\n  remedy: return the tensors (a distribution's logits) and make the "
             "object of them outside; dataclasses and named tuples of tensors are fine"
         )
+
+    def __bool__(self) -> bool:
+        return True
 
     __getattr__ = __setattr__ = __getitem__ = __iter__ = __len__ = __call__ = _refuse
 

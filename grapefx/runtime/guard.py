@@ -190,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 
 def _holder(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, Enum)
+    return hasattr(value, "__dict__") and not isinstance(value, Enum | torch.Tensor)
 
 
 def _contents(value: Any) -> Any:

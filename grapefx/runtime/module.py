@@ -176,6 +176,7 @@ class FeedbackModule(nn.Module):
     def _saved(self) -> dict[str, Any]:
         return {
             "tensors": self._feedback.latest(),
+            "readings": self._feedback.latest_readings(),
             "schedule": self._schedule.state(),
             "momentum": self._momentum,
             "skipped": self._skipped,
@@ -189,6 +190,7 @@ class FeedbackModule(nn.Module):
     def _restore(self, saved: dict[str, Any], more: dict[str, Any]) -> None:
         self.__dict__.update(more)
         self._feedback.tensors = dict(saved["tensors"])
+        self._feedback.readings = dict(saved["readings"])
         self._schedule.load(saved["schedule"])
         self.__dict__.update(_momentum=saved["momentum"], _skipped=saved["skipped"])
 
@@ -367,7 +369,7 @@ class FeedbackModule(nn.Module):
             "architecture": architecture(self._original),
             "seed": self._options.seed,
             "tensors": {k: v.detach().clone() for k, v in saved["tensors"].items()},
-            "readings": self._feedback.latest_readings(),
+            "readings": saved["readings"],
             "schedule": saved["schedule"],
             "momentum": {k: v.clone() for k, v in self._momentum.items()},
             "skipped": self.skipped_updates,

@@ -319,7 +319,8 @@ def test_a_state_loaded_before_the_first_call_is_what_is_saved_and_copied() -> N
     for again in (other, copy.deepcopy(net)):
         again.load_feedback_state_dict(saved)
         for n in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
-            assert n.feedback_state_dict()["schedule"] == saved["schedule"]
+            for part in ("schedule", "readings"):
+                assert n.feedback_state_dict()[part] == saved[part]
             for found in (n.feedback, n.feedback_state_dict()["tensors"]):
                 assert found.keys() == saved["tensors"].keys()
                 assert all(torch.equal(v, saved["tensors"][k]) for k, v in found.items())
