@@ -351,6 +351,20 @@ def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
         module.recompile()
 
 
+def _passes_gradient(node: torch.fx.Node) -> bool:
+    """Whether an output depends on a value otherwise than through ``detach`` (or ``no_grad``)."""
+    seen: set[torch.fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "output":
+            return True
+        if n not in seen and n.target is not aten.detach.default:
+            seen.add(n)
+            stack.extend(n.users)
+    return False
+
+
 def _refuse_data(graph: torch.fx.Graph) -> None:
     """Drop what checks numbers read from tensors; ``CaptureError`` where an output needs one."""
     checks = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
@@ -449,8 +463,11 @@ def _read(
                 "copy it first (x = x.clone())"
             )
     attributes = tensor_attributes(model) if constants else {}
-    for name, tensor in constants.items():
-        refuse_unregistered(model, name, tensor)
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for slot, node in zip(slots, nodes, strict=True):
+        if slot.role == "constant" and _passes_gradient(node):
+            refuse_unregistered(model, slot.name, constants[slot.name])
+    for name in constants:
         if name not in attributes:
             notes.append(f"constant {name!r} was fixed when the model was captured")
     symbol = None

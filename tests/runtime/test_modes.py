@@ -483,3 +483,29 @@ def test_trainable_tensors_that_are_not_registered_are_refused(how: str) -> None
 
     with pytest.raises(CaptureError, match="does not register"):
         compiled(Hides(), "dfa")(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_a_teacher_that_is_not_registered_may_be_used_without_gradient(how: str) -> None:
+    class Distilled(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = [nn.Linear(8, 5)]  # a list: no part of the state dict
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            if how == "detach":
+                return super().forward(x), self.teacher[0](x).detach()
+            with torch.no_grad():
+                target = self.teacher[0](x)
+            return super().forward(x), target
+
+    model = Distilled()
+    twin = eager_twin(model)
+    net, x = compiled(model, "bp"), torch.randn(3, 8)
+    for m in (net, twin):
+        out, target = m(x)
+        (out - target).pow(2).sum().backward()
+    assert_same_gradients(net, twin, 1e-6)
+    with torch.no_grad():
+        model.teacher[0].weight.mul_(2)  # in place: the graph reads the same memory
+    torch.testing.assert_close(net(x)[1], model(x)[1])
