@@ -7,9 +7,8 @@ of composite ops (``linear``, ``layer_norm``, ``lstm``), which is where feedback
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +17,18 @@ from torch import nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from grapefx.around_trace import as_parameters, custom_functions
 from grapefx.batch_facts import Number, holds, number
 from grapefx.constants import refuse_unregistered, tensor_attributes
 from grapefx.cumulative import cumulative_norms
 from grapefx.errors import CaptureError, tell
 from grapefx.ir import Captured, Slot
 from grapefx.lost import refuse_only_lost, without_lost
-from grapefx.passes import functions
-from grapefx.passes.source import quoted
 from grapefx.side_effects import Watch
+from grapefx.tidy import keep_no_grad, passes_gradient, tidy
 from grapefx.torch_compat import (
     batch_symbol,
     facts_of,
-    from_data,
     plain_calls,
     pytree,
     quiet_export,
@@ -269,7 +267,7 @@ def _export(
         examples = list(tensors)
     shapes = tuple({batch_dim: size} if i in dynamic else {} for i in range(len(examples)))
     with (
-        _watch_functions(), plain_calls(model), _as_parameters(model), flat.watch.watching(),
+        custom_functions(), plain_calls(model), as_parameters(model), flat.watch.watching(),
         cumulative_norms(model), quiet_export(), warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
@@ -277,137 +275,10 @@ def _export(
             flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
         )
     facts = facts_of(exported)  # decomposition asks more, which is no branch of the model's
-    _keep_no_grad(exported.graph_module)
+    keep_no_grad(exported.graph_module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return exported.run_decompositions({}), facts
-
-
-@contextlib.contextmanager
-def _as_parameters(model: nn.Module) -> Iterator[None]:
-    """Tensors that ``torch.func.functional_call`` put in the places of parameters become ones."""
-    held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        values: dict[str, Any] = module.__dict__["_parameters"]
-        for name, t in values.items():
-            if t is None or isinstance(t, nn.Parameter):
-                continue
-            held.append((values, name, t))
-            made.setdefault(id(t), nn.Parameter(t.detach(), requires_grad=t.requires_grad))
-    for store, name, t in held:
-        store[name] = made[id(t)]
-    try:
-        yield
-    finally:
-        for store, name, t in held:
-            store[name] = t
-
-
-@contextlib.contextmanager
-def _watch_functions() -> Iterator[None]:
-    """Keep a user's autograd.Function as one node: export would silently drop its backward."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if (cls.__module__, cls.__name__) == ("torch.utils.checkpoint", "CheckpointFunction"):
-            # it runs its function under no_grad: a capture would cut every gradient
-            raise CaptureError(
-                "the model calls torch.utils.checkpoint with use_reentrant=True, whose backward a "
-                "capture would lose\n  remedy: checkpoint(..., use_reentrant=False); it changes "
-                "nothing here, since a step graph decides by itself what to recompute"
-            )
-        if cls.__module__.startswith("torch."):
-            return original.__get__(None, cls)(*args, **kwargs)
-        if kwargs:
-            return original.__get__(None, cls)(*args, **kwargs)  # which refuses them
-        return functions.record(cls, args)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-def _keep_no_grad(gm: torch.fx.GraphModule) -> None:
-    """Decomposition inlines ``no_grad`` regions and forgets them: detach their outputs."""
-    for module in list(gm.modules()):
-        if not isinstance(module, torch.fx.GraphModule):
-            continue
-        for node in list(module.graph.nodes):
-            if node.op != "call_function" or "set_grad_enabled" not in str(node.target):
-                continue
-            if not node.args or node.args[0] is not False:
-                continue
-            for item in list(node.users):
-                value = item.meta.get("val")
-                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                    continue
-                with module.graph.inserting_after(item):
-                    stop = module.graph.call_function(aten.detach.default, (item,))
-                stop.meta = dict(item.meta)
-                item.replace_all_uses_with(stop, delete_user_cb=lambda u, stop=stop: u is not stop)
-        module.recompile()
-
-
-def _passes_gradient(node: torch.fx.Node) -> bool:
-    """Whether an output depends on a value otherwise than through ``detach`` (or ``no_grad``)."""
-    seen: set[torch.fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n.op == "output":
-            return True
-        if n not in seen and n.target is not aten.detach.default:
-            seen.add(n)
-            stack.extend(n.users)
-    return False
-
-
-def _refuse_data(graph: torch.fx.Graph) -> None:
-    """Drop what checks numbers read from tensors; ``CaptureError`` where an output needs one."""
-    checks = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
-    for node in list(graph.nodes):
-        if getattr(node.target, "overloadpacket", None) in [getattr(aten, c) for c in checks]:
-            graph.erase_node(node)
-    needed = {next(n for n in reversed(graph.nodes) if n.op == "output")}
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    for node in list(graph.nodes):
-        if node not in needed or not from_data(node.meta.get("val")):
-            continue
-        raise CaptureError(
-            f"{node.target} (node {node.name!r}) makes a number or a size of the values of a "
-            f"tensor, which a graph made once cannot follow{quoted(node)}\n"
-            "  remedy: compute with tensors of fixed sizes: leave .item() out, use torch.where or "
-            "a product with the mask instead of indexing by it, or do it outside the model"
-        )
-    graph.eliminate_dead_code()
-
-
-def _tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
-    """Drop assertions: on dtypes and devices (each call is compared with the capture), on values.
-
-    A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``.
-    """
-    meta, cpu = torch.device("meta"), torch.device("cpu")
-    parts = [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]  # no_grad regions
-    for node in [n for m in parts for n in m.graph.nodes]:
-        if node.target is aten._assert_tensor_metadata.default:
-            node.graph.erase_node(node)
-        elif getattr(node.target, "overloadpacket", None) is aten._assert_async:
-            text = repr(node.args[1]) if len(node.args) > 1 else "torch._assert_async"
-            notes.append(f"the model's assertion on values is not checked in a step: {text}")
-            node.graph.erase_node(node)
-        elif meta in node.args or meta in node.kwargs.values():
-            node.args = tuple(cpu if a == meta else a for a in node.args)
-            node.kwargs = {k: cpu if a == meta else a for k, a in node.kwargs.items()}
-    if any("unbacked_bindings" in n.meta for n in gm.graph.nodes):
-        _refuse_data(gm.graph)
-    for m in parts:
-        m.recompile()
 
 
 def _read(
@@ -420,7 +291,7 @@ def _read(
     notes: list[str],
 ) -> Captured:
     gm = exported.graph_module
-    _tidy(gm, notes)
+    tidy(gm, notes)
     signature = exported.graph_signature
     buffers = dict(model.named_buffers(remove_duplicate=False))
     # tied parameters go by the name that named_parameters() gives them
@@ -465,7 +336,7 @@ def _read(
     attributes = tensor_attributes(model) if constants else {}
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for slot, node in zip(slots, nodes, strict=True):
-        if slot.role == "constant" and _passes_gradient(node):
+        if slot.role == "constant" and passes_gradient(node):
             refuse_unregistered(model, slot.name, constants[slot.name])
     for name in constants:
         if name not in attributes:

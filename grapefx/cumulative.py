@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @contextlib.contextmanager
@@ -22,8 +23,8 @@ def cumulative_norms(model: nn.Module) -> Iterator[None]:
     found = [
         m
         for m in model.modules()
-        if isinstance(m, _BatchNorm)
-        and type(m).forward is _BatchNorm.forward
+        if isinstance(m, _NORMS)
+        and type(m).forward is nn.BatchNorm1d.forward  # not one of the user's
         and "forward" not in m.__dict__
         and m.momentum is None
         and m.training
@@ -38,7 +39,7 @@ def cumulative_norms(model: nn.Module) -> Iterator[None]:
             del m.__dict__["forward"]
 
 
-def _forward(norm: _BatchNorm, x: Tensor) -> Tensor:
+def _forward(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
     norm._check_input_dim(x)
     assert norm.num_batches_tracked is not None
     assert norm.running_mean is not None and norm.running_var is not None

@@ -26,21 +26,19 @@ from grapefx.passes.calibration import build_calibration
 from grapefx.passes.feedback import Feedback, build_update
 from grapefx.passes.functions import expand
 from grapefx.passes.joint import trace_joint
-from grapefx.passes.leak import is_edge, with_edges
+from grapefx.passes.leak import with_edges
 from grapefx.passes.order import dead_code
 from grapefx.passes.partition import (
-    GRANULARITIES,
     Placement,
-    place,
 )
 from grapefx.passes.perturbed import build_perturbed
 from grapefx.passes.prune import prune_masks
 from grapefx.passes.second_forward import build_two_forwards, input_size
-from grapefx.passes.source import quoted
-from grapefx.passes.sweep import HEAVY, UncuttableError, sample_shape
+from grapefx.passes.sweep import HEAVY, sample_shape
 from grapefx.passes.tangent import add_tangents
 from grapefx.passes.verify import check, independence
 from grapefx.passes.weights import stand_in, weight_shapes
+from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
 from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
 
 KINDS = ("update", "align", "calibration")
@@ -155,7 +153,7 @@ class Plan:
         """
         chosen = get_method(method, {})
         plan = replace(self, method=chosen, options=options, derived=(), independent={}, _graphs={})
-        if self.placement.note and _reads_classes(chosen):
+        if self.placement.note and reads_classes(chosen):
             raise PlacementError(
                 f"method {chosen.name!r} reads class targets at the model's output, but "
                 f"{self.placement.note}\n  remedy: error_at='output'"
@@ -301,19 +299,19 @@ def build_plan(
         **captured.constants,
     }
     trainable = {n for n, p in parameters.items() if p.requires_grad}
-    passes = not trainable and any(e.requires_grad for e in examples)
-    if passes:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
+    frozen = not trainable and any(e.requires_grad for e in examples)
+    if frozen:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
         chosen, options = get_method("bp", {}), replace(options, residual="cut", points=None)
     lead = examples[captured.lead]
     batch_size = lead.shape[options.batch_dim] if lead.ndim > options.batch_dim else 1
     if options.residual == "leak":
         captured = with_edges(captured, frozenset(HEAVY))
-    if passes:
+    if frozen:
         placement = Placement((), (), ())
     else:
-        placement = _placement(captured, trainable, chosen, options, batch_size)
+        placement = place_for(captured, trainable, chosen, options, batch_size)
     if not chosen.exact:
-        _refuse_sparse(captured)
+        refuse_sparse(captured)
     try:
         joint = trace_joint(
             captured,
@@ -363,83 +361,6 @@ def build_plan(
     )
     _check_feedback(plan)
     return plan
-
-
-def _refuse_sparse(captured: Captured) -> None:
-    places = {"aten.embedding.default": 4, "aten.embedding_bag.padding_idx": 5}
-    for node in captured.gm.graph.nodes:
-        at = places.get(str(node.target))
-        if at is not None and len(node.args) > at and node.args[at] is True:
-            raise CaptureError(
-                f"{node.target} (node {node.name!r}) asks for sparse gradients, which only "
-                f"method='bp' gives{quoted(node)}\n  remedy: nn.Embedding(sparse=False)"
-            )
-
-
-def _reads_classes(method: Method) -> bool:
-    """Whether the error tap must be the output itself."""
-    return bool({"target", "output"} & (method.reads | method.learns_from))
-
-
-def _placement(
-    captured: Captured, trainable: set[str], method: Method, options: Options, batch_size: int
-) -> Placement:
-    """Where the options ask for points; with granularity "auto" the finest that fits the budget."""
-    error_at = options.error_at
-    if error_at is None and _reads_classes(method):
-        error_at = "output"
-    points = options.points
-    if options.residual == "leak":
-        points = is_edge if any(map(is_edge, captured.gm.graph.nodes)) else None
-        if points is None and not method.exact:
-            raise PlacementError(
-                "residual='leak' puts feedback at the inputs of weight layers; in this model they "
-                "all read the model's own inputs\n  remedy: use method='bp', or leave residual out"
-            )
-
-    def at(granularity: str) -> Placement:
-        return place(
-            captured,
-            trainable=trainable,
-            granularity=granularity,
-            batch_size=batch_size,
-            points=points,
-            error_at=error_at,
-        )
-
-    try:
-        finest = at(GRANULARITIES[0] if options.granularity == "auto" else options.granularity)
-    except UncuttableError as e:
-        if not method.exact:
-            raise
-        return Placement((), (), (), refusal=str(e))  # backpropagation needs no feedback point
-    if options.granularity != "auto":
-        return finest
-    budget = default_budget(options, captured)
-    for granularity in GRANULARITIES:
-        placement = finest if granularity == GRANULARITIES[0] else at(granularity)
-        if placement.cuts and _full_bytes(placement, captured, batch_size) <= budget:
-            return placement
-    return finest  # the kinds of its maps will fit the budget
-
-
-def _full_bytes(placement: Placement, captured: Captured, batch_size: int) -> int:
-    folds = batch_folds(captured.gm.graph, captured.batch, batch_size)
-    shapes = [sample_shape(t, folds[t]) for t in placement.taps]
-    taps = [(folds[t].dim, folds[t].outer, folds[t].inner) for t in placement.taps]
-    maps, _ = plain_maps(tuple(c.layer for c in placement.cuts), shapes, taps)
-    return sum(m.bytes for m in maps)
-
-
-def default_budget(options: Options, captured: Captured) -> int:
-    """Most bytes of feedback maps: as asked, or a quarter of the parameters', at least 256 MiB."""
-    if options.feedback_budget is not None:
-        return options.feedback_budget
-    nodes = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-    own = [
-        n.meta["val"] for n, s in zip(nodes, captured.inputs, strict=True) if s.role == "parameter"
-    ]
-    return max(256 * 2**20, sum(p.numel() * p.element_size() for p in own) // 4)
 
 
 def build_forward(

@@ -160,7 +160,7 @@ class Captures:
         fixed: bool = False,
     ) -> Program:
         self._check_devices(leaves)
-        _, batch = self._key(leaves, spec, reading, training)
+        key, batch = self._key(leaves, spec, reading, training)
         if batch == 0 and training and not self.method.exact:
             raise InputError(
                 "no step can be taken on a batch of no samples\n  remedy: leave empty batches out"
@@ -200,7 +200,6 @@ class Captures:
                 f"the attribute {restless!r} of the model keeps changing, and each new value needs "
                 "a new capture: make it a buffer (a tensor), or pass it as a tensor argument"
             )
-        key, _ = self._key(leaves, spec, reading, training)
         if note := self._calls.restless(key[1], spec, training):
             tell(note)
         if more := self.fingerprint.watch(captured.read):

@@ -21,7 +21,7 @@ from grapefx.torch_compat import pytree
 
 _SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-RESTLESS = 8  # captures for one reason before it is named
+_RESTLESS = 8  # captures for one reason before it is named
 _SHORT = 64
 _STORES = ("_modules", "_parameters", "_buffers")
 
@@ -126,7 +126,7 @@ class Fingerprint:
                 path = next(n for n, m in self.model.named_modules() if m.__dict__ is store)
                 name = f"{path}.{key}".lstrip(".")
                 self._counts[name] = self._counts.get(name, 0) + 1
-                return name if self._counts[name] == RESTLESS else ""
+                return name if self._counts[name] == _RESTLESS else ""
         return ""
 
 
@@ -148,7 +148,7 @@ class Calls:
             return ""
         where = (spec, training, changed[0])
         self._counts[where] = self._counts.get(where, 0) + 1
-        if self._counts[where] != RESTLESS:
+        if self._counts[where] != _RESTLESS:
             return ""
         name, new = _argument(spec, changed[0]), call[changed[0]]
         if new[0] is float or new[0] is int:

@@ -32,6 +32,13 @@ from tests.zoo import (
 )
 
 
+def same(net: FeedbackModule, x: Tensor) -> None:
+    """With gradients and without, what the model itself returns."""
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(net(x), net._original(x))
+
+
 def follow(net: FeedbackModule, twin: nn.Module, x: Tensor, seed: int = 0) -> None:
     """One exact step of both."""
     with net.calibration():
@@ -347,12 +354,7 @@ def test_numbers_that_a_forward_reads_are_read_again(config: Any) -> None:
     net = compiled(model, "bp")
     x = torch.randn(2, 4)
 
-    def same() -> None:
-        torch.testing.assert_close(net(x), model(x))
-        with torch.no_grad():
-            torch.testing.assert_close(net(x), model(x))
-
-    same()
+    same(net, x)
     for change in (
         lambda: setattr(model[0], "_gain", 5.0),
         lambda: model[0]._list.__setitem__(0, 4.0),
@@ -361,12 +363,12 @@ def test_numbers_that_a_forward_reads_are_read_again(config: Any) -> None:
         lambda: setattr(model[2], "mode", _Mode.MULTIPLY),
     ):
         change()
-        same()
+        same(net, x)
     programs = len(net._captures.programs)
     model[0]._unread = 3  # which no graph depends on
     model[0]._gain = 2.0
     model[0]._gain = 5.0
-    same()
+    same(net, x)
     assert len(net._captures.programs) == programs
 
 
@@ -448,20 +450,15 @@ def test_tensor_attributes_are_read_in_every_call(name: str) -> None:
     net = compiled(model, "bp")
     x = torch.randn(3, 8)
 
-    def same() -> None:
-        torch.testing.assert_close(net(x), model(x))
-        with torch.no_grad():
-            torch.testing.assert_close(net(x), model(x))
-
-    same()
+    same(net, x)
     programs = len(net._captures.programs)
     getattr(model, name).fill_(4.0)
-    same()
+    same(net, x)
     setattr(model, name, torch.tensor(9.0))
-    same()
+    same(net, x)
     assert len(net._captures.programs) == programs  # an input of the graph, not a constant
     setattr(model, name, torch.linspace(1, 2, 5))  # of another shape
-    same()
+    same(net, x)
     assert len(net._captures.programs) > programs
 
 
