@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grapefx.errors import CaptureError
-from grapefx.passes import functions
+from grapefx.passes.graph import custom_functions as functions
 
 
 @contextlib.contextmanager

@@ -16,13 +16,13 @@ from torch.fx import GraphModule
 
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
-from grapefx.passes.bias import add_bias_late
-from grapefx.passes.channels_last import channels_last
-from grapefx.passes.join_products import join_products
-from grapefx.passes.order import dead_code
-from grapefx.passes.pooling import tile_pools
-from grapefx.passes.size_inputs import size_inputs
-from grapefx.passes.tasks import Tasks
+from grapefx.passes.divide.tasks import Tasks
+from grapefx.passes.graph.order import dead_code
+from grapefx.passes.peephole.channels_last import channels_last
+from grapefx.passes.peephole.join_products import join_products
+from grapefx.passes.peephole.late_bias import add_bias_late
+from grapefx.passes.peephole.pooling import tile_pools
+from grapefx.passes.peephole.size_inputs import size_inputs
 from grapefx.torch_compat import (
     FakeTensor,
     concrete,

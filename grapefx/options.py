@@ -9,9 +9,9 @@ from typing import Any
 from grapefx.errors import OptionError, is_number, nearest
 from grapefx.lowering import BACKENDS, PARALLEL
 from grapefx.map_choice import parse_kind
-from grapefx.passes.partition import GRANULARITIES
-from grapefx.passes.points import check_choice
-from grapefx.passes.weight_noise import PERTURB
+from grapefx.passes.differentiate.weight_noise import PERTURB
+from grapefx.passes.place.placement import GRANULARITIES
+from grapefx.passes.place.points import check_choice
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "calib_unit": ("epoch", "step"),

@@ -7,11 +7,11 @@ from grapefx.ir import Captured
 from grapefx.maps import plain_maps
 from grapefx.methods import Method
 from grapefx.options import Options
-from grapefx.passes.batch import batch_folds
-from grapefx.passes.leak import is_edge
-from grapefx.passes.partition import GRANULARITIES, Placement, place
-from grapefx.passes.source import quoted
-from grapefx.passes.sweep import UncuttableError, sample_shape
+from grapefx.passes.graph.folds import batch_folds
+from grapefx.passes.graph.source import quoted
+from grapefx.passes.place.leak import is_edge
+from grapefx.passes.place.placement import GRANULARITIES, Placement, place
+from grapefx.passes.place.sweep import UncuttableError, sample_shape
 
 
 def refuse_sparse(captured: Captured) -> None:

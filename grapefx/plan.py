@@ -19,25 +19,25 @@ from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
-from grapefx.passes import markers
-from grapefx.passes.annotate import annotate, mark_forward
-from grapefx.passes.batch import batch_folds
-from grapefx.passes.calibration import build_calibration
-from grapefx.passes.feedback import Feedback, build_update
-from grapefx.passes.functions import expand
-from grapefx.passes.joint import trace_joint
-from grapefx.passes.leak import with_edges
-from grapefx.passes.order import dead_code
-from grapefx.passes.partition import (
+from grapefx.passes.differentiate.joint import trace_joint
+from grapefx.passes.differentiate.tangent import add_tangents
+from grapefx.passes.feedback.calibration import build_calibration
+from grapefx.passes.feedback.perturbed import build_perturbed
+from grapefx.passes.feedback.second_forward import build_two_forwards, input_size
+from grapefx.passes.feedback.update import Feedback, build_update
+from grapefx.passes.feedback.weights import stand_in, weight_shapes
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.annotate import annotate, mark_forward
+from grapefx.passes.graph.custom_functions import expand
+from grapefx.passes.graph.folds import batch_folds
+from grapefx.passes.graph.order import dead_code
+from grapefx.passes.graph.prune import prune_masks
+from grapefx.passes.graph.verify import check, independence
+from grapefx.passes.place.leak import with_edges
+from grapefx.passes.place.placement import (
     Placement,
 )
-from grapefx.passes.perturbed import build_perturbed
-from grapefx.passes.prune import prune_masks
-from grapefx.passes.second_forward import build_two_forwards, input_size
-from grapefx.passes.sweep import HEAVY, sample_shape
-from grapefx.passes.tangent import add_tangents
-from grapefx.passes.verify import check, independence
-from grapefx.passes.weights import stand_in, weight_shapes
+from grapefx.passes.place.sweep import HEAVY, sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
 from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from grapefx.errors import CaptureError
-from grapefx.passes.source import quoted
+from grapefx.passes.graph.source import quoted
 from grapefx.torch_compat import from_data
 
 aten = torch.ops.aten

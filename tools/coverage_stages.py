@@ -20,7 +20,7 @@ import apart
 import grapefx
 from grapefx.capture import flatten_call
 from grapefx.choices import resolve
-from grapefx.passes.tangent import add_tangents
+from grapefx.passes.differentiate.tangent import add_tangents
 from grapefx.plan import Plan, build_plan
 from grapefx.torch_compat import pytree
 from zoos import Sample, cut

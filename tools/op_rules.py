@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import apart
-from grapefx.passes.rules import rules_table
+from grapefx.passes.differentiate.rules import rules_table
 
 oracle = importlib.import_module("tests.passes.test_rules_opinfo")
 

@@ -15,7 +15,7 @@ import torch
 
 from grapefx.errors import GrapefxError, InputError, OptionError
 from grapefx.methods import names
-from grapefx.passes.partition import GRANULARITIES
+from grapefx.passes.place.placement import GRANULARITIES
 from grapefx.report.load import Loaded, ModelError, UsageError, load
 
 FORMATS = ("text", "json", "html", "dot", "svg", "png")

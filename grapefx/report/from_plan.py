@@ -9,7 +9,7 @@ from torch.fx import Graph
 from grapefx.analysis import size_symbols
 from grapefx.ir import StepGraph
 from grapefx.options import Options
-from grapefx.passes.annotate import HEAD
+from grapefx.passes.graph.annotate import HEAD
 from grapefx.plan import Plan
 from grapefx.report.build import LayerInfo, MethodGraphs
 from grapefx.report.model import PlanReport, SegmentRow

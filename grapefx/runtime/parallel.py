@@ -20,10 +20,10 @@ from grapefx.analysis.dag import Task as Work
 from grapefx.errors import tell
 from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_tasks, lower_update
-from grapefx.passes.channels_last import channels_last
-from grapefx.passes.horizontal import batch_layers
-from grapefx.passes.split import Split
-from grapefx.passes.tasks import Tasks, split_tasks, take
+from grapefx.passes.divide.horizontal import batch_layers
+from grapefx.passes.divide.partition import Split
+from grapefx.passes.divide.tasks import Tasks, split_tasks, take
+from grapefx.passes.peephole.channels_last import channels_last
 from grapefx.runtime.cudagraph import WARM, Graphed, Recorder, record_cuda
 
 FORMS = ("off", "graphs", "horizontal", "streams")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from grapefx.ir import Captured, StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
-from grapefx.passes.split import forward_only, split
-from grapefx.passes.tail import Tail, cut_tail
+from grapefx.passes.divide.partition import forward_only, split
+from grapefx.passes.divide.tail import Tail, cut_tail
 from grapefx.plan import Plan
 from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grapefx.errors import InputError, MethodError
-from grapefx.passes import markers
+from grapefx.passes.graph import markers
 from grapefx.plan import Plan
 from grapefx.torch_compat import size_expression
 

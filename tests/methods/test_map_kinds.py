@@ -17,7 +17,7 @@ from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, from_samples, plain_maps, to_samples
 from grapefx.methods import get_method
 from grapefx.methods.base import Rows
-from grapefx.passes.split import split
+from grapefx.passes.divide.partition import split
 from grapefx.plan import build_plan
 from grapefx.seeded import signs, uniform
 from tests.zoo import assert_same_gradients

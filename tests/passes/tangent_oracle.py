@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grapefx.capture import capture
 from grapefx.ir import Captured, Slot, StepGraph
-from grapefx.passes import functions
-from grapefx.passes.joint import trace_joint
-from grapefx.passes.partition import CutPoint, Placement, place
-from grapefx.passes.propagate import TangentEmitter, propagate
-from grapefx.passes.tangent import Tangents, add_tangents
+from grapefx.passes.differentiate.joint import trace_joint
+from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
+from grapefx.passes.differentiate.tangent import Tangents, add_tangents
+from grapefx.passes.graph import custom_functions as functions
+from grapefx.passes.place.placement import CutPoint, Placement, place
 from grapefx.torch_compat import (
     batch_symbol,
     fake_tensor,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grapefx.passes.channels_last import channels_last
-from grapefx.passes.split import Split, split
+from grapefx.passes.divide.partition import Split, split
+from grapefx.passes.peephole.channels_last import channels_last
 from grapefx.plan import Plan
 from tests.zoo import make, plan_of, step_inputs
 

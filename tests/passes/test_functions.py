@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import CaptureError, TangentError
-from grapefx.passes.functions import FUNCTION
-from grapefx.passes.tangent import add_tangents
-from grapefx.passes.verify import independence
+from grapefx.passes.differentiate.tangent import add_tangents
+from grapefx.passes.graph.custom_functions import FUNCTION
+from grapefx.passes.graph.verify import independence
 from grapefx.plan import Plan, build_plan
 
 

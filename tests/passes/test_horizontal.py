@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 
 import networks
 from grapefx.lowering import prepare
-from grapefx.passes import families, horizontal
-from grapefx.passes.horizontal import WORTH, batch_layers
-from grapefx.passes.split import Split, split
+from grapefx.passes.divide import families, horizontal
+from grapefx.passes.divide.horizontal import WORTH, batch_layers
+from grapefx.passes.divide.partition import Split, split
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.program import sizes_of
 from tests.zoo import MLP, Masked, Residual, make, plan_of, step_inputs

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from grapefx.passes.join_products import join_products
-from grapefx.passes.split import Split, split
+from grapefx.passes.divide.partition import Split, split
+from grapefx.passes.peephole.join_products import join_products
 from grapefx.plan import Plan, build_plan
 from grapefx.torch_compat import pytree
 from tests.zoo import make, plan_of, step_inputs

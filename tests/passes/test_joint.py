@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grapefx.errors import VerifyError
-from grapefx.passes.joint import _viewed
-from grapefx.passes.verify import check
+from grapefx.passes.differentiate.joint import _viewed
+from grapefx.passes.graph.verify import check
 from tests.passes.tangent_oracle import make_case
 from tests.zoo import assert_same_gradients, compiled, eager_twin, plan_of, train_step
 

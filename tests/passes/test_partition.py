@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from grapefx.passes.prune import live_input_gradients
+from grapefx.passes.graph.prune import live_input_gradients
 from grapefx.plan import Plan, build_plan
 from tests.passes import placement_models as models
 from tests.zoo import plan_of

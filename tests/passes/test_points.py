@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import OptionError, PlacementError
-from grapefx.passes.verify import independence
+from grapefx.passes.graph.verify import independence
 from grapefx.plan import Plan, build_plan
 
 

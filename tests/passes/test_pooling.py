@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grapefx.lowering import prepare
-from grapefx.passes.pooling import tile_pools
+from grapefx.passes.peephole.pooling import tile_pools
 from grapefx.plan import build_plan
 from tests.zoo import compiled, eager_twin
 
@@ -94,7 +94,7 @@ def test_tangents_of_compiled_pools(fraction: float) -> None:
 
 
 def test_nothing_is_saved_but_a_byte_a_window() -> None:
-    from grapefx.passes.split import split
+    from grapefx.passes.divide.partition import split
 
     model = Pooled(nn.MaxPool2d(2), 2)
     plan = build_plan(model, (torch.randn(3, 2, 12, 12),), method="dfa", calib_every=None)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grapefx.passes.verify import independence
+from grapefx.passes.graph.verify import independence
 from tests.zoo import assert_same_gradients, compiled, train_step
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "gelu", "silu", "identity", "inplace")

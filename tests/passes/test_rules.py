@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from grapefx.errors import TangentError
 from grapefx.ir import Slot, StepGraph
-from grapefx.passes.emit import values
+from grapefx.passes.graph.emit import values
 from grapefx.torch_compat import fake_tensor, new_fake_mode
 from tests.passes.tangent_oracle import differentiate, trace
 

@@ -272,7 +272,7 @@ def make_fixed(case: Case) -> Case:
     """The same model with its batch size as a number."""
     from dataclasses import replace
 
-    from grapefx.passes.joint import trace_joint
+    from grapefx.passes.differentiate.joint import trace_joint
 
     cap = replace(case.cap, batch=None, dynamic=())
     trainable = {s.name for s in cap.inputs if s.role == "parameter"}
@@ -310,7 +310,7 @@ def test_relu_and_linear_layers_need_no_other_node() -> None:
 
 def test_attention_dropout_in_a_fused_kernel_is_refused() -> None:
     """The mask is inside the kernel: a second draw would be another mask."""
-    from grapefx.passes.rules import rules
+    from grapefx.passes.differentiate.rules import rules
 
     class Node:
         def __init__(self, **kw: Any) -> None:

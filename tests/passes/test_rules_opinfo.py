@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grapefx.errors import TangentError
-from grapefx.passes.rules import kind, rules, rules_table
+from grapefx.passes.differentiate.rules import kind, rules, rules_table
 from grapefx.torch_compat import pytree
 from tests.passes.tangent_oracle import differentiate, is_float, tensors_of, trace
 

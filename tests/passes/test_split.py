@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from grapefx.errors import VerifyError
-from grapefx.passes import markers
-from grapefx.passes.feedback import Builder, Feedback, replace_cuts
-from grapefx.passes.split import split
-from grapefx.passes.verify import independence
+from grapefx.passes.divide.partition import split
+from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.verify import independence
 from grapefx.plan import Plan
 from tests.zoo import METHODS, ZOO, make, plan_of, step_inputs
 

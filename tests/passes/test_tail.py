@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grapefx.passes.tail import PHASES, cut_tail
+from grapefx.passes.divide.tail import PHASES, cut_tail
 from tests.zoo import ZOO, make, plan_of, step_inputs
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from grapefx.passes import emit
+from grapefx.passes.graph import emit
 from grapefx.plan import build_plan
 
 

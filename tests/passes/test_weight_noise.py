@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import MethodError, OptionError
-from grapefx.passes.tangent import Tangents, add_tangents
+from grapefx.passes.differentiate.tangent import Tangents, add_tangents
 from grapefx.plan import build_plan
 from tests.passes.tangent_oracle import Case, make_case
 

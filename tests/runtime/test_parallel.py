@@ -19,7 +19,7 @@ import networks
 from grapefx.errors import GrapefxWarning, OptionError
 from grapefx.lowering import PARALLEL, lower_tasks
 from grapefx.options import Options
-from grapefx.passes.tasks import REST, SHARED, Task, Tasks, split_tasks
+from grapefx.passes.divide.tasks import REST, SHARED, Task, Tasks, split_tasks
 from grapefx.runtime import parallel
 from grapefx.runtime.cudagraph import CAPTURES, MISSES, WARM, Graphed
 from grapefx.runtime.parallel import ON_CPU, ON_CUDA, Fastest, StreamRunner, assign, forms_of
@@ -90,7 +90,7 @@ def test_batched_updates_through_inductor() -> None:
     plain = compiled(eager_twin(model), "grape", calib_every=None)
     net = compiled(model, "grape", calib_every=None, parallel="horizontal", backend="inductor")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grapefx.passes.horizontal.WORTH", {"cpu": 2**60})
+        patch.setattr("grapefx.passes.divide.horizontal.WORTH", {"cpu": 2**60})
         for _ in range(2):
             train_step(net, (x,))
             train_step(plain, (x,))

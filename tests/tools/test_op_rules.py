@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from grapefx.passes.rules import rules
+from grapefx.passes.differentiate.rules import rules
 
 pytest.importorskip("expecttest", reason="torch's operator samples import it")
 import op_rules

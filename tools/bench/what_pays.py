@@ -66,25 +66,25 @@ def nothing(*_: Any) -> int:
 
 FEATURES: dict[str, Feature] = {
     "masks": Feature(
-        "input gradients that nobody reads are not computed (passes/prune.py)",
+        "input gradients that nobody reads are not computed (passes/graph/prune.py)",
         ("cnn", "resnet20"), ("dfa",), {"grapefx.plan.prune_masks": nothing},
     ),
     "join": Feature(
-        "a product and its tangent's as one (passes/join_products.py)",
+        "a product and its tangent's as one (passes/peephole/join_products.py)",
         ("mlp8x1024", "mlp32x256"), ("grape", "grape 1/8"),
         {"grapefx.lowering.join_products": nothing},
     ),
     "bias": Feature(
-        "a product's bias is added where it is read (passes/bias.py)",
+        "a product's bias is added where it is read (passes/peephole/late_bias.py)",
         ("mlp8x1024", "mlp3x1024", "mlp32x256"), ("bp", "dfa"),
         {"grapefx.lowering.add_bias_late": nothing},
     ),
     "pools": Feature(
-        "max pooling without scatter (passes/pooling.py)",
+        "max pooling without scatter (passes/peephole/pooling.py)",
         ("lenet", "cnn"), ("bp", "dfa", "grape"), {"grapefx.lowering.tile_pools": nothing},
     ),
     "order": Feature(
-        "cotangents in the memory order of saved planes (passes/channels_last.py)",
+        "cotangents in the memory order of saved planes (passes/peephole/channels_last.py)",
         ("resnet20", "vgg16"), ("dfa", "grape"),
         {"grapefx.runtime.parallel.channels_last": nothing},
     ),

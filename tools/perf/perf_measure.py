@@ -27,7 +27,7 @@ import grapefx
 from grapefx.analysis import build_dag
 from grapefx.lowering import lower_pair, prepare
 from grapefx.methods import Method
-from grapefx.passes.split import split
+from grapefx.passes.divide.partition import split
 from grapefx.plan import Plan, build_plan
 from grapefx.report.build import opened
 from grapefx.runtime import program

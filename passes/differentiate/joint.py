@@ -1,0 +1,274 @@
+"""Joint graph: forward and backward of the whole model in one graph, markers in place.
+
+In: the captured forward graph and a ``Placement``. Out: a ``StepGraph`` whose inputs are
+parameters, buffers, constants, user inputs and the cotangents of the outputs; whose outputs are the
+user outputs, new buffer values, a gradient for each trainable parameter and for each input that
+requires one. Composite operators are gone; every node has a fake value, a phase and a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch.fx import GraphModule, Node
+
+from grapefx.errors import GrapefxError
+from grapefx.ir import Captured, Slot, StepGraph
+from grapefx.passes.differentiate import recurrent
+from grapefx.passes.graph import custom_functions as functions
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.order import aliases, writes
+from grapefx.passes.place.placement import Placement
+from grapefx.torch_compat import (
+    fake_tensor,
+    functionalized,
+    make_fx,
+    new_fake_mode,
+    python_dispatcher,
+    pytree,
+)
+
+aten = torch.ops.aten
+
+# torch restrides the result of a channels-last input in place, and the trace loses its gradient
+_POOLS: dict[Any, list[int]] = {
+    aten.adaptive_avg_pool1d.default: [-1],
+    aten.adaptive_avg_pool2d.default: [-1, -2],
+    aten.adaptive_avg_pool3d.default: [-1, -2, -3],
+}
+
+
+_CHECKS = (aten._assert_async, aten._linalg_check_errors)
+
+
+class _Marked(torch.fx.Interpreter):
+    """Runs the captured graph with a marker at each feedback point, tap and stopped gradient."""
+
+    def __init__(self, gm: GraphModule, cuts: dict[Node, int], taps: dict[Node, int]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # our errors name the line themselves
+        self.cuts = cuts
+        self.taps = taps
+        self.before_cut: dict[Node, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result: Any
+        with fx_traceback.set_current_meta(n):
+            if n.op == "call_function" and n.target is aten.detach.default:
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                return markers.STOP(args[0].detach())
+            if n.op == "output":
+                return tuple(
+                    self.before_cut.get(a, self.env.get(a)) if isinstance(a, Node) else a
+                    for a in n.args[0]  # type: ignore[union-attr]
+                )
+            if n.op == "call_function" and n.target is aten.copy.default:
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                result = _copied(*args)
+            elif n.op == "call_function" and n.target is aten.view.default:
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                result = _viewed(*args)
+            elif n.op == "call_function" and n.target in _POOLS and set(n.args[1]) == {1}:  # type: ignore[arg-type]
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                result = args[0].mean(_POOLS[n.target], keepdim=True)
+            elif n.op == "call_function" and n.target is functions.FUNCTION:
+                (tensors, key), _ = self.fetch_args_kwargs_from_env(n)
+                result = list(functions.Call.apply(key, *tensors))
+            elif n.op == "call_function" and n.target in recurrent.DECOMPOSITIONS:
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                result = recurrent.DECOMPOSITIONS[n.target](*args, **kwargs)
+            else:
+                result = super().run_node(n)
+            if n in self.taps:
+                result = markers.Tap.apply(result, self.taps[n])
+            if n in self.cuts:
+                # an output that is also a feedback point is returned with its true gradient
+                self.before_cut[n] = result
+                result = markers.Cut.apply(result, self.cuts[n])
+            return result
+
+
+def _copied(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """``aten.copy`` (what writing into a view becomes) by operators that have a derivative."""
+    source = source.to(to.dtype)
+    return source if source.shape == to.shape else source.expand(to.shape).clone()
+
+
+def _viewed(x: torch.Tensor, size: Sequence[Any]) -> torch.Tensor:
+    """A view, or what ``reshape`` does where there is none.
+
+    Capture writes a ``reshape`` down as the view that it was. Attention with a bias that learns
+    runs another kernel here, whose result is laid out differently.
+    """
+    try:
+        return aten.view.default(x, size)
+    except (RuntimeError, ValueError):
+        return aten.view.default(x.clone(memory_format=torch.contiguous_format), size)
+
+
+def trace_joint(
+    cap: Captured,
+    placement: Placement,
+    values: dict[str, torch.Tensor],
+    examples: list[torch.Tensor],
+    trainable: set[str],
+    *,
+    batch_hint: int = 0,
+    batch_dim: int = 0,
+    backward: bool = True,
+) -> StepGraph:
+    """Trace forward and backward together (or, with ``backward=False``, the forward alone).
+
+    ``values`` maps parameter, buffer and constant names to tensors, ``examples`` are the user's
+    input tensors. ``batch_hint`` > 0 gives the batch dim of the dynamic inputs a fresh symbol.
+    """
+    mode = new_fake_mode()
+    fakes: list[Any] = []
+    wanted: list[int] = []
+    shared: dict[int, Any] = {}
+    index = 0
+    for k, slot in enumerate(cap.inputs):
+        if slot.role == "input":
+            real = examples[index]
+            dynamic = [batch_dim] if index in cap.dynamic and cap.batch is not None else []
+            example = _resized(real, batch_hint, batch_dim) if dynamic else real
+            fake = fake_tensor(mode, example.detach(), dynamic)
+            if real.requires_grad:
+                fake.requires_grad_()
+                wanted.append(k)
+            index += 1
+        else:
+            real = values[slot.name]
+            if id(real) in shared:  # tied weights: one leaf, gradients add up
+                fakes.append(shared[id(real)])
+                continue
+            fake = fake_tensor(mode, real.detach())
+            if slot.role == "parameter" and slot.name in trainable:
+                fake.requires_grad_()
+                wanted.append(k)
+            shared[id(real)] = fake
+        fakes.append(fake)
+    unique = list(dict.fromkeys(fakes))
+    where = {f: i for i, f in enumerate(unique)}
+
+    for n in cap.gm.graph.nodes:  # recorded nodes inherit "custom": they know where they are from
+        n.meta["custom"] = {**(n.meta.get("custom") or {}), "grapefx_node": n.name}
+    cuts = {c.node: c.layer.index for c in placement.cuts}
+    taps = {n: i for i, n in enumerate(placement.taps)}
+
+    def outputs_of(flat: list[Any]) -> list[Any]:
+        interpreter = _Marked(cap.gm, cuts, taps)
+        return list(interpreter.run(*[flat[where[f]] for f in fakes]))
+
+    # the captured graph holds its casts: where the model turns autocast off, it stays off
+    no_casts = functools.partial(torch.autocast, unique[0].device.type, enabled=False)
+    n_mutated = len(cap.mutated)
+    # which outputs carry a gradient is known only after a run
+    with mode, python_dispatcher(), no_casts(), torch.set_grad_enabled(backward):
+        probe = outputs_of(unique)
+    differentiable = [
+        i
+        for i, o in enumerate(probe[n_mutated:])
+        if isinstance(o, torch.Tensor) and o.requires_grad
+    ]
+    if not backward:
+        with mode, python_dispatcher(), no_casts(), torch.no_grad():
+            gm = make_fx(lambda flat, _: outputs_of(flat), tracing_mode="real")(unique, [])
+        return _finish(gm, cap, fakes, unique, [], [])
+    if not differentiable:
+        raise GrapefxError(
+            "no output of the model requires grad: every path from a trainable parameter to the "
+            "output is detached"
+        )
+    with mode:
+        cotangents = [torch.empty_like(probe[n_mutated + i]).detach() for i in differentiable]
+
+    def joint(flat: list[Any], grads: list[Any]) -> list[Any]:
+        with torch.enable_grad(), fx_traceback.preserve_node_meta():
+            outs = outputs_of(flat)
+        sources = [flat[where[fakes[k]]] for k in wanted]
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                [outs[n_mutated + i] for i in differentiable],
+                sources,
+                grads,
+                allow_unused=True,
+            )
+        return [*outs, *found]
+
+    # anomaly mode would ask values of tensors that have none
+    with mode, python_dispatcher(), no_casts(), torch.autograd.set_detect_anomaly(False):
+        gm = make_fx(joint, tracing_mode="real")(unique, cotangents)
+        step = _finish(gm, cap, fakes, unique, wanted, differentiable)
+        if any(n.op == "call_function" and writes(n) for n in step.gm.graph.nodes):
+            # a derivative of torch's writes into a view (FFTs); this trace takes writes apart, but
+            # runs every operator's Python a second time
+            gm = make_fx(functionalized(joint), tracing_mode="real")(unique, cotangents)
+            step = _finish(gm, cap, fakes, unique, wanted, differentiable)
+    return step
+
+
+def _resized(real: torch.Tensor, hint: int, batch_dim: int) -> torch.Tensor:
+    from grapefx.capture import resized_example
+
+    return resized_example(real.detach(), hint, batch_dim) if hint else real
+
+
+def _finish(
+    gm: GraphModule,
+    cap: Captured,
+    fakes: list[Any],
+    unique: list[Any],
+    wanted: list[int],
+    differentiable: list[int],
+) -> StepGraph:
+    graph = gm.graph
+    slots: list[Slot] = []
+    for f in unique:
+        slots.append(cap.inputs[next(k for k, g in enumerate(fakes) if g is f)])
+    slots += [Slot("cotangent", cap.outputs[i] or str(i)) for i in differentiable]
+    outputs = [Slot("buffer", name) for name in cap.mutated]
+    outputs += [Slot("output", str(i)) for i in range(len(cap.outputs))]
+    for k in wanted:
+        slot = cap.inputs[k]
+        outputs.append(
+            Slot("gradient" if slot.role == "parameter" else "input_gradient", slot.name)
+        )
+    out = next(n for n in reversed(graph.nodes) if n.op == "output")
+    flat, _ = pytree.tree_flatten(out.args[0])
+    # make_fx drops None outputs into the spec; put them back in place
+    spec = getattr(gm, "_out_spec", None)
+    results = flat if spec is None else pytree.tree_unflatten(flat, spec)
+    out.args = (tuple(results),)
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif getattr(node.target, "overloadpacket", None) in _CHECKS:
+            # torch's own, in what it took apart; the model's are gone since the capture
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    _out_of_place(graph)
+    step = StepGraph(GraphModule(gm, graph), tuple(slots), tuple(outputs))
+    for slot, node in zip(step.inputs, step.placeholders(), strict=True):
+        node.meta["grapefx_role"] = slot.role
+        node.meta["grapefx_name"] = slot.name
+    return step
+
+
+def _out_of_place(graph: torch.fx.Graph) -> None:
+    """Pure forms of writes into fresh values, which come from operators that torch takes apart."""
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_function" and writes(node) else None
+        if not isinstance(source, torch.fx.Node) or len(source.users) > 1:
+            continue
+        fresh = isinstance(source.target, torch._ops.OpOverload) and not aliases(source)
+        name = node.target._schema.name.partition("::")[2].removesuffix("_")
+        pure = getattr(getattr(aten, name, None), node.target._overloadname, None)
+        if fresh and pure is not None and not pure._schema.is_mutable:
+            node.target = pure

@@ -1,0 +1,201 @@
+"""Tangent pass: forward-mode derivatives spliced beside the forward nodes.
+
+In: a joint graph with ``cut`` and ``tap`` markers. Out: the same graph with noise placeholders, a
+tangent node beside each forward node that lies behind a cut, and the tangents ``d`` at the taps.
+Tangents of parameters and inputs are symbolic zeros: nothing is emitted for them, so a product
+costs one product more (2F for forward and tangent together, not 3F).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from grapefx.errors import TangentError
+from grapefx.ir import Layer, Slot, StepGraph
+from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
+from grapefx.passes.differentiate.weight_noise import induced, weight_sources
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.emit import Emitter
+from grapefx.passes.graph.folds import Fold
+from grapefx.passes.graph.order import topological
+from grapefx.torch_compat import new_size
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One tangent pass: the noise added at each of its layers, and the tangents at the taps."""
+
+    noise: dict[int, Node]
+    taps: dict[int, Node]
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """A graph with tangents. ``derived``: ops whose rule came from torch's forward AD."""
+
+    step: StepGraph
+    streams: tuple[Stream, ...]
+    derived: tuple[str, ...]
+
+
+def add_tangents(
+    step: StepGraph,
+    layers: tuple[Layer, ...],
+    *,
+    batch: Any,
+    batch_size: int,
+    streams: tuple[tuple[int, ...], ...],
+    rows_hint: int | None = None,
+    batch_stats: str = "frozen",
+    signs: bool = False,
+    quiet: tuple[int, ...] = (),
+    perturb: str = "activation",
+) -> Tangents:
+    """Splice tangents into (a copy of) ``step``.
+
+    ``streams`` lists the layers whose noise runs together; the paper's default is one stream for
+    all. ``rows_hint`` gives tangents to a sub-batch of that (symbolic) size, None to all samples.
+    ``batch_stats`` says whether the statistics of a training batch norm are constants
+    (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
+    ``signs`` the noise arrives as bytes, 0 for -1 and 1 for +1. Layers in
+    ``quiet`` get noise that no tangent follows: one more stream, without taps. ``perturb`` says
+    where noise is added (``passes.weight_noise``).
+    """
+    step = step.copy()
+    graph = step.gm.graph
+    cuts = markers.find(graph, markers.CUT)
+    taps = markers.find(graph, markers.TAP)
+    if not taps:
+        raise TangentError("the graph has no error tap")
+    forward = _between(cuts, taps)
+    at_weights = weight_sources(step, layers, perturb, batch, batch_size)
+    inputs = _Inputs(step, rows_hint, signs)
+    drawn: list[dict[int, tuple[Node, ...]]] = []
+    for s, members in enumerate((*streams, quiet) if quiet else streams):
+        drawn.append({})
+        for index in members:
+            if index not in cuts:
+                continue
+            name, own = f"{s}/{layers[index].name}", at_weights.get(index)
+            if own is None:
+                like, fold = cuts[index].meta["val"], Fold(*layers[index].fold)
+                drawn[s][index] = (inputs.add(f"noise_{s}_{index}", name, like, fold),)
+            else:
+                drawn[s][index] = tuple(
+                    inputs.add(f"noise_{s}_{index}_{k}", f"{name}/{k}", w.like, w.fold)
+                    for k, w in enumerate(own)
+                )
+    rows = inputs.rows()
+    derived: dict[str, None] = {}
+    out: list[Stream] = []
+    sliced: dict[Node, Node] = {}  # every stream reads the same primal operands
+    for s, found in enumerate(drawn):
+        em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
+        em.sliced = sliced
+        noise = {}
+        for index, nodes in found.items():
+            sources = at_weights.get(index, ())
+            at = [w.product for w in sources] or [cuts[index]]
+            nodes = tuple(inputs.ready(n, a) for n, a in zip(nodes, at, strict=True))
+            noise[index] = nodes[0]
+            if sources:
+                keep = layers[index].fold[0]
+                noise[index] = induced(em, sources, nodes, cuts[index], keep, derived)
+        if s == len(streams):
+            out.append(Stream(noise, {}))
+            break
+        propagate(em, forward, noise, derived)
+        ends = {i: em.tangents.get(n) for i, n in taps.items()}
+        out.append(Stream(noise, {i: n for i, n in ends.items() if n is not None}))
+        if not out[-1].taps:
+            raise TangentError("no feedback point reaches the error tap through differentiable ops")
+    topological(graph)  # a later pass over the same nodes may read what an earlier one put behind
+    made = StepGraph(GraphModule(step.gm, graph), step.inputs + tuple(inputs.slots), step.outputs)
+    return Tangents(made, tuple(out), tuple(derived))
+
+
+class _Inputs:
+    """The noise placeholders of a step, on all samples or on a sub-batch of ``rows_hint``."""
+
+    def __init__(self, step: StepGraph, rows_hint: int | None, signs: bool) -> None:
+        self.em = Emitter(step.gm.graph, grapefx_phase="tangent")
+        self.signs = signs
+        self.slots: list[Slot] = []
+        self.nodes: list[Node] = []
+        self.anchor = step.placeholders()[-1]
+        self.dtypes: dict[Node, torch.dtype] = {}
+        self.size: Any = None
+        if rows_hint is not None:
+            self.size = new_size(self.em.mode, rows_hint)
+
+    def add(self, name: str, slot: str, like: torch.Tensor, fold: Fold) -> Node:
+        """Noise of the shape of ``like``, cut down to the sub-batch."""
+        shape = list(like.shape)
+        if self.size is not None:
+            shape[fold.dim] = self.size * (fold.outer * fold.inner)
+        with self.em.graph.inserting_after(self.anchor):
+            node = self.em.graph.placeholder(name)
+        with self.em.mode:
+            dtype = torch.int8 if self.signs else like.dtype
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=like.device)
+        node.meta["grapefx_role"] = "noise"
+        node.meta["grapefx_fold"] = (fold.dim, fold.outer, fold.inner)
+        node.meta["grapefx_phase"] = "tangent"
+        self.dtypes[node] = like.dtype
+        self.anchor = node
+        self.nodes.append(node)
+        self.slots.append(Slot("noise", slot))
+        return node
+
+    def rows(self) -> Node | None:
+        """The size of the sub-batch, from the first noise; None if all samples have tangents."""
+        if self.size is None:
+            return None
+        dim, outer, inner = self.nodes[0].meta["grapefx_fold"]
+        with self.em.after(self.anchor):
+            size = self.em.call(aten.sym_size.int, self.nodes[0], dim)
+            k = outer * inner
+            return size if k == 1 else self.em.call(operator.floordiv, size, k)
+
+    def ready(self, node: Node, at: Node) -> Node:
+        """The noise as numbers: bytes 0 and 1 become -1 and +1 in front of what they perturb."""
+        if not self.signs:
+            return node
+        dtype = self.dtypes[node]
+
+        def sign(b: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return b.to(dtype) * 2 - 1
+
+        with self.em.before(at, grapefx_layer=at.meta.get("grapefx_layer")):
+            made: Node = self.em.trace(sign, node)
+            return made
+
+
+def _between(cuts: dict[int, Node], taps: dict[int, Node]) -> list[Node]:
+    """Forward nodes that depend on a cut and lead to a tap, in order."""
+    upstream: set[Node] = set()
+    stack = list(taps.values())
+    while stack:
+        n = stack.pop()
+        if n not in upstream:
+            upstream.add(n)
+            stack.extend(n.all_input_nodes)
+    behind: set[Node] = set()
+    ordered = []
+    graph = next(iter(taps.values())).graph
+    starts = set(cuts.values())
+    for n in graph.nodes:
+        if n in upstream and (n in starts or any(a in behind for a in n.all_input_nodes)):
+            behind.add(n)
+            ordered.append(n)
+    return ordered
+
+
+__all__ = ["Stream", "Tangents", "add_tangents"]

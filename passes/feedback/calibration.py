@@ -1,0 +1,144 @@
+"""Calibration pass: a step with true gradients, from which the feedback maps are refitted.
+
+In: a joint graph. Out: the whole step as one graph, markers erased. The true gradient passes every
+cut; feedback maps are refitted by ridge regression from the pairs (e, delta_l), and the feedback
+gradient is computed beside the true one for its cosine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from grapefx.ir import StepGraph
+from grapefx.maps import FeedbackMap
+from grapefx.methods.base import State
+from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.restride import differs
+
+
+def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
+    """True gradients, refitted maps, and the cosine of what the method would give."""
+    b = Builder(step, feedback, ())
+    method = feedback.method
+    fitted = method.feedback and method.refits and feedback.refit
+    compare = method.feedback and not method.needs_tangents() and not method.sequential
+    if method.feedback and (fitted or compare or not feedback.true_gradients):
+        b.add_states()
+        if fitted:
+            refit(b)
+    if compare and b.state_nodes:
+        old = _feedback_gradients(b, b.cotangents(b.state_nodes))
+        _compare(b, old)
+    backward = markers.find(b.graph, markers.CUT_BACKWARD)
+    if not feedback.true_gradients and compare:
+        # this batch only re-fits the maps: its update is the method's own, with the new maps
+        replace_cuts(b, b.cotangents(b.new_states or b.state_nodes))
+    else:
+        replace_cuts(b, {i: n.args[0] for i, n in backward.items()})  # type: ignore[misc]
+    return b.finish()
+
+
+def refit(b: Builder) -> None:
+    """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2).
+
+    A map whose fit is not finite, or zero, stays as it is.
+    """
+    backward = markers.find(b.graph, markers.CUT_BACKWARD)
+    inverse: dict[str, list[Node]] = {}
+    ridge, method = b.fb.ridge, b.fb.method
+
+    def gram(e: Tensor) -> Tensor:
+        e = e.to(torch.promote_types(e.dtype, torch.float32))
+        # rows are scaled by 1/N and by any loss scale: normalise before the solve
+        e = e / e.abs().amax().clamp_min(1e-30)
+        g = e.t() @ e
+        c = g.shape[0]
+        g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
+        return torch.linalg.solve(g, e.t())
+
+    def fit(solved: list[Tensor], e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
+        dtype = solved[0].dtype
+        rows = rows.to(dtype)
+        parts = []
+        for g, part in enumerate(solved):
+            top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
+            own = rows if m.groups == 1 else rows[:, m.columns(g)]
+            parts.append(part @ (own / top))
+        fitted = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        like = state["B"].dtype
+        if len(parts) == 1:
+            new = method.refit(state, fitted.to(like))
+        else:
+            made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
+            new = m.joined(made, state)
+        # zeros where the true gradient is (an output layer that starts at zero) would stay zeros
+        size = fitted.abs().sum()
+        ok = torch.isfinite(size) & (size > 0)
+        return {k: torch.where(ok, new[k], state[k]) for k in state}
+
+    for m, state in zip(b.fb.maps, b.state_nodes, strict=True):
+        node = backward.get(m.layer.index)
+        if node is None:
+            b.new_states.append(state)
+            continue
+        e = b.error(m.rows)
+        # groups pick by the layer's index: only full maps share a solve
+        key = m.rows if m.groups == 1 else m.layer.name
+        if key not in inverse:
+            inverse[key] = b.emit(
+                lambda e, m=m: [gram(m.pick(e, g)) for g in range(m.groups)], e, phase="refit"
+            )
+        # with the gradients, not in the tail: rows may be far smaller than delta
+        rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+        new = b.emit(
+            lambda s, e, r, st, m=m: fit(s, e, r, st, m),
+            inverse[key], e, rows, state,
+            phase="refit", layer=m.layer.name,
+        )  # fmt: skip
+        b.new_states.append(new)
+    b.finite = b.all_finite() if b.fb.maps else None
+
+
+def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, Node]:
+    """A second copy of what lies behind the cuts, fed with the method's cotangents."""
+    twin: dict[Node, Node] = {}
+    for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
+        twin[node] = cotangents[index]
+        if differs(node, twin[node]):
+            b.moved.append(twin[node])
+    for node in list(b.graph.nodes):
+        if node.op != "call_function" or node in twin:
+            continue
+        if node.target is markers.CUT_BACKWARD or not any(a in twin for a in node.all_input_nodes):
+            continue
+        if node.meta.get("grapefx_phase") in ("refit", "metric"):
+            continue
+        with b.graph.inserting_before(b.output):
+            new = b.graph.node_copy(node, lambda a: twin.get(a, a))
+        new.meta = {**node.meta, "grapefx_phase": "metric"}
+        twin[node] = new
+    return {s.name: twin.get(n, n) for s, n in b.step.produced("gradient") if isinstance(n, Node)}
+
+
+def _compare(b: Builder, twins: dict[str, Node]) -> None:
+    true = {s.name: n for s, n in b.step.produced("gradient") if isinstance(n, Node)}
+    for m in b.fb.maps:
+        names = [p for p in m.layer.parameters if p in true and p in twins]
+        if not names:
+            continue
+
+        def cos(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+            xs, ys = [_real(x) for x in xs], [_real(y) for y in ys]
+            dot = sum((x * y).sum() for x, y in zip(xs, ys, strict=True))
+            size = sum((x * x).sum() for x in xs) * sum((y * y).sum() for y in ys)
+            return dot / size.sqrt().clamp_min(1e-30)  # type: ignore[union-attr]
+
+        b.metric("cos_gradient", m, cos, [true[p] for p in names], [twins[p] for p in names])
+
+
+def _real(x: Tensor) -> Tensor:
+    """In single precision; the parts of a complex gradient as two numbers."""
+    return torch.view_as_real(x.to(torch.complex64)) if x.is_complex() else x.float()

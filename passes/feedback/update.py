@@ -1,0 +1,460 @@
+"""Feedback pass: what a method says takes the place of every ``cut_backward``.
+
+In: a joint graph (with or without tangents). Out: the whole step as one graph, markers erased.
+Without tangents the cotangent at each cut comes from the error alone and the backward chain is
+dead code (kind ``update``); with them the feedback maps learn as well (kind ``align``). Calibration
+steps are in ``passes.calibration``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from grapefx.errors import GrapefxError, MethodError
+from grapefx.ir import Slot, StepGraph
+from grapefx.maps import ErrorRows, FeedbackMap
+from grapefx.methods.base import Method, Rows, State
+from grapefx.passes.differentiate.tangent import Stream
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.emit import Emitter
+from grapefx.passes.graph.order import dead_code, topological
+from grapefx.passes.graph.restride import differs, restride
+from grapefx.seeded import uniform
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the pass needs to know beside the graph."""
+
+    method: Method
+    maps: tuple[FeedbackMap, ...]
+    error_rows: dict[str, ErrorRows]
+    states: tuple[dict[str, Any], ...]  # fake tensors of each layer's state, by name
+    ridge: float = 1e-2
+    refit: bool = True
+    true_gradients: bool = True
+
+
+class Builder:
+    """One step graph in the making: what the method sees as rows, and what it returns."""
+
+    def __init__(self, step: StepGraph, feedback: Feedback, streams: Sequence[Stream]) -> None:
+        self.step = step.copy()
+        self.graph = self.step.gm.graph
+        self.fb = feedback
+        self.streams = self._renamed(step, streams)
+        self.parameters = {s.name: n for s, n in self.step.select("parameter")}
+        self.em = Emitter(self.graph)
+        self.output = self.step.output_node()
+        self.slots: list[Slot] = []
+        self.state_nodes: list[dict[str, Node]] = []
+        self.rows_cache: dict[str, Node] = {}
+        self.metrics: dict[str, dict[int, Node]] = {}
+        self.new_states: list[dict[str, Node]] = []
+        self.finite: Node | None = None
+        self.moved: list[Node] = []  # values that took a place with other strides
+
+    def _renamed(self, step: StepGraph, streams: Sequence[Stream]) -> list[Stream]:
+        names = {n.name: n for n in self.graph.nodes}
+        return [
+            Stream(
+                {k: names[n.name] for k, n in s.noise.items()},
+                {k: names[n.name] for k, n in s.taps.items()},
+            )
+            for s in streams
+        ]
+
+    def emit(self, fn: Any, *args: Any, phase: str, layer: str | None = None) -> Any:
+        with self.em.before(self.output, grapefx_phase=phase, grapefx_layer=layer):
+            return self.em.trace(fn, *args)
+
+    # inputs
+
+    def input(self, name: str, like: Any, slot: Slot, layer: str | None = None) -> Node:
+        """A new placeholder behind the others, of the shape and dtype of ``like``."""
+        anchor = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(anchor):
+            node = self.graph.placeholder(name)
+        with self.em.mode:
+            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        node.meta["grapefx_role"] = slot.role
+        if layer is not None:
+            node.meta["grapefx_layer"] = layer
+        self.slots.append(slot)
+        return node
+
+    def add_states(self) -> None:
+        for m, state in zip(self.fb.maps, self.fb.states, strict=True):
+            own = m.layer.name
+            self.state_nodes.append(
+                {
+                    name: self.input(
+                        f"feedback_{m.layer.index}_{name}",
+                        like,
+                        Slot("feedback", f"{own}/{name}"),
+                        own,
+                    )
+                    for name, like in state.items()
+                }
+                if m.seed is None
+                else self._from_seed(m)
+            )
+
+    def _from_seed(self, m: FeedbackMap) -> dict[str, Node]:
+        method = self.fb.method
+
+        def make(e: Tensor, m: FeedbackMap = m) -> State:
+            assert m.seed is not None
+            dtype = torch.promote_types(e.dtype, torch.float32)
+            return method.from_uniform(uniform(m.shape, m.seed, e.device, dtype))
+
+        return self.emit(make, self.error(m.rows), phase="projection", layer=m.layer.name)
+
+    # rows
+
+    def error(self, kind: str) -> Node:
+        if kind not in self.rows_cache:
+            taps = markers.find(self.graph, markers.TAP_BACKWARD)
+            forward = markers.find(self.graph, markers.TAP)
+            nodes = []
+            for i in sorted(forward):
+                if i in taps:
+                    nodes.append(taps[i])
+                else:  # a tap whose output the loss does not use
+                    with self.em.before(self.output, grapefx_phase="error"):
+                        nodes.append(self.em.call(aten.zeros_like.default, forward[i]))
+            rows = self.fb.error_rows[kind]
+            self.rows_cache[kind] = self.emit(lambda ts: rows(ts), nodes, phase="error")
+        return self.rows_cache[kind]
+
+    def tangent_rows(self, kind: str, stream: Stream) -> Node:
+        key = f"{kind}/{id(stream)}"
+        if key not in self.rows_cache:
+            forward = markers.find(self.graph, markers.TAP)
+            nodes = []
+            for i in sorted(forward):
+                node = stream.taps.get(i)
+                if node is None:
+                    with self.em.before(self.output, grapefx_phase="tangent"):
+                        like = next(iter(stream.taps.values()))
+                        node = self._zero_tangent(forward[i], like)
+                nodes.append(node)
+            rows = self.fb.error_rows[kind]
+            self.rows_cache[key] = self.emit(lambda ts: rows(ts), nodes, phase="tangent")
+        return self.rows_cache[key]
+
+    def target(self, kind: str) -> Node:
+        """Class targets, one-hot in the shape of the output, as rows."""
+        key = f"target/{kind}"
+        if key not in self.rows_cache:
+            tap = self._only_tap()
+            if "target" not in self.rows_cache:
+                self.rows_cache["target"] = self.input(
+                    "target", tap.meta["val"], Slot("target", "0")
+                )
+            rows = self.fb.error_rows[kind]
+            node = self.rows_cache["target"]
+            self.rows_cache[key] = self.emit(lambda t: rows([t]), node, phase="error")
+        return self.rows_cache[key]
+
+    def outputs(self, kind: str) -> Node:
+        """The value at the error tap, as rows."""
+        key = f"output/{kind}"
+        if key not in self.rows_cache:
+            rows = self.fb.error_rows[kind]
+            forward = markers.find(self.graph, markers.TAP)
+            taps = [forward[i] for i in sorted(forward)]
+            self.rows_cache[key] = self.emit(lambda ts: rows(ts), taps, phase="error")
+        return self.rows_cache[key]
+
+    def _only_tap(self) -> Node:
+        taps = markers.find(self.graph, markers.TAP)
+        if len(taps) != 1:
+            raise MethodError(
+                f"method {self.fb.method.name!r} reads class targets, which belong to one output; "
+                f"this model has {len(taps)} outputs with a gradient\n"
+                "  remedy: return one tensor of logits, or use a method that reads the error (dfa)"
+            )
+        return taps[0]
+
+    def read(self, m: FeedbackMap, reads: frozenset[str]) -> dict[str, Node]:
+        """The nodes of what is read at a point, noise and tangents aside, by field of ``Rows``."""
+        found = {}
+        if "error" in reads:
+            found["error"] = self.error(m.rows)
+        if "value" in reads:
+            found["value"] = self._value(m)
+        if "target" in reads:
+            found["target"] = self.target(m.rows)
+        if "output" in reads:
+            found["output"] = self.outputs(m.rows)
+        return found
+
+    def pairs(self, m: FeedbackMap) -> list[tuple[Node, Node | None]]:
+        """(noise, tangent rows) of each stream that holds the layer; no tangent in a quiet one."""
+        return [
+            (s.noise[m.layer.index], self.tangent_rows(m.rows, s) if s.taps else None)
+            for s in self.streams
+            if m.layer.index in s.noise
+        ]
+
+    def _zero_tangent(self, tap: Node, like: Node) -> Node:
+        rows = self.em.call(aten.sym_size.int, like, 0)
+        shape = [rows, *[int(s) for s in tap.meta["val"].shape[1:]]]
+        return self.em.call(aten.new_zeros.default, like, shape)
+
+    # learning
+
+    def estimates(self) -> list[Node | None]:
+        out: list[Node | None] = []
+        for m in self.fb.maps:
+            pairs = [(d, v) for v, d in self.pairs(m) if d is not None]
+            if not pairs:
+                out.append(None)
+                continue
+
+            def estimate(ds: list[Tensor], vs: list[Tensor], m: FeedbackMap = m) -> Tensor:
+                total: Any = None
+                for d, v in zip(ds, vs, strict=True):
+                    rows = m.value_rows(v)
+                    j = m.outer(d.to(rows.dtype), rows)
+                    total = j if total is None else total + j
+                dtype = torch.promote_types(total.dtype, torch.float32)
+                return total.to(dtype) / (ds[0].shape[0] * len(ds))
+
+            ds, vs = [d for d, _ in pairs], [v for _, v in pairs]
+            out.append(self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name))
+        return out
+
+    def learn(self) -> None:
+        """New states, kept where everything is finite."""
+        reads = self.fb.method.learns_from
+        aligns = self.fb.method.aligns()
+        estimates = self.estimates() if aligns else [None] * len(self.fb.maps)
+        self.finite = self.all_finite()
+        for m, state, j in zip(self.fb.maps, self.state_nodes, estimates, strict=True):
+            own = self.pairs(m) if self.fb.method.per_sample else []
+            samples = [(v, d) for v, d in own if d is not None]
+
+            def step(
+                state: State, j: Any, found: Any, samples: Any, ok: Tensor, m: FeedbackMap = m
+            ) -> State:
+                rows = _rows(m, state, found)
+                if j is not None:
+                    rows = replace(rows, estimate=j.to(next(iter(state.values())).dtype))
+                if samples:
+                    vs, ds = [m.value_rows(v) for v, _ in samples], [d for _, d in samples]
+                    rows = replace(rows, noise=torch.cat(vs), tangent=torch.cat(ds))
+                with authored(self.fb.method, "learn", m):
+                    new = m.learned(self.fb.method.learn, rows)
+                    shapes = {k: tuple(t.shape) for k, t in state.items()}
+                    if {k: tuple(t.shape) for k, t in new.items()} != shapes:
+                        raise TypeError(f"it has to return a state of {shapes}")
+                return {k: torch.where(ok, new[k], state[k]) for k in state}
+
+            new = self.emit(
+                step, state, j, self.read(m, reads), samples, self.finite,
+                phase="alignment", layer=m.layer.name,
+            )  # fmt: skip
+            self.new_states.append(new)
+            if j is not None and "B" in state:
+                self.metric("cos_jacobian", m, cosine, state["B"], j)
+
+    def _value(self, m: FeedbackMap) -> Node:
+        return markers.find(self.graph, markers.CUT)[m.layer.index]
+
+    def all_finite(self) -> Node:
+        parts = [self.error(m.rows) for m in self.fb.maps]
+        parts += [
+            self.tangent_rows(m.rows, s) for m in self.fb.maps for s in self.streams if s.taps
+        ]
+        unique = list(dict.fromkeys(parts))
+
+        def finite(xs: list[Tensor]) -> Tensor:
+            # a sum is finite only if every term is; overflow of a finite sum skips a step, no more
+            total = sum(x.float().abs().sum() for x in xs)
+            return torch.isfinite(total)  # type: ignore[arg-type]
+
+        return self.emit(finite, unique, phase="error")
+
+    def metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:
+        node = self.emit(fn, *args, phase="metric", layer=m.layer.name)
+        self.metrics.setdefault(name, {})[m.layer.index] = node
+
+    # projection
+
+    def cotangents(self, states: Sequence[dict[str, Node]]) -> dict[int, Node]:
+        """What the method puts at each cut; its mean where the layer is in several streams."""
+        reads = self.fb.method.reads
+        out = {}
+        backward = markers.find(self.graph, markers.CUT_BACKWARD)
+        for m, state in zip(self.fb.maps, states, strict=True):
+            node = backward.get(m.layer.index)
+            if node is None:
+                continue
+
+            def project(
+                state: State, incoming: Any, found: Any, pairs: Any, like: Tensor,
+                m: FeedbackMap = m,
+            ) -> Tensor:  # fmt: skip
+                dtype = next(iter(state.values())).dtype if state else like.dtype
+                rows = _rows(m, state, found, dtype)
+                if incoming is not None:
+                    rows = replace(rows, incoming=m.value_rows(incoming))
+                with authored(self.fb.method, "cotangent", m):
+                    made = [
+                        m.cotangent(
+                            self.fb.method.cotangent,
+                            replace(
+                                rows,
+                                noise=m.value_rows(v).to(dtype),
+                                tangent=None if d is None else d.to(dtype),
+                            ),
+                        )
+                        for v, d in pairs
+                    ] or [m.cotangent(self.fb.method.cotangent, rows)]
+                total = made[0]
+                for more in made[1:]:
+                    total = total + more
+                return m.from_rows(total / len(made) if len(made) > 1 else total, like)
+
+            out[m.layer.index] = self.emit(
+                project,
+                state,
+                node.args[0] if "next_delta" in reads else None,
+                self.read(m, reads),
+                self.pairs(m) if {"tangent", "noise"} & reads else [],
+                self._value(m),
+                phase="projection",
+                layer=m.layer.name,
+            )
+        return out
+
+    def decay_weights(self) -> None:
+        """Add the method's weight decay to the gradients of the weights behind feedback points."""
+        decay = self.fb.method.weight_decay
+        if not decay:
+            return
+        layer_of = {p: m.layer.name for m in self.fb.maps for p in m.layer.parameters}
+        weights = self.parameters
+        results = list(self.output.args[0])  # type: ignore[arg-type]
+        for i, slot in enumerate(self.step.outputs):
+            own, w = layer_of.get(slot.name), weights.get(slot.name)
+            g = results[i]
+            if slot.role != "gradient" or own is None or w is None or not isinstance(g, Node):
+                continue
+            if w.meta["val"].ndim >= 2:
+                results[i] = self.emit(
+                    lambda g, w: g + decay * w, g, w, phase="weight_grad", layer=own
+                )
+        self.output.args = (tuple(results),)
+
+    # output
+
+    def finish(self) -> StepGraph:
+        results = list(self.output.args[0])  # type: ignore[arg-type]
+        outputs = list(self.step.outputs)
+        if self.new_states:
+            for m, new in zip(self.fb.maps, self.new_states, strict=True):
+                for name, node in new.items():
+                    results.append(node)
+                    outputs.append(Slot("feedback", f"{m.layer.name}/{name}"))
+        for name, found in self.metrics.items():
+            nan = float("nan")
+            values = [found.get(m.layer.index) for m in self.fb.maps]
+
+            def stack(vs: list[Any], nan: float = nan) -> Tensor:
+                some = next(v for v in vs if v is not None)
+                return torch.stack(
+                    [v.float() if v is not None else some.new_full((), nan).float() for v in vs]
+                )
+
+            results.append(self.emit(stack, values, phase="metric"))
+            outputs.append(Slot("metric", name))
+        if self.finite is not None:
+            results.append(self.finite)
+            outputs.append(Slot("metric", "finite"))
+        self.output.args = (tuple(results),)
+        self.moved += markers.erase(self.graph)
+        topological(self.graph)
+        dead_code(self.graph)
+        restride(self.graph, self.moved)
+        return replace(
+            self.step,
+            gm=GraphModule(self.step.gm, self.graph),
+            inputs=self.step.inputs + tuple(self.slots),
+            outputs=tuple(outputs),
+        )
+
+
+def _rows(
+    m: FeedbackMap, state: State, found: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> Rows:
+    """What a method reads at a point; the error and the like in ``dtype`` if it is given."""
+    values = {k: m.value_rows(t) if k == "value" else t for k, t in found.items()}
+    if dtype is not None:
+        values = {k: t.to(dtype) for k, t in values.items()}
+    return Rows(state, tokens=m.tokens, classes=m.classes, **values)
+
+
+@contextlib.contextmanager
+def authored(method: Method, part: str, m: FeedbackMap) -> Iterator[None]:
+    """A method's own code inside: what goes wrong is said with the method, and what it may read."""
+    try:
+        yield
+    except GrapefxError:
+        raise
+    except Exception as e:
+        said = str(e).strip().splitlines()
+        reads = method.reads if part == "cotangent" else method.learns_from
+        raise MethodError(
+            f"{part} of method {method.name!r} fails at layer {m.layer.name!r}: "
+            f"{type(e).__name__}: {said[0] if said else ''}\n"
+            f"  it may read {sorted(reads) or 'nothing'}, as declared; all else in rows is None"
+        ) from e
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Frobenius cosine (001 eq. 3); 0 where one of the two is 0."""
+    a, b = a.float(), b.float()
+    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp_min(1e-30)
+
+
+def build_update(step: StepGraph, feedback: Feedback, streams: Sequence[Stream] = ()) -> StepGraph:
+    """A training step of the method. With ``streams`` (from the tangent pass) it also learns."""
+    b = Builder(step, feedback, streams)
+    if feedback.method.feedback:
+        b.add_states()
+    else:
+        b.state_nodes = [{} for _ in feedback.maps]
+    learns = feedback.method.learns_from
+    if learns and (streams or "tangent" not in learns):
+        b.learn()
+    if feedback.method.transparent:
+        backward = markers.find(b.graph, markers.CUT_BACKWARD)
+        replace_cuts(b, {i: n.args[0] for i, n in backward.items()})  # type: ignore[misc]
+        return b.finish()
+    before = b.new_states if b.new_states and feedback.method.project_after_learn else b.state_nodes
+    replace_cuts(b, b.cotangents(before))
+    b.decay_weights()
+    return b.finish()
+
+
+def replace_cuts(b: Builder, cotangents: dict[int, Node]) -> None:
+    """Put the cotangents in place of the ``cut_backward`` nodes."""
+    for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
+        new = cotangents.get(index)
+        assert isinstance(new, Node)
+        if differs(node, new):
+            b.moved.append(new)
+        node.replace_all_uses_with(new)
+        b.graph.erase_node(node)

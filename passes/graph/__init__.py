@@ -1,0 +1,1 @@
+"""What every pass works with: emitting nodes, markers, order, folds of dims, verification."""

@@ -1,0 +1,1 @@
+"""Rewrites that change no value and only pay in front of Inductor."""
