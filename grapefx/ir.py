@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 # What a placeholder or an output of a step graph is.
@@ -107,24 +106,22 @@ class StepGraph:
 
 @dataclass(frozen=True)
 class Captured:
-    """What capture returns: the forward graph, and how to call it.
+    """The forward graph of one captured call.
 
-    ``batch`` is the batch size's symbol (a sympy expression), or None when the graph holds one
-    batch size only. ``dynamic`` lists the indices of the inputs that carry the batch dim; ``lead``
-    is the input whose size there is the batch size. ``facts``: what tracing asked of ``batch``, as
-    sympy relations that were true. ``read``: (module, attribute) that the graph may depend on,
-    beside what is always watched.
+    ``inputs``: what each placeholder is. ``mutated``: the buffers whose new values are the first
+    results of the graph. ``outputs``: the names of the other results. ``batch``: the batch size's
+    symbol (a sympy expression), or None where the graph holds one batch size only. ``lead``: the
+    input whose ``batch_dim`` is the batch. ``notes``: what the user should know about the capture.
     """
 
     gm: GraphModule
     inputs: tuple[Slot, ...]
     mutated: tuple[str, ...]
     outputs: tuple[str, ...]
-    out_spec: Any
-    constants: dict[str, torch.Tensor]
-    batch: Any
-    dynamic: tuple[int, ...]
+    batch: Any = None
     lead: int = 0
     notes: tuple[str, ...] = field(default=())
-    facts: tuple[Any, ...] = ()
-    read: tuple[tuple[str, str], ...] = ()
+
+    def placeholders(self) -> list[Node]:
+        """The graph's placeholders, in the order of ``inputs``."""
+        return [n for n in self.gm.graph.nodes if n.op == "placeholder"]

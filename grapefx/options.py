@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from grapefx.capture import FRONT_ENDS
 from grapefx.errors import OptionError, is_number, nearest
 from grapefx.lowering import BACKENDS, PARALLEL
 from grapefx.map_choice import parse_kind
@@ -21,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "perturb": PERTURB,
     "granularity": (*GRANULARITIES, "auto"),
     "residual": ("cut", "leak"),
+    "capture": FRONT_ENDS,
     "backend": BACKENDS,
     "parallel": PARALLEL,
 }
@@ -55,6 +57,7 @@ class Options:
     batch_dim: int = 0
     seed: int = 0
     dynamic: bool | None = None
+    capture: str = "dynamo"
     backend: str = "inductor"
     backend_options: dict[str, Any] | None = None
     parallel: str = "off"

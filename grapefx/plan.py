@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grapefx.capture import capture, flatten_call, pick_hint
+from grapefx.capture import Capture, Scope, capture
 from grapefx.choices import check_together, resolve
 from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
 from grapefx.ir import Captured, Layer, StepGraph
@@ -48,6 +48,7 @@ KINDS = ("update", "align", "calibration")
 class Plan:
     """Everything known about one captured call: graphs are built when first asked for."""
 
+    capture: Capture
     captured: Captured
     placement: Placement
     joint: StepGraph
@@ -276,67 +277,74 @@ def build_plan(
     *,
     method: str | Method = "grape",
     options: Options | None = None,
-    fixed: bool = False,
     **choices: Any,
 ) -> Plan:
     """Capture one call of ``model`` and lay out its feedback; nothing is compiled.
 
-    ``fixed``: for this batch size alone. ``choices`` are options of ``grapefx.compile`` or of the
-    method.
+    ``choices`` are options of ``grapefx.compile`` or of the method.
     """
     if options is None:
         chosen, options = resolve(method, choices)
     else:
         chosen = get_method(method, choices)
-    kwargs = kwargs or {}
-    leaves, _ = flatten_call(args, kwargs)
-    examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    captured = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = {
-        **parameters,
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **captured.constants,
-    }
+    return plan_call(Scope(model, args, kwargs or {}), chosen, options)
+
+
+def plan_call(
+    scope: Scope,
+    method: Method,
+    options: Options,
+    others: frozenset[tuple[int, int]] = frozenset(),
+) -> Plan:
+    """``build_plan`` for a call that may make further dims symbolic: ``others``, as ``capture``."""
+    how: dict[str, Any] = {"front_end": options.capture, "batch_dim": options.batch_dim}
+    if others:
+        try:
+            return _plan(scope.model, capture(scope, **how, others=others), method, options)
+        except _SizedError as e:
+            tell(f"{e}; each new length is captured and compiled anew: pad to a few lengths")
+    try:
+        return _plan(scope.model, capture(scope, **how), method, options)
+    except _SizedError as e:
+        tell(f"{e}; each new batch size is captured again")
+        return _plan(scope.model, capture(scope, **how, fixed=True), method, options)
+
+
+class _SizedError(Exception):
+    """A plan cannot have a symbolic size; the message says which and why."""
+
+
+def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) -> Plan:
+    captured = found.captured
+    parameters = dict(nn.Module.named_parameters(model, remove_duplicate=False))
     trainable = {n for n, p in parameters.items() if p.requires_grad}
-    frozen = not trainable and any(e.requires_grad for e in examples)
+    inputs = [e for e, s in zip(found.examples, captured.inputs, strict=True) if s.role == "input"]
+    frozen = not trainable and any(e.requires_grad for e in inputs)
     if frozen:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
         chosen, options = get_method("bp", {}), replace(options, residual="cut", points=None)
-    lead = examples[captured.lead]
-    batch_size = lead.shape[options.batch_dim] if lead.ndim > options.batch_dim else 1
     if options.residual == "leak":
         captured = with_edges(captured, frozenset(HEAVY))
     if frozen:
         placement = Placement((), (), ())
     else:
-        placement = place_for(captured, trainable, chosen, options, batch_size)
+        placement = place_for(captured, trainable, chosen, options, found.batch_size)
     if not chosen.exact:
         refuse_sparse(captured)
     try:
-        joint = trace_joint(
-            captured,
-            placement,
-            values,
-            examples,
-            trainable,
-            batch_hint=_hint(captured, values, examples, options.batch_dim),
-            batch_dim=options.batch_dim,
-        )
+        joint = trace_joint(captured, placement, found.examples, trainable)
     except RuntimeError as e:
         if captured.batch is None or "SymIntArrayRef" not in str(e):
             raise
-        tell(
-            "a derivative of torch's cannot have a symbolic batch size (affine_grid); each new "
-            "batch size is captured again"
-        )
-        return build_plan(model, args, kwargs, method=chosen, options=options, fixed=True)
+        raise _SizedError(
+            "a derivative of torch's cannot have a symbolic batch size (affine_grid)"
+        ) from e
     layers = tuple(c.layer for c in placement.cuts)
     mark_forward(joint, layers)
     check(joint, "joint")
     batch = _batch_of(joint, captured, options.batch_dim)
     if captured.batch is not None and batch is None:
         raise CaptureError("the batch size became fixed while the backward graph was traced")
-    folds = batch_folds(joint.gm.graph, batch, batch_size)
+    folds = batch_folds(joint.gm.graph, batch, found.batch_size)
     taps = markers.find(joint.gm.graph, markers.TAP)
     shapes, tap_folds = [], []
     for i in sorted(taps):
@@ -347,6 +355,7 @@ def build_plan(
         tap_folds.append((fold.dim, fold.outer, fold.inner))
     maps, rows = plain_maps(layers, shapes, tap_folds)
     plan = Plan(
+        capture=found,
         captured=captured,
         placement=placement,
         joint=joint,
@@ -356,55 +365,87 @@ def build_plan(
         method=chosen,
         options=options,
         batch=batch,
-        batch_size=batch_size,
+        batch_size=found.batch_size,
         differentiable=_differentiable(joint, captured),
     )
     _check_feedback(plan)
+    _check_lengths(plan)
     return plan
 
 
+def _check_lengths(plan: Plan) -> None:
+    """Raise ``_SizedError`` where a graph or a map cannot do with a symbolic size."""
+    symbols = plan.capture.symbols()
+    if len(symbols) == (plan.captured.batch is not None):
+        return
+    if plan.method.full_tangents and not plan.method.exact:
+        raise _SizedError(f"method {plan.method.name!r} adds up over the tokens of a sample")
+    cuts = markers.find(plan.joint.gm.graph, markers.CUT)
+    for m in plan.maps:
+        dims = _lengths(cuts[m.layer.index], plan.batch)
+        if m.rows == "token":
+            dims = [d for d in dims if d != (1 if m.layer.fold[0] == 0 else 0)]
+        if dims:
+            raise _SizedError(
+                f"the feedback map of {m.layer.name!r} has a size that depends on dim {dims[0]} of "
+                "its value, which changes between calls"
+            )
+    wide = any(m.rows != "token" for m in plan.maps)
+    for i, tap in markers.find(plan.joint.gm.graph, markers.TAP).items():
+        if wide and (dims := _lengths(tap, plan.batch)):
+            raise _SizedError(
+                f"feedback maps have a size that depends on dim {dims[0]} of the error (tap {i}), "
+                "which changes between calls"
+            )
+    _refuse_fixed(plan.capture, plan.joint)
+    for step in (plan.graph(kind) for kind in plan.kinds()):
+        _refuse_fixed(plan.capture, step)
+
+
+def _lengths(node: torch.fx.Node, batch: Any) -> list[int]:
+    """The dims of a value that have a symbol beside the batch."""
+    exprs = [batch_symbol(s) for s in node.meta["val"].shape]
+    return [d for d, e in enumerate(exprs) if e is not None and e.free_symbols - {batch}]
+
+
+def _refuse_fixed(found: Capture, step: StepGraph) -> None:
+    """Raise ``_SizedError`` where a size is a symbol in the capture and a number in a graph."""
+    nodes = {s.name: n for s, n in step.select("input")}
+    for slot, node in zip(found.captured.inputs, found.captured.placeholders(), strict=True):
+        if slot.role != "input":
+            continue
+        for d, size in enumerate(node.meta["val"].shape):
+            now = batch_symbol(nodes[slot.name].meta["val"].shape[d])
+            if batch_symbol(size) is not None and (now is None or not now.free_symbols):
+                raise _SizedError(
+                    f"dim {d} of input {slot.name} has a fixed length in the graph (a recurrent "
+                    "layer is written out over time)"
+                )
+
+
 def build_forward(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    *,
-    fixed: bool = False,
-) -> tuple[Captured, StepGraph]:
-    """Capture one call for inference: the forward graph alone. ``fixed``: as in ``build_plan``."""
-    leaves, _ = flatten_call(args, kwargs)
-    examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    scope: Scope, options: Options, others: frozenset[tuple[int, int]] = frozenset()
+) -> tuple[Capture, StepGraph]:
+    """Capture one call for inference: the forward graph alone."""
+    how: dict[str, Any] = {"front_end": options.capture, "batch_dim": options.batch_dim}
     with torch.no_grad():
-        captured = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
-    values = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **captured.constants,
-    }
-    step = trace_joint(
-        captured,
-        Placement((), (), ()),
-        values,
-        examples,
-        set(),
-        batch_hint=_hint(captured, values, examples, options.batch_dim),
-        batch_dim=options.batch_dim,
-        backward=False,
-    )
+        found = capture(scope, **how, others=others)
+        step = _forward(found)
+        if others:
+            try:
+                _refuse_fixed(found, step)
+            except _SizedError as e:
+                tell(f"{e}; each new length is captured and compiled anew: pad to a few lengths")
+                found = capture(scope, **how)
+                step = _forward(found)
+    return found, step
+
+
+def _forward(found: Capture) -> StepGraph:
+    step = trace_joint(found.captured, Placement((), (), ()), found.examples, set(), backward=False)
     expand(step.gm.graph)
     step.gm.recompile()
-    return captured, check(step, "forward")
-
-
-def _hint(
-    captured: Captured, values: dict[str, torch.Tensor], examples: list[torch.Tensor], dim: int
-) -> int:
-    """The batch size to trace with, 0 for the one that came."""
-    if captured.batch is None:
-        return 0
-    sizes = {d for p in values.values() for d in p.shape}
-    sizes |= {d for t in examples for k, d in enumerate(t.shape) if k != dim}
-    return pick_hint(sizes, examples[captured.dynamic[0]].shape[dim])
+    return check(step, "forward")
 
 
 def _differentiable(joint: StepGraph, captured: Captured) -> tuple[bool, ...]:
@@ -416,7 +457,7 @@ def _batch_of(joint: StepGraph, captured: Captured, batch_dim: int) -> Any:
     """The batch symbol in the joint graph (a fresh one: the joint trace has its own symbols)."""
     if captured.batch is None:
         return None
-    _, node = joint.select("input")[captured.dynamic[0]]
+    _, node = joint.select("input")[captured.lead]
     return batch_symbol(node.meta["val"].shape[batch_dim])
 
 

@@ -8,6 +8,9 @@ import importlib
 import io
 import logging
 import os
+import random
+import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,18 +39,22 @@ __all__ = [
     "copy_all",
     "decomposed",
     "decompositions",
+    "dynamo_refusal",
+    "dynamo_trace",
     "facts_of",
     "fake_mode_of",
     "fake_tensor",
     "fixed_size",
     "forget_guards",
     "from_data",
+    "functional_graph",
     "functionalized",
     "holders",
     "inductor_compile",
     "inductor_counts",
     "inductor_options",
     "make_fx",
+    "mark_dynamic",
     "min_cut_partition",
     "native_random",
     "new_fake_mode",
@@ -523,3 +530,195 @@ def unwrap_for_export(error: BaseException) -> str:
         return ""
     f = frames[-1]
     return f"{f.filename}:{f.lineno}, in {f.name}: {f.line}"
+
+
+# Dynamo: one call of a function becomes a graph, guards on what the trace read, and the bytecode
+# that stands in for the call.
+
+
+@dataclass
+class DynamoTrace:
+    """What Dynamo made of one call.
+
+    ``gm``: torch operators, its placeholders as ``example_inputs`` (real tensors, and symbolic
+    sizes). ``backend_id``: the global by which ``bytecode`` calls the graph.
+    """
+
+    gm: torch.fx.GraphModule
+    example_inputs: list[Any]
+    mode: FakeTensorMode
+    backend_id: str
+    _output: Any
+    _code: types.CodeType
+    _globals: dict[str, Any]
+
+    def guards(self) -> DynamoGuards:
+        """Guards on all that the trace read, and on what was asked of its sizes until now."""
+        from torch._dynamo import convert_frame
+        from torch._dynamo.guards import CheckFunctionManager
+
+        held: list[Any] = []
+
+        class Holding(CheckFunctionManager):
+            # A guard on an object's identity is void once the object is gone and another one may
+            # take its address; Dynamo drops the graph then, we keep the object.
+            def id_ref(self, obj: object, obj_str: str) -> int:
+                held.append(obj)
+                return super().id_ref(obj, obj_str)
+
+        original = convert_frame.CheckFunctionManager  # type: ignore[attr-defined]
+        convert_frame.CheckFunctionManager = Holding  # type: ignore
+        try:
+            with _dynamo_settings():
+                manager = self._output.build_guards(self._code).guard_manager
+        finally:
+            convert_frame.CheckFunctionManager = original  # type: ignore
+        return DynamoGuards(manager, manager.check, held)
+
+    def function(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The traced function, with ``run(*graph inputs)`` in the place of the graph.
+
+        It replays the side effects of the call, and returns what the call returned.
+        """
+        scope = dict(self._globals)
+        for alias, name in self._output.import_sources.items():
+            scope[alias] = importlib.import_module(name)
+        scope[self.backend_id] = run
+        out = self._output
+        return types.FunctionType(out.bytecode, scope, "grapefx", out.argdefs, out.closure or None)
+
+
+@dataclass
+class DynamoGuards:
+    """Whether a trace still holds for a call: ``check({"name of an argument": value})``."""
+
+    manager: Any
+    check: Callable[[dict[str, Any]], bool]
+    held: list[Any]
+
+    def broken(self, scope: dict[str, Any]) -> str:
+        """The first guard that does not hold, with the user's line where Dynamo noted it."""
+        found = self.manager.check_verbose(scope)
+        return "" if found.result else "; ".join(str(p) for p in found.verbose_code_parts)
+
+
+@contextlib.contextmanager
+def _dynamo_settings() -> Iterator[None]:
+    from torch._dynamo import config
+    from torch._dynamo.utils import dynamo_timed, get_metrics_context
+
+    settings: dict[str, Any] = {
+        "automatic_dynamic_shapes": False,
+        "assume_static_by_default": True,
+        "allow_rnn": True,
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+        "skip_nnmodule_hook_guards": False,
+        "record_pre_graph_bytecode_in_traces": False,
+        "reorderable_logging_functions": {print, warnings.warn},
+        "verbose": False,
+        "suppress_errors": False,
+        "disable": False,
+    }
+    known = {k: v for k, v in settings.items() if hasattr(config, k)}
+    with get_metrics_context(), dynamo_timed("grapefx"), config.patch(known):
+        yield
+
+
+def dynamo_trace(fn: types.FunctionType, arguments: tuple[Any, ...]) -> DynamoTrace | None:
+    """Trace ``fn(*arguments)``; None where it computes with no tensor.
+
+    Dynamo's own exceptions come through (``dynamo_refusal`` reads them).
+    """
+    from torch._dynamo import convert_frame
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+
+    drawn = random.getstate()
+    try:
+        with (
+            convert_frame.compile_lock, _dynamo_settings(), torch_function_mode_stack_state_mgr,
+            quiet_export(), warnings.catch_warnings(),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")
+            out = convert_frame.fullgraph_capture(fn, arguments)
+    finally:
+        random.setstate(drawn)
+    found = out.backend_input
+    if found is None:
+        return None
+    return DynamoTrace(
+        found.graph_module, list(found.example_inputs), found.fake_mode, found.backend_id,
+        out.graph_capture_output, fn.__code__, fn.__globals__,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why Dynamo cannot follow a call: in one sentence, and the user's line (or '')."""
+
+    why: str
+    where: str
+    final: bool  # whatever sizes it is traced with
+
+
+def dynamo_refusal(error: BaseException) -> Refusal | None:
+    """What an exception of a trace says; None for one that is none of Dynamo's."""
+    from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError, Unsupported, UserError
+
+    if not isinstance(error, TorchDynamoException):
+        return None
+    lines = [line.strip() for line in str(error).splitlines()]
+    name = lines[0] if lines else type(error).__name__
+    details = [
+        t.removeprefix("Explanation:").strip() for t in lines if t.startswith("Explanation:")
+    ]
+    context = [
+        t.partition(": ")[2] for t in lines if t.startswith("Developer debug context: raised")
+    ]
+    why = ": ".join([name, *(context or details)[:1]])
+    frames = [
+        f for f in getattr(error, "real_stack", None) or []
+        if "/torch/" not in f.filename and not f.filename.startswith(os.path.dirname(__file__))
+    ]  # fmt: skip
+    where = (
+        f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}"
+        if frames
+        else ""
+    )
+    sized = isinstance(error, TorchRuntimeError) or bool(context)
+    return Refusal(why, where, isinstance(error, (Unsupported, UserError)) and not sized)
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Ask Dynamo for a symbol in a dim of an example; it may find that there can be none."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def functional_graph(
+    run: torch.nn.Module, fakes: Sequence[Any], mode: FakeTensorMode
+) -> tuple[torch.fx.GraphModule, dict[str, str]]:
+    """A module's call on fake tensors as one functional ATen graph; composite operators stay.
+
+    Returned beside it: the outputs (first in the graph) that are new values of inputs, by name.
+    """
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._guards import TracingContext, tracing
+    from torch.export.exported_program import (
+        _override_composite_implicit_decomp,
+        _split_decomp_table_to_cia_and_python_decomp,
+    )
+
+    composite, _ = _split_decomp_table_to_cia_and_python_decomp({})
+    with (
+        mode, _override_composite_implicit_decomp(composite), tracing(TracingContext(mode)),
+        warnings.catch_warnings(),
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")
+        gm, signature = aot_export_module(
+            run, list(fakes), trace_joint=False, decompositions={}, pre_dispatch=False
+        )
+    written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    assert isinstance(gm, torch.fx.GraphModule)
+    return gm, written

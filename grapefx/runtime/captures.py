@@ -2,250 +2,161 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grapefx.batch_facts import holds, same_graph
-from grapefx.capture import capture
-from grapefx.constants import tensor_attributes
+from grapefx.capture import Scope, dense, flatten_call
 from grapefx.errors import InputError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
-from grapefx.plan import Plan, build_forward, build_plan
-from grapefx.runtime import hooks, inplace
+from grapefx.plan import Plan, build_forward, plan_call
+from grapefx.runtime import hooks
 from grapefx.runtime.building import building
-from grapefx.runtime.guard import Calls, Fingerprint, describe_leaf
-from grapefx.runtime.program import Program, module_slots
+from grapefx.runtime.program import Program
 from grapefx.runtime.state import FeedbackState
+
+_RESTLESS = 8  # captures for one reason before it is named
+
+Runner = Callable[[Program, list[Any]], Sequence[Any]]
 
 
 class Captures:
-    """The programs of one module, by what they are valid for.
+    """The programs of one module; each knows the calls that it is valid for.
 
-    ``plan``: of the last training capture. ``slots``: where each parameter and buffer of the model
-    lives now. ``device_type``: of its parameters, known with the first capture.
+    ``plan``: of the last training capture. ``device_type``: of the parameters.
     """
 
-    def __init__(self, model: nn.Module, method: Method, options: Options) -> None:
+    def __init__(self, model: nn.Module, method: Method, options: Options, run: Runner) -> None:
         self.model = model
         self.method = method
         self.options = options
-        self.programs: dict[Any, Program] = {}
         self.plan: Plan | None = None
-        self.slots: dict[str, tuple[dict[str, Any], str]] = {}
         self.device_type = "cpu"
-        self.fingerprint: Fingerprint | None = None
-        self._listed: Any = None  # the modules that ``slots`` was made from
-        self._leads: dict[Any, int] = {}
+        self._run = run
+        self._programs: tuple[Program, ...] = ()  # the one used last comes first
+        self._lengths = _Lengths(options.batch_dim)
+        self._reasons: dict[str, int] = {}
         self._told_hooks: set[str] = set()
-        self._calls = Calls()
 
-    def program(
-        self,
-        args: Any,
-        kwargs: Any,
-        leaves: list[Any],
-        spec: Any,
-        training: bool,
-        feedback: FeedbackState,
-    ) -> Program:
-        """The program that serves a call; captured anew where none does.
+    @property
+    def programs(self) -> dict[int, Program]:
+        """Everything captured so far, in order of use (the last first)."""
+        return dict(enumerate(self._programs))
+
+    def call(self, scope: Scope, feedback: FeedbackState) -> Any:
+        """What the model returns for a call; captured anew where no program holds for it.
 
         ``feedback``: where a new capture finds or puts its layers' tensors.
 
         Raises:
             GrapefxError: the model cannot be captured, or the method is not defined on it.
         """
-        if self.fingerprint is None:
-            self.fingerprint = Fingerprint(self.model)
-        fingerprint = self.fingerprint
-        reading = fingerprint.read()
-        if training and not fingerprint.trains(reading):
-            training = any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
-        key, batch = self._key(leaves, spec, reading, training)
-        found = self._find(key, batch)
-        if found is None or not _settled(found, batch):
+        program = self._find(scope)
+        if program is None and (other := dense(scope.args, scope.kwargs)) is not None:
+            scope = replace(scope, args=other[0], kwargs=other[1])
+            program = self._find(scope)
+        if program is None:
             with building():
-                found = self._find(key, batch)  # another thread may have been first
-                if found is None or not self._serves(found, batch, args, kwargs, training):
-                    fixed = found is not None
-                    found = self._capture(
-                        args, kwargs, leaves, spec, key[0], training, feedback, fixed=fixed
-                    )
-        if self._listed is not fingerprint.modules:
-            self.slots = module_slots(self.model)
-            self._listed = fingerprint.modules
-        return found
+                program = self._find(scope)  # another thread may have been first
+                if program is None:
+                    program = self._capture(scope, feedback)
+                    self._programs = (program, *self._programs)
+        return program.call(scope)
 
-    def _find(self, key: Any, batch: int | None) -> Program | None:
-        return self.programs.get((key, batch)) or self.programs.get(key)
-
-    def _serves(
-        self, program: Program, batch: int | None, args: Any, kwargs: Any, training: bool
-    ) -> bool:
-        """Whether a program's graph is the model's for a batch size.
-
-        One that the model's branches on sizes, or a single sample, may treat otherwise is traced
-        alone, once, and compared.
-        """
-        if _settled(program, batch):
-            return True
-        captured = program.captured
-        assert captured is not None and batch is not None
-        right = holds(captured, batch)
-        if batch == 1 or not right:
-            with inplace.untouched(self.model), torch.set_grad_enabled(training):
-                alone = capture(
-                    self.model, args, kwargs, batch_dim=self.options.batch_dim, fixed=True
-                )
-            right = same_graph(captured, alone, batch)
-        if right:
-            program.sizes.add(batch)
-        return right
-
-    def batch_size(self, program: Program, inputs: list[Tensor]) -> int:
-        """Samples in a call."""
-        dim, lead = self.options.batch_dim, inputs[program.lead]
-        return lead.shape[dim] if lead.ndim > dim else 1
-
-    def value(self, role: str, ref: Any, inputs: list[Tensor], program: Program) -> Tensor:
-        """An argument of a program's graphs: an input, a constant, a parameter or a buffer."""
-        if role == "input":
-            x = inputs[ref]
-            if x.is_contiguous() or (
-                x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-            ):
-                return x
-            return x.contiguous()
-        if role == "constant" and ref not in program.attributes:
-            return program.constants[ref]
-        store, key = program.attributes[ref] if role == "constant" else self.slots[ref]
-        return store[key]
+    def _find(self, scope: Scope) -> Program | None:
+        known = self._programs
+        for k, program in enumerate(known):
+            if program.capture.holds(scope):
+                if k:
+                    self._programs = (program, *known[:k], *known[k + 1 :])
+                return program
+        return None
 
     def ensure_states(self, feedback: FeedbackState) -> None:
         """Feedback tensors for every program, after other ones were loaded."""
-        for program in self.programs.values():
+        for program in self._programs:
             if program.plan is not None:
                 program.renamed = self._ensure(program.plan, feedback)
 
-    def _key(
-        self, leaves: list[Any], spec: Any, reading: Any, training: bool
-    ) -> tuple[tuple[Any, ...], int | None]:
-        """What a program is valid for (but for the batch size), and the batch size."""
-        dim = self.options.batch_dim
-        lead = self._leads.get(spec) if self._leads else None
-        if lead is not None:  # not the first tensor: a table or a mask comes before the batch
-            batch = leaves[lead].shape[dim]
-        else:
-            batch = next(
-                (t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None
-            )
-        call = tuple([describe_leaf(leaf, batch, dim) for leaf in leaves])
-        device = self.device_type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (reading, call, spec, training, cast), batch
-
-    def _capture(
-        self,
-        args: Any,
-        kwargs: Any,
-        leaves: list[Any],
-        spec: Any,
-        reading: Any,
-        training: bool,
-        feedback: FeedbackState,
-        *,
-        fixed: bool = False,
-    ) -> Program:
+    def _capture(self, scope: Scope, feedback: FeedbackState) -> Program:
+        leaves, spec = flatten_call(scope.args, scope.kwargs)
         self._check_devices(leaves)
-        key, batch = self._key(leaves, spec, reading, training)
-        if batch == 0 and training and not self.method.exact:
-            raise InputError(
-                "no step can be taken on a batch of no samples\n  remedy: leave empty batches out"
-            )
+        training = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in nn.Module.parameters(self.model))
+            or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
+        )
+        self._check_batch(leaves, training)
         options = self.options
-        backend = (
-            options.backend, options.backend_options, options.dynamic, options.parallel
-        )  # fmt: skip
-        with inplace.untouched(self.model):
-            self._check_hooks(training)
-            if training:
-                plan = build_plan(
-                    self.model, args, kwargs, method=self.method, options=options, fixed=fixed
-                )
-            else:
-                captured, step = build_forward(self.model, args, kwargs, options, fixed=fixed)
+        others = self._lengths.moving(leaves, (spec, training))
+        if self._programs:
+            self._name_restless(scope, training)
+        self._check_hooks(scope, training)
         if training:
-            captured = plan.captured
-            program = Program(plan, None, captured.out_spec, captured.constants, *backend)
-            program.renamed = self._ensure(plan, feedback)
+            plan = plan_call(scope, self.method, options, others)
+            found = plan.capture
+            program = Program(found, plan, None, options, self._ensure(plan, feedback))
             # not that of a model that is frozen for now
             if any(s.role == "gradient" for s in plan.joint.outputs):
                 self.plan = plan
+            notes: Sequence[str] = plan.notes
         else:
-            program = Program(None, step, captured.out_spec, captured.constants, *backend)
-        for note in plan.notes if training else captured.notes:
+            found, step = build_forward(scope, options, others)
+            program = Program(found, None, step, options, {})
+            notes = found.captured.notes
+        if others and len(found.symbols()) == (found.captured.batch is not None):
+            self._lengths.stay((spec, training), others)
+        for note in notes:
             tell(note)
-        program.captured = captured
-        program.lead = captured.lead
-        places = tensor_attributes(self.model) if captured.constants else {}
-        program.attributes = {k: places[k] for k in captured.constants if k in places}
-        program.written = captured.mutated
-        assert self.fingerprint is not None
-        restless = self.fingerprint.restless(reading)
-        if restless:
-            tell(
-                f"the attribute {restless!r} of the model keeps changing, and each new value needs "
-                "a new capture: make it a buffer (a tensor), or pass it as a tensor argument"
-            )
-        if note := self._calls.restless(key[1], spec, training):
-            tell(note)
-        if more := self.fingerprint.watch(captured.read):
-            # what is known did not read them: it holds at their present values
-            self.programs = {_longer(k, more): p for k, p in self.programs.items()}
-            reading = _longer((reading,), more)[0]
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        dim = options.batch_dim
-        if any(leaves[i].ndim > dim for i in tensors[: captured.lead]):
-            self._leads[spec] = tensors[captured.lead]
-        key, batch = self._key(leaves, spec, reading, training)  # with the device and lead known
-        # an input that only happened to be as long as the batch was captured at that length
-        chance = any(
-            leaves[i].ndim > dim and leaves[i].shape[dim] == batch and k not in captured.dynamic
-            for k, i in enumerate(tensors)
-        )
-        if batch is not None:
-            program.sizes.add(batch)
-        self.programs[(key, batch) if captured.batch is None or chance else key] = program
-        single = self.programs.get((key, 1))
-        known = single.captured if single is not None and not chance else None
-        if captured.batch is not None and known is not None and same_graph(captured, known, 1):
-            # a first batch of one sample was captured as it was: one graph serves both
-            program.sizes.add(1)
-            del self.programs[key, 1]
+        program.call = found.bind(functools.partial(self._run, program))
         return program
+
+    def _name_restless(self, scope: Scope, training: bool) -> None:
+        """Tell once what has been the reason for the eighth capture."""
+        same = [p for p in self._programs if (p.plan is not None) == training]
+        reason = same[0].capture.broken(scope) if same else ""
+        kind = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason.partition("#")[0]).strip()
+        self._reasons[kind] = self._reasons.get(kind, 0) + 1
+        if reason and self._reasons[kind] == _RESTLESS:
+            tell(
+                f"something that the model reads keeps changing, and each new value needs a new "
+                f"capture: {reason}\n  make it a buffer or a tensor argument; lengths: pad to a few"
+            )
 
     def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:
         """Feedback tensors for every layer of a plan; returns those that go by another key."""
         specs = plan.state_specs()
         if not specs:
             return {}
-        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        parameter = next(p for p in nn.Module.parameters(self.model) if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
         return feedback.ensure(specs, dtype, parameter.device)
 
-    def _check_hooks(self, training: bool) -> None:
+    def _check_batch(self, leaves: Sequence[Any], training: bool) -> None:
+        dim = self.options.batch_dim
+        batch = next((t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.ndim > dim), None)
+        if batch == 0 and training and not self.method.exact:
+            raise InputError(
+                "no step can be taken on a batch of no samples\n  remedy: leave empty batches out"
+            )
+
+    def _check_hooks(self, scope: Scope, training: bool) -> None:
         if training:
-            hooks.refuse_backward(self.model)
+            hooks.refuse_backward(self.model, root=not scope.inner)
+        if self.options.capture == "dynamo":
+            return  # what a hook does runs in every call
         for note in hooks.traced(self.model):
             if note not in self._told_hooks:
                 self._told_hooks.add(note)
                 tell(note)
 
-    def _check_devices(self, leaves: list[Any]) -> None:
-        parameter = next(self.model.parameters(), None)
+    def _check_devices(self, leaves: Sequence[Any]) -> None:
+        parameter = next(nn.Module.parameters(self.model), None)
         if parameter is None:
             return
         self.device_type = parameter.device.type
@@ -257,18 +168,38 @@ class Captures:
                 )
 
 
-def _longer(key: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A key of ``programs`` whose reading ends in more values."""
-    if len(key) == 2:  # with a batch size
-        return (_longer(key[0], more), key[1])
-    (*first, scalars), *rest = key
-    return ((*first, scalars + more), *rest)
+class _Lengths:
+    """Which dims beside the batch have changed between captures: they get symbols, as in
+    ``torch.compile``, the second time.
+    """
 
+    def __init__(self, batch_dim: int) -> None:
+        self._batch_dim = batch_dim
+        self._last: dict[Any, list[tuple[int, ...] | None]] = {}
+        self._moved: dict[Any, set[tuple[int, int]]] = {}
+        self._fixed: dict[Any, set[tuple[int, int]]] = {}
 
-def _settled(program: Program, batch: int | None) -> bool:
-    """Whether a program is known to be right for a batch size."""
-    captured = program.captured
-    return batch is None or batch in program.sizes or captured is None or captured.batch is None
+    def moving(self, leaves: Sequence[Any], key: Any) -> frozenset[tuple[int, int]]:
+        """At a capture: (leaf, dim) of each dim that is known to change in calls like this one."""
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves]
+        last, self._last[key] = self._last.get(key), shapes
+        moved = self._moved.setdefault(key, set())
+        if last is not None:
+            dim = self._batch_dim
+            batch = next((s[dim] for s in shapes if s is not None and len(s) > dim), None)
+            for i, (a, b) in enumerate(zip(last, shapes, strict=True)):
+                if a is None or b is None or len(a) != len(b):
+                    continue
+                moved |= {
+                    (i, d)
+                    for d, (m, n) in enumerate(zip(a, b, strict=True))
+                    if m != n and not (d == dim and n == batch)
+                }
+        return frozenset(moved - self._fixed.get(key, set()))
+
+    def stay(self, key: Any, dims: frozenset[tuple[int, int]]) -> None:
+        """These could not be symbolic: each new length is a capture of its own."""
+        self._fixed.setdefault(key, set()).update(dims)
 
 
 __all__ = ["Captures"]

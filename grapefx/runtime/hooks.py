@@ -23,9 +23,11 @@ def _name(path: str) -> str:
     return f"the module {path!r}" if path else "the model"
 
 
-def refuse_backward(model: nn.Module) -> None:
-    """Raise ``CaptureError`` for a backward hook on any module."""
-    for path, module in model.named_modules():
+def refuse_backward(model: nn.Module, *, root: bool) -> None:
+    """Raise ``CaptureError`` for a backward hook on any module (``root``: on the model itself)."""
+    for path, module in nn.Module.named_modules(model):
+        if not path and not root:
+            continue
         for kind in BACKWARD:
             if getattr(module, kind):
                 raise CaptureError(

@@ -61,33 +61,16 @@ def uninstall(model: nn.Module) -> nn.Module:
 def _forward_of(model: nn.Module, net: FeedbackModule) -> Iterator[None]:
     """The model's own hooks run around the net: torch runs them around ``self.forward``."""
     held = model.__dict__.get("forward", ...)
-    net.__dict__["_under"] = held
-    model.__dict__["forward"] = net.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        _put(model, held)  # torch has read it: from here on the model is itself again
+        return net.forward(*args, **kwargs)
+
+    model.__dict__["forward"] = forward
     try:
         yield
     finally:
         _put(model, held)
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """For a capture: the model without what ``install`` and ``_forward_of`` put on it."""
-    net = installed(model)
-    if net is None:
-        yield
-        return
-    store = model.__dict__
-    forward = store.get("forward", ...)
-    hooks = {k: store[k] for k in _HOOKS}
-    shadowed = getattr(forward, "__self__", None) is net
-    if shadowed:
-        _put(model, net.__dict__["_under"])
-    store.update({k: type(v)() for k, v in hooks.items()})
-    try:
-        yield
-    finally:
-        store.update(hooks)
-        _put(model, forward)
 
 
 def _put(model: nn.Module, forward: Any) -> None:

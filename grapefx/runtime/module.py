@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grapefx.capture import flatten_call, unflatten_outputs
+from grapefx.capture import Scope
 from grapefx.errors import BackwardError, InputError, StateError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
@@ -22,7 +22,7 @@ from grapefx.runtime import distributed, inplace
 from grapefx.runtime.captures import Captures
 from grapefx.runtime.function import Step
 from grapefx.runtime.noise import draw, seed_of
-from grapefx.runtime.owner import Owner, autocast_off
+from grapefx.runtime.owner import Owner, autocast_off, kept_buffers
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
@@ -84,9 +84,8 @@ class FeedbackModule(nn.Module):
             _targets=None,
             _generators={},
             _installed=False,
-            _under=...,
         )
-        self.__dict__["_captures"] = Captures(model, method, options)
+        self.__dict__["_captures"] = Captures(model, method, options, self._run)
         self.__dict__["_begun"] = frozenset({*self.__dict__, "_begun"})
 
     # the module that users see
@@ -203,68 +202,39 @@ class FeedbackModule(nn.Module):
                 "torch.func transforms (grad, vmap, jvp) cannot pass through a grapefx module: its "
                 "gradients are not the derivative of a graph. Use the plain model for it."
             )
-        leaves, spec = flatten_call(args, kwargs)
-        training = torch.is_grad_enabled()
-        program = self._captures.program(args, kwargs, leaves, spec, training, self._feedback)
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if program.plan is None:
-            found = self._infer(program, inputs)
-        else:
-            found = self._train(program, inputs)
-        return unflatten_outputs(
-            program.out_spec, found, self._captures.batch_size(program, inputs)
-        )
+        scope = Scope(self._original, args, kwargs, self._installed)
+        return self._captures.call(scope, self._feedback)
 
-    def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
-        captures = self._captures
-        with autocast_off(captures.device_type):
-            compiled = program.infer(captures.batch_size(program, inputs))
-        arguments = [captures.value(role, ref, inputs, program) for role, ref in compiled.sources]
-        with autocast_off(captures.device_type), torch.no_grad(), self._kept_buffers(program):
+    def _run(self, program: Program, given: list[Any]) -> Any:
+        """The graphs of one call; ``given`` are the captured graph's inputs."""
+        return self._infer(program, given) if program.plan is None else self._train(program, given)
+
+    def _infer(self, program: Program, given: list[Any]) -> Any:
+        device = self._captures.device_type
+        with autocast_off(device):
+            compiled = program.infer(program.batch(given))
+        arguments = [given[ref] for _, ref in compiled.sources]
+        with autocast_off(device), torch.no_grad(), kept_buffers(program, given):
             return compiled.forward(arguments)
 
-    @contextlib.contextmanager
-    def _kept_buffers(self, program: Program) -> Iterator[None]:
-        """The forward inside writes buffers in place: all of them, or none if it fails."""
-        if not program.written:
-            yield
-            return
-        buffers = [self._captures.value("buffer", name, [], program) for name in program.written]
-        kept = program.keep(buffers)
-        try:
-            yield
-        except BaseException:
-            program.put_back(buffers, kept)
-            raise
-
-    def _train(self, program: Program, inputs: list[Tensor]) -> Any:
+    def _train(self, program: Program, given: list[Any]) -> Any:
         plan = program.plan
         assert plan is not None
         self._schedule.tell_once()
         kind = self._kind(plan)
-        captures = self._captures
+        device = self._captures.device_type
         if kind == "calibration" and self._options.calib_update == "sgd":
-            _refuse_scaled(captures.device_type)
-        batch = captures.batch_size(program, inputs)
-        with autocast_off(captures.device_type):
+            _refuse_scaled(device)
+        batch = program.batch(given)
+        with autocast_off(device):
             step = program.step(kind, batch)
         drawn: dict[int, Tensor] = {}
         if step.noise or step.random:
-            drawn = self._noise(step, plan.rows(batch), inputs[0].device)
-        arguments = [
-            drawn[ref]
-            if role in ("noise", "random")
-            else captures.value(role, ref, inputs, program)
-            for role, ref in step.sources
-        ]
-        slots = captures.slots
-        leaves = [
-            slots[name][0][slots[name][1]] if role == "gradient" else inputs[int(name)]
-            for role, name in step.gradients
-        ]
-        owner = Owner(self, program, kind == "calibration", batch)
-        with autocast_off(captures.device_type):
-            return Step.apply(owner, step, arguments, *leaves)
+            drawn = self._noise(step, plan.rows(batch), program.sizes(given), given[0].device)
+        arguments = [given[ref] if role == "given" else drawn[ref] for role, ref in step.sources]
+        owner = Owner(self, program, kind == "calibration", batch, given)
+        with autocast_off(device):
+            return Step.apply(owner, step, arguments, *[given[k] for k in step.leaves])
 
     def _kind(self, plan: Plan) -> str:
         kinds = plan.kinds()
@@ -279,7 +249,9 @@ class FeedbackModule(nn.Module):
             return "align"
         return "update"
 
-    def _noise(self, step: CompiledStep, rows: int, device: torch.device) -> dict[int, Tensor]:
+    def _noise(
+        self, step: CompiledStep, rows: int, sizes: dict[Any, int], device: torch.device
+    ) -> dict[int, Tensor]:
         options = self._options
         generator = self._generators.get(device)
         if generator is None:
@@ -287,7 +259,7 @@ class FeedbackModule(nn.Module):
         generator.manual_seed(seed_of(options.seed, distributed.rank(), self._schedule.step))
         drawn: dict[int, Tensor] = {}
         if step.noise:
-            shapes = [n.sized(rows) for n in step.noise]
+            shapes = [n.sized(rows, sizes) for n in step.noise]
             tensors = draw(shapes, step.noise[0].dtype, device, generator, options.noise)
             drawn = {n.index: t for n, t in zip(step.noise, tensors, strict=True)}
         for r in step.random:

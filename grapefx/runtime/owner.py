@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,21 @@ def autocast_off(device: str) -> Any:
     return _NOTHING()
 
 
+@contextlib.contextmanager
+def kept_buffers(program: Program, given: list[Any]) -> Iterator[None]:
+    """The forward inside writes buffers in place: all of them, or none if it fails."""
+    if not program.written:
+        yield
+        return
+    buffers = [given[k] for k in program.written]
+    kept = program.keep(buffers)
+    try:
+        yield
+    except BaseException:
+        program.put_back(buffers, kept)
+        raise
+
+
 class Owner:
     """What one training call leaves for its backward: the runtime and the program's wiring."""
 
@@ -39,15 +54,22 @@ class Owner:
         "batch",
         "calibration",
         "differentiable",
+        "given",
         "layers",
         "module",
         "plan",
         "program",
         "took_targets",
+        "weights",
     )
 
     def __init__(
-        self, module: FeedbackModule, program: Program, calibration: bool, batch: int
+        self,
+        module: FeedbackModule,
+        program: Program,
+        calibration: bool,
+        batch: int,
+        given: list[Any],
     ) -> None:
         assert program.plan is not None
         self.module = module
@@ -56,8 +78,12 @@ class Owner:
         self.layers = program.plan.layers
         self.calibration = calibration
         self.batch = batch
+        self.given: list[Any] | None = given  # the graph's inputs, until the forward has run
         self.program = program
         self.took_targets = False
+        self.weights: dict[str, Tensor] = {}  # for a calibration that takes its own step
+        if calibration and module._options.calib_update == "sgd":
+            self.weights = {n: given[k] for (r, n), k in program.places.items() if r == "parameter"}
 
     def late_input(self, role: str, name: str) -> Tensor:
         """A feedback tensor as it is now, or the class targets of this step."""
@@ -68,7 +94,9 @@ class Owner:
 
     def run_forward(self, step: CompiledStep, arguments: list[Any]) -> Any:
         """The forward graph; buffers that it writes are as before if it fails."""
-        with self.module._kept_buffers(self.program):
+        given, self.given = self.given, None
+        assert given is not None
+        with kept_buffers(self.program, given):
             try:
                 return step.forward(arguments)
             except RuntimeError as e:
@@ -199,6 +227,5 @@ class Owner:
             name = step.gradients[k][1]
             old = self.module._momentum.get(name)
             momenta[name] = grad.clone() if old is None else old * 0.9 + grad
-            store, key = self.module._captures.slots[name]
-            weights.append(store[key])
+            weights.append(self.weights[name])
         return weights, momenta, [None if k in own else g for k, g in enumerate(found)]

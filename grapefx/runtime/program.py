@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grapefx.ir import Captured, StepGraph
+from grapefx.capture import Capture
+from grapefx.ir import StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
+from grapefx.options import Options
 from grapefx.passes.divide.partition import forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
 from grapefx.plan import Plan
@@ -18,22 +21,28 @@ from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building
 from grapefx.runtime.cudagraph import Graphed
 from grapefx.runtime.parallel import forms_of, lower_forms, stable_inputs
-from grapefx.torch_compat import batch_symbol, copy_all, size_hint
+from grapefx.torch_compat import batch_symbol, copy_all
+
+# the position of each input of a captured graph, by (role, name)
+Places = dict[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
 class NoiseInput:
-    """One noise placeholder: its index in the step's inputs, its shape with rows left open."""
+    """One noise placeholder: its index in the step's inputs, its shape with rows left open.
+
+    A size that is a symbol of the graph (a sympy expression) is open as well.
+    """
 
     index: int
     dim: int
     factor: int
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     dtype: torch.dtype
 
-    def sized(self, rows: int) -> tuple[int, ...]:
-        """The shape for a number of samples."""
-        s = list(self.shape)
+    def sized(self, rows: int, sizes: dict[Any, int]) -> tuple[int, ...]:
+        """The shape for a number of samples, and for the sizes that symbols stand for."""
+        s = [n if isinstance(n, int) else int(n.subs(sizes)) for n in self.shape]
         s[self.dim] = rows * self.factor
         return tuple(s)
 
@@ -51,18 +60,19 @@ class RandomInput:
 class CompiledStep:
     """One kind of training step: two callables and the wiring between them.
 
-    ``sources``: for each input of the forward callable, (role, name or index).
+    ``sources``: for each input of the forward callable, ("given", position) or (role, index).
     ``saved_tensors`` and ``saved_sizes``: positions among the saved values.
     ``late``: for each late input of the update callable, ("cotangent", k), ("target", k)
     or ("feedback", name).
     ``results``: for each output of the update callable, its slot.
+    ``leaves``: for each of ``gradients``, the input that it is the gradient of.
     ``needs``: for each of ``gradients``, the cotangents that it depends on.
     """
 
     kind: str
     forward: Compiled
     update: Compiled
-    sources: tuple[tuple[str, Any], ...]
+    sources: tuple[tuple[str, int], ...]
     noise: tuple[NoiseInput, ...]
     random: tuple[RandomInput, ...]
     outputs: int
@@ -71,6 +81,7 @@ class CompiledStep:
     late: tuple[tuple[str, Any], ...]
     results: tuple[tuple[str, Any], ...]
     gradients: tuple[tuple[str, str], ...]
+    leaves: tuple[int, ...]
     needs: tuple[frozenset[int], ...]
     seconds: float
 
@@ -80,36 +91,57 @@ class CompiledForward:
     """Inference: one callable."""
 
     forward: Compiled
-    sources: tuple[tuple[str, Any], ...]
+    sources: tuple[tuple[str, int], ...]
     seconds: float
 
 
 class Program:
-    """The compiled graphs of one plan (training) or one forward graph (inference)."""
+    """The compiled graphs of one captured call: of its plan (training), or of its forward alone.
 
-    def __init__(self, plan: Plan | None, inference: StepGraph | None, out_spec: Any,
-                 constants: dict[str, Tensor], backend: str, options: dict[str, Any] | None,
-                 dynamic: bool | None, parallel: str = "off") -> None:  # fmt: skip
+    ``call(scope)`` is the whole call, once ``FeedbackModule`` has bound what runs the graphs.
+    Graphs take the captured graph's inputs, in its order, as ``given``.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        plan: Plan | None,
+        inference: StepGraph | None,
+        options: Options,
+        renamed: dict[str, str],
+    ) -> None:
+        self.capture = capture
         self.plan = plan
         self.inference = inference
-        self.out_spec = out_spec
-        self.constants = constants
-        self.backend = backend
         self.options = options
-        self.parallel = parallel
-        self.captured: Captured | None = None
-        self.sizes: set[int] = set()  # batch sizes that the capture is known to be right for
-        self.lead = 0  # the input that holds the batch
-        # constants that are attributes of modules: where each lives
-        self.attributes: dict[str, tuple[dict[str, Any], str]] = {}
-        self.renamed: dict[str, str] = {}  # feedback tensors that go by another key
-        self.written: tuple[str, ...] = ()  # buffers that the forward writes in place
+        self.renamed = renamed  # feedback tensors that go by another key
+        captured = capture.captured
+        self.places = {(s.role, s.name): k for k, s in enumerate(captured.inputs)}
+        self.written = tuple(self.places["buffer", name] for name in captured.mutated)
+        self.call: Callable[[Any], Any] = _unbound
+        inputs = [k for k, s in enumerate(captured.inputs) if s.role == "input"]
+        self._lead = inputs[captured.lead] if inputs else 0
         # by (kind, batch size); batch size None: any
         self.steps: dict[tuple[str, int | None], CompiledStep] = {}
         self.forwards: dict[int | None, CompiledForward] = {}
-        # batching and CUDA graphs want a fixed batch size
-        self.dynamic = dynamic if backend != "eager" or parallel != "off" else True
+        # other symbolic sizes than the batch: one graph for all. Batching and CUDA graphs want a
+        # fixed batch size.
+        several = len(capture.symbols()) > (captured.batch is not None)
+        fixes = options.backend != "eager" or options.parallel != "off"
+        self.dynamic = True if several or not fixes else options.dynamic
+        self._symbols = _symbols_of(plan.joint, self.places) if plan is not None else {}
         self._kept: list[Tensor] = []
+
+    def batch(self, given: list[Any]) -> int:
+        """Samples in a call."""
+        lead, dim = given[self._lead], self.options.batch_dim
+        return int(lead.shape[dim]) if lead.ndim > dim else 1
+
+    def sizes(self, given: list[Any]) -> dict[Any, int]:
+        """What the size symbols of the plan's graphs stand for in a call."""
+        if not self.dynamic:
+            return {}
+        return {s: int(given[k].shape[dim]) for s, (k, dim) in self._symbols.items()}
 
     def keep(self, buffers: list[Tensor]) -> list[Tensor]:
         """Copies of what the forward writes, in memory that stays."""
@@ -154,8 +186,15 @@ class Program:
         variant = self._variant([b for k, b in self.steps if k == kind], batch)
         sizes = None if variant is None else sizes_of(graph, batch, self.plan.rows(batch))
         chain = kind == "calibration" or self.plan.method.sequential
+        options = self.options
         step = self.steps[kind, variant] = compile_step(
-            graph, kind, sizes, self.backend, self.options, "off" if chain else self.parallel
+            graph,
+            kind,
+            sizes,
+            options.backend,
+            options.backend_options,
+            "off" if chain else options.parallel,
+            self.places,
         )
         return step
 
@@ -175,10 +214,11 @@ class Program:
         start = time.perf_counter()
         variant = self._variant(self.forwards, batch)
         sizes = None if variant is None else sizes_of(self.inference, batch, batch)
-        step = prepare(self.inference, sizes, self.backend, self.options)
+        options = self.options
+        step = prepare(self.inference, sizes, options.backend, options.backend_options)
         gm, used = forward_only(step)
-        sources = tuple(_source(step, i) for i in used)
-        fn = lower_forward(gm, self.backend, self.options)
+        sources = tuple(_source(step, i, self.places) for i in used)
+        fn = lower_forward(gm, options.backend, options.backend_options)
         found = CompiledForward(fn, sources, time.perf_counter() - start)
         self.forwards[variant] = found
         return found
@@ -196,15 +236,22 @@ def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
     return sizes
 
 
-def _source(step: StepGraph, index: int) -> tuple[str, Any]:
+def _symbols_of(step: StepGraph, places: Places) -> dict[Any, tuple[int, int]]:
+    found: dict[Any, tuple[int, int]] = {}
+    for slot, node in step.select("input"):
+        for dim, size in enumerate(node.meta["val"].shape):
+            expr = batch_symbol(size)
+            if expr is not None and expr.is_Symbol:
+                found.setdefault(expr, (places["input", slot.name], dim))
+    return found
+
+
+def _source(step: StepGraph, index: int, places: Places) -> tuple[str, int]:
+    """Where an input of the forward comes from: ("given", position), or drawn: (role, index)."""
     slot = step.inputs[index]
-    if slot.role == "input":
-        return ("input", int(slot.name))
-    if slot.role == "noise":
-        return ("noise", index)
-    if slot.role == "random":
-        return ("random", index)
-    return (slot.role, slot.name)
+    if slot.role in ("noise", "random"):
+        return (slot.role, index)
+    return ("given", places[slot.role, slot.name])
 
 
 def compile_step(
@@ -214,8 +261,15 @@ def compile_step(
     backend: str,
     options: dict[str, Any] | None,
     parallel: str = "off",
+    places: Places | None = None,
 ) -> CompiledStep:
-    """Split and lower one step graph; ``parallel`` is how its update runs."""
+    """Split and lower one step graph.
+
+    ``parallel``: how its update runs. ``places``: the position of each input among those
+    of the call, by (role, name); without it, among the step's own.
+    """
+    if places is None:
+        places = {(s.role, s.name): i for i, s in enumerate(step.inputs)}
     start = time.perf_counter()
     placeholders = step.placeholders()
     # every noise input is drawn, used or not: the stream of draws does not depend on dead code
@@ -234,7 +288,7 @@ def compile_step(
     if kind == "calibration":
         step, tail = cut_tail(step)
     parts = split(prepare(step, sizes, backend, options))
-    sources = tuple(_source(step, i) for i in parts.forward_inputs)
+    sources = tuple(_source(step, i, places) for i in parts.forward_inputs)
     saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][
         : parts.saved
     ]
@@ -278,6 +332,11 @@ def compile_step(
         gradients=tuple(
             (s.role, s.name) for s in step.outputs if s.role in ("gradient", "input_gradient")
         ),
+        leaves=tuple(
+            places["parameter" if s.role == "gradient" else "input", s.name]
+            for s in step.outputs
+            if s.role in ("gradient", "input_gradient")
+        ),
         needs=needs,
         seconds=time.perf_counter() - start,
     )
@@ -313,19 +372,15 @@ def _device_of(step: StepGraph) -> str:
 def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
     layer = step.placeholders()[index].meta["grapefx_fold"]
     dim, outer, inner = layer
-    shape = tuple(0 if d == dim else size_hint(s) for d, s in enumerate(val.shape))
+    shape = tuple(
+        0 if d == dim else s if isinstance(s, int) else batch_symbol(s)
+        for d, s in enumerate(val.shape)
+    )
     return NoiseInput(index, dim, outer * inner, shape, val.dtype)
 
 
-def module_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each parameter and buffer lives: (dict, key) by full name."""
-    slots: dict[str, tuple[dict[str, Any], str]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for store in (module._parameters, module._buffers):
-            for key in store:
-                slots[dot + key] = (store, key)  # type: ignore[assignment]
-    return slots
+def _unbound(scope: Any) -> Any:
+    raise AssertionError("a program is called before it is bound")
 
 
 __all__ = [
@@ -333,6 +388,5 @@ __all__ = [
     "CompiledStep",
     "NoiseInput",
     "Program",
-    "module_slots",
     "sizes_of",
 ]

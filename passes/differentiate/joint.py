@@ -24,6 +24,7 @@ from grapefx.passes.graph import markers
 from grapefx.passes.graph.order import aliases, writes
 from grapefx.passes.place.placement import Placement
 from grapefx.torch_compat import (
+    batch_symbol,
     fake_tensor,
     functionalized,
     make_fx,
@@ -113,36 +114,31 @@ def _viewed(x: torch.Tensor, size: Sequence[Any]) -> torch.Tensor:
 def trace_joint(
     cap: Captured,
     placement: Placement,
-    values: dict[str, torch.Tensor],
-    examples: list[torch.Tensor],
+    examples: Sequence[torch.Tensor],
     trainable: set[str],
     *,
-    batch_hint: int = 0,
-    batch_dim: int = 0,
     backward: bool = True,
 ) -> StepGraph:
     """Trace forward and backward together (or, with ``backward=False``, the forward alone).
 
-    ``values`` maps parameter, buffer and constant names to tensors, ``examples`` are the user's
-    input tensors. ``batch_hint`` > 0 gives the batch dim of the dynamic inputs a fresh symbol.
+    ``examples``: a tensor for each input of the captured graph. Sizes that are symbols there get
+    symbols of the trace's own. ``trainable``: names of the parameters that get a gradient.
     """
     mode = new_fake_mode()
     fakes: list[Any] = []
     wanted: list[int] = []
     shared: dict[int, Any] = {}
-    index = 0
-    for k, slot in enumerate(cap.inputs):
+    for k, (slot, node, real) in enumerate(
+        zip(cap.inputs, cap.placeholders(), examples, strict=True)
+    ):
         if slot.role == "input":
-            real = examples[index]
-            dynamic = [batch_dim] if index in cap.dynamic and cap.batch is not None else []
-            example = _resized(real, batch_hint, batch_dim) if dynamic else real
-            fake = fake_tensor(mode, example.detach(), dynamic)
+            sizes = node.meta["val"].shape
+            dynamic = [d for d, s in enumerate(sizes) if batch_symbol(s) is not None]
+            fake = fake_tensor(mode, real.detach(), dynamic)
             if real.requires_grad:
                 fake.requires_grad_()
                 wanted.append(k)
-            index += 1
         else:
-            real = values[slot.name]
             if id(real) in shared:  # tied weights: one leaf, gradients add up
                 fakes.append(shared[id(real)])
                 continue
@@ -210,12 +206,6 @@ def trace_joint(
             gm = make_fx(functionalized(joint), tracing_mode="real")(unique, cotangents)
             step = _finish(gm, cap, fakes, unique, wanted, differentiable)
     return step
-
-
-def _resized(real: torch.Tensor, hint: int, batch_dim: int) -> torch.Tensor:
-    from grapefx.capture import resized_example
-
-    return resized_example(real.detach(), hint, batch_dim) if hint else real
 
 
 def _finish(

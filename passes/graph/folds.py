@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -93,12 +94,21 @@ def _through_view(
         return None
     before = folds[source]
     shape = source.meta["val"].shape
-    stride = before.inner * math.prod(int(s) for s in shape[before.dim + 1 :])
-    after = math.prod(int(s) for s in val.shape[dim + 1 :])
-    if after == 0 or stride % after:
+    stride = before.inner * math.prod(_expression(s) for s in shape[before.dim + 1 :])
+    after = math.prod(_expression(s) for s in val.shape[dim + 1 :])
+    if after == 0:
         return None
-    inner = stride // after
+    ratio = sympy.Rational(1, after) * stride if isinstance(after, int) else stride / after
+    if not ratio.is_Integer:
+        return None
+    inner = int(ratio)
     return Fold(dim, multiple // inner, inner) if inner and multiple % inner == 0 else None
+
+
+def _expression(size: Any) -> Any:
+    """A size without asking for its value, which would fix a symbol."""
+    expr = batch_symbol(size)
+    return int(size) if expr is None else expr
 
 
 def _inherited(node: Node, multiple: int, folds: dict[Node, Fold]) -> Fold | None:

@@ -23,12 +23,24 @@ def _frame(node: Node) -> tuple[str, str]:
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
     starts = [i for i, line in enumerate(lines) if line.startswith("File ")]
     if not starts:
-        return "", ""
+        return _module(node), ""
     files = {i: lines[i].partition('"')[2].partition('"')[0] for i in starts}
-    own = [i for i, f in files.items() if "/torch/" not in f and not f.startswith(_PACKAGE)]
+    starts = [i for i in starts if not files[i].startswith(_PACKAGE)]
+    own = [i for i in starts if "/torch/" not in files[i]]
+    if not starts:
+        return _module(node), ""
     at = (own or starts)[-1]
     code = lines[at + 1] if at + 1 < len(lines) and at + 1 not in starts else ""
     return lines[at], code
+
+
+def _module(node: Node) -> str:
+    """The module that a node is part of, where no line of the user's code is known."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    path, cls = stack[-1]
+    return f"in the module {path!r} ({getattr(cls, '__name__', cls)})"
 
 
 __all__ = ["quoted", "source_of"]

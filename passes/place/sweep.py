@@ -34,6 +34,7 @@ from grapefx.ir import Captured
 from grapefx.passes.graph.custom_functions import FUNCTION
 from grapefx.passes.graph.folds import Fold, batch_folds, op_name
 from grapefx.passes.graph.source import source_of
+from grapefx.torch_compat import size_hint
 
 aten = torch.ops.aten
 
@@ -396,7 +397,7 @@ class Sweep:
 
 
 def sample_shape(node: Node, fold: Fold) -> tuple[int, ...]:
-    """The shape of one sample's part of a value."""
-    shape = [int(s) for d, s in enumerate(value(node).shape) if d != fold.dim]
+    """The shape of one sample's part of a value; a symbolic size by the one it was traced with."""
+    shape = [size_hint(s) for d, s in enumerate(value(node).shape) if d != fold.dim]
     extra = fold.outer * fold.inner
     return tuple(shape) if extra == 1 else (extra, *shape)

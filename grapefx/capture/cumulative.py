@@ -7,8 +7,8 @@ weight averaging (``update_bn``) sets it so.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +20,24 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 @contextlib.contextmanager
 def cumulative_norms(model: nn.Module) -> Iterator[None]:
     """A trace inside: such layers count and average in the graph."""
-    found = [
-        m
-        for m in model.modules()
-        if isinstance(m, _NORMS)
-        and type(m).forward is nn.BatchNorm1d.forward  # not one of the user's
-        and "forward" not in m.__dict__
-        and m.momentum is None
-        and m.training
-        and m.track_running_stats
-    ]
-    for m in found:
-        m.__dict__["forward"] = functools.partial(_forward, m)
+    if not any(isinstance(m, _NORMS) and _cumulative(m) for m in nn.Module.modules(model)):
+        yield
+        return
+    owner = nn.modules.batchnorm._BatchNorm
+    plain = owner.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return _forward(self, x) if _cumulative(self) else plain(self, x)
+
+    owner.forward = forward  # type: ignore
     try:
         yield
     finally:
-        for m in found:
-            del m.__dict__["forward"]
+        owner.forward = plain  # type: ignore[method-assign]
+
+
+def _cumulative(m: Any) -> bool:
+    return m.momentum is None and m.training and m.track_running_stats
 
 
 def _forward(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:

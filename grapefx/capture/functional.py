@@ -1,0 +1,396 @@
+"""Dynamo's graph of torch calls becomes one functional ATen graph, as the passes want it.
+
+Composite operators (``linear``, ``layer_norm``, ``lstm``) stay whole, since feedback points are
+placed behind them. What plain tracing would lose is put back first: values that enter a ``no_grad``
+region are detached there, a custom ``autograd.Function`` stays one node with its own derivative,
+and ``torch.cond`` becomes both branches with a choice between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from grapefx.capture.tidy import passes_gradient, tidy
+from grapefx.errors import CaptureError
+from grapefx.ir import Captured, Slot
+from grapefx.passes.graph import custom_functions
+from grapefx.passes.graph.source import quoted
+from grapefx.torch_compat import (
+    DynamoTrace,
+    batch_symbol,
+    from_data,
+    functional_graph,
+    pytree,
+    size_expression,
+)
+
+aten = torch.ops.aten
+_ENTERS = "grapefx_from"
+
+
+@dataclass(frozen=True)
+class Given:
+    """An output of the traced graph that is one of its inputs: the caller's own tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An output that the functional graph computes: its ``index``-th."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """An output that is a number made from sizes: a sympy expression over the batch and others."""
+
+    expr: Any
+
+
+@dataclass(frozen=True)
+class Functional:
+    """The functional graph, and how it stands in for the traced one.
+
+    ``captured``: the graph; its inputs are ordered as parameters, buffers, inputs.
+    ``order``: for each of these the position among the traced graph's placeholders.
+    ``examples``: for each its example, a real tensor.
+    ``outputs``: what the traced graph returns, in order: a ``Given``, ``Computed``, ``Size`` or a
+    plain value.
+    """
+
+    captured: Captured
+    order: tuple[int, ...]
+    examples: tuple[Tensor, ...]
+    outputs: tuple[Any, ...]
+
+
+def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Functional:
+    """The functional graph of a trace of ``model``; ``call`` are the leaves of its arguments.
+
+    Raises:
+        CaptureError: the model writes into a parameter or into an argument that wants a gradient,
+            or makes a number or a shape from the values of a tensor.
+    """
+    nodes = [n for n in trace.gm.graph.nodes if n.op == "placeholder"]
+    places = [i for i, e in enumerate(trace.example_inputs) if isinstance(e, Tensor)]
+    fakes = [nodes[i].meta["example_value"] for i in places]
+    real = [trace.example_inputs[i] for i in places]
+    names = _names(model, real, call)
+    origins = _number_nodes(trace.gm)
+    runner = _Runner(trace.gm, nodes, places, trace.example_inputs)
+    gm, written = functional_graph(runner, fakes, trace.mode)
+    notes: list[str] = []
+    tidy(gm, notes)
+    tensors = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    slots, tensors, real, places = _with_constants(gm, trace, names, tensors, real, places)
+    by_name = {n.name: k for k, n in enumerate(tensors)}
+    result = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    mutated = []
+    for value in result.args[0][: len(written)]:
+        k = by_name[written[value.name]]
+        slots[k] = _written(slots[k], tensors[k], real[k])
+        mutated.append(slots[k].name)
+    rank = {"parameter": 0, "buffer": 1, "constant": 2, "input": 3}
+    key = [(rank[s.role], int(s.name) if s.role == "input" else i) for i, s in enumerate(slots)]
+    order = sorted(range(len(slots)), key=key.__getitem__)
+    slots = _renumbered([slots[i] for i in order])
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for i in order:
+        first.prepend(tensors[i])
+    gm.recompile()
+    _trace_back(gm, origins)
+    outputs = [n for n in result.args[0][len(mutated) :]]
+    captured = Captured(
+        gm=gm,
+        inputs=tuple(slots),
+        mutated=tuple(mutated),
+        outputs=tuple(getattr(o, "name", "") for o in outputs),
+        notes=tuple(notes),
+    )
+    return Functional(
+        captured,
+        tuple(places[i] for i in order),
+        tuple(real[i] for i in order),
+        tuple(_number(o) for o in runner.outputs),
+    )
+
+
+class _Runner(nn.Module):
+    """Runs Dynamo's graph on tensors alone: sizes are read from them."""
+
+    def __init__(
+        self, gm: GraphModule, nodes: list[Node], places: list[int], examples: list[Any]
+    ) -> None:
+        super().__init__()
+        graph, sources = _detached(gm), list[tuple[int, int | None]]()
+        self._run = lambda args: _Interpreter(graph).run(*args)  # not a child: it has no parameters
+        self.sources = sources
+        self.outputs: list[Any] = []
+        where: dict[Any, tuple[int, int]] = {}
+        for k, i in enumerate(places):
+            for dim, size in enumerate(nodes[i].meta["example_value"].shape):
+                if (expr := batch_symbol(size)) is not None:
+                    where.setdefault(expr, (k, dim))
+        position = {i: k for k, i in enumerate(places)}
+        for i, node in enumerate(nodes):
+            value = node.meta.get("example_value")
+            if i in position:
+                sources.append((position[i], None))
+            elif (expr := size_expression(value)) in where:
+                sources.append(where[expr])
+            else:
+                raise CaptureError(
+                    f"the number {examples[i]} that the model reads changes from call to call, "
+                    f"and is no size of a tensor (node {node.name!r})\n  remedy: pass it as a "
+                    "tensor"
+                )
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args = [tensors[k] if dim is None else tensors[k].shape[dim] for k, dim in self.sources]
+        with fx_traceback.preserve_node_meta():
+            found = self._run(args)
+        leaves, _ = pytree.tree_flatten(found)
+        outputs: list[Any] = []
+        computed: list[Tensor] = []
+        for leaf in leaves:
+            given = next((k for k, t in enumerate(tensors) if t is leaf), None)
+            if given is not None:
+                own = next(
+                    i for i, (k, dim) in enumerate(self.sources) if k == given and dim is None
+                )
+                outputs.append(Given(own))
+            elif isinstance(leaf, Tensor):
+                outputs.append(Computed(len(computed)))
+                computed.append(leaf)
+            else:
+                outputs.append(leaf)
+        self.outputs = outputs
+        return tuple(computed)
+
+
+class _Interpreter(torch.fx.Interpreter):
+    """Dynamo's higher-order operators become what the passes have for them."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+
+    def run_node(self, n: Node) -> Any:
+        with fx_traceback.set_current_meta(n):
+            if n.op == "call_function":
+                special = _SPECIAL.get(getattr(n.target, "__name__", ""))
+                if special is None and isinstance(n.target, torch._ops.HigherOrderOperator):
+                    special = _SPECIAL.get(n.target.name())
+                if special is not None:
+                    args, kwargs = self.fetch_args_kwargs_from_env(n)
+                    return special(n, args, kwargs)
+            return super().run_node(n)
+
+
+def _checkpointed(node: Node, args: Any, kwargs: Any) -> Any:
+    return _Interpreter(_detached(args[0])).run(*args[1:])
+
+
+def _cond(node: Node, args: Any, kwargs: Any) -> Any:
+    """Both branches, and a choice. What enters the other branch is detached by the same choice, so
+    that an infinite derivative there is never multiplied by zero.
+    """
+    condition, yes, no, operands = args
+    if not isinstance(condition, Tensor):
+        return _Interpreter(yes if condition else no).run(*operands)
+    condition = condition.reshape(())
+
+    def branch(gm: GraphModule, taken: Tensor) -> list[Tensor]:
+        gated = [
+            torch.where(taken, t, t.detach())
+            if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad
+            else t
+            for t in operands
+        ]
+        return list(_Interpreter(_detached(gm)).run(*gated))
+
+    pairs = zip(branch(yes, condition), branch(no, ~condition), strict=True)
+    return tuple(torch.where(condition, a, b) for a, b in pairs)
+
+
+def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
+    """A user's autograd function, of which Dynamo has made two graphs."""
+    forward, backward, *operands = args
+    fixed = set(kwargs.get("non_differentiable_idx") or ())
+
+    class CustomFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *xs: Any) -> Any:
+            out, saved = forward(*xs)
+            ctx.is_tensor = [isinstance(s, Tensor) for s in saved]
+            ctx.others = [s for s in saved if not isinstance(s, Tensor)]
+            ctx.save_for_backward(*[s for s in saved if isinstance(s, Tensor)])
+            ctx.count = len(xs)
+            outs = out if isinstance(out, tuple | list) else (out,)
+            ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if i in fixed])
+            return out if isinstance(out, Tensor) else tuple(out)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+            saved = [next(tensors) if kind else next(others) for kind in ctx.is_tensor]
+            found = backward(*grads, *saved)
+            found = found if isinstance(found, tuple | list) else (found,)
+            return (*found, *[None] * (ctx.count - len(found)))
+
+    return custom_functions.record(CustomFunction, operands)
+
+
+_SPECIAL: dict[str, Any] = {
+    "tag_activation_checkpoint": _checkpointed,
+    "cond": _cond,
+    "autograd_function_apply": _custom_function,
+}
+
+
+def _detached(gm: GraphModule) -> GraphModule:
+    """A copy in which what enters a ``no_grad`` region is detached there; the region is gone.
+
+    Detaching what leaves would be wrong for memory written inside.
+    """
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    inside: set[Node] = set()
+    off = False
+    for n in list(graph.nodes):
+        if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
+            off = n.args[0] is False
+            graph.erase_node(n)
+        elif off and n.op not in ("placeholder", "get_attr", "output"):
+            inside.add(n)
+    for n in [n for n in graph.nodes if n in inside]:
+        for a in n.all_input_nodes:
+            value = a.meta.get("example_value")
+            if a in inside or not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            with graph.inserting_before(n):
+                stopped = graph.call_method("detach", (a,))
+            stopped.meta = dict(a.meta)
+            n.replace_input_with(a, stopped)
+    return GraphModule(gm, graph)
+
+
+def _names(model: nn.Module, real: list[Tensor], call: Sequence[Any]) -> list[Slot]:
+    """What each tensor is: a parameter or buffer by name, or an input: arguments, then others."""
+    own: dict[int, Slot] = {}
+    for name, b in nn.Module.named_buffers(model):
+        own[id(b)] = Slot("buffer", name)
+    for name, p in nn.Module.named_parameters(model):
+        own[id(p)] = Slot("parameter", name)
+    arguments = {id(leaf): i for i, leaf in reversed(list(enumerate(call)))}
+    slots = []
+    for i, tensor in enumerate(real):
+        number = arguments.get(id(tensor), len(call) + i)
+        slots.append(own.get(id(tensor)) or Slot("input", str(number)))
+    return slots
+
+
+def _renumbered(slots: list[Slot]) -> list[Slot]:
+    count = iter(range(len(slots)))
+    return [Slot("input", str(next(count))) if s.role == "input" else s for s in slots]
+
+
+def _with_constants(
+    gm: GraphModule,
+    trace: DynamoTrace,
+    slots: list[Slot],
+    tensors: list[Node],
+    real: list[Tensor],
+    places: list[int],
+) -> tuple[list[Slot], list[Node], list[Tensor], list[int]]:
+    """Tensors that the trace made (``torch.tensor([1, 2])``) become inputs, role "constant"."""
+    slots, tensors, real, places = list(slots), list(tensors), list(real), list(places)
+    for n in [n for n in gm.graph.nodes if n.op == "get_attr"]:
+        value = getattr(gm, n.target)
+        if not isinstance(value, Tensor):
+            continue
+        with gm.graph.inserting_after(tensors[-1]):
+            new = gm.graph.placeholder(n.target)
+        new.meta = {**n.meta, "val": trace.mode.from_tensor(value)}
+        n.replace_all_uses_with(new)
+        gm.graph.erase_node(n)
+        tensors.append(new)
+        slots.append(Slot("constant", str(n.target)))
+        real.append(value)
+        places.append(-1)
+    return slots, tensors, real, places
+
+
+def _written(slot: Slot, node: Node, real: Tensor) -> Slot:
+    """An input that the model writes into, as a buffer: its new value is written in place."""
+    if slot.role == "buffer":
+        return slot
+    if slot.role == "parameter":
+        raise CaptureError(
+            f"the model writes into its parameter {slot.name!r} in the forward "
+            "(nn.Embedding(max_norm=...) does)\n"
+            "  remedy: do it behind the optimizer's step, under torch.no_grad()"
+        )
+    symbolic = any(batch_symbol(s) is not None for s in node.meta["val"].shape)
+    if real.requires_grad or symbolic:
+        raise CaptureError(
+            f"the model changes an input of shape {tuple(real.shape)} in place during the forward"
+            f"{quoted(next(iter(node.users), node))}\n  remedy: copy it first (x = x.clone())"
+        )
+    return Slot("buffer", f"input {slot.name}")
+
+
+def _number_nodes(gm: GraphModule) -> list[Node]:
+    """Every node of the graph and of graphs inside gets a number that its ATen nodes inherit."""
+    found = [n for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
+    for k, n in enumerate(found):
+        n.meta["custom"] = {_ENTERS: k}
+    return found
+
+
+def _trace_back(gm: GraphModule, origins: list[Node]) -> None:
+    """Each ATen node knows its module and its source line."""
+    for n in gm.graph.nodes:
+        k = (n.meta.get("custom") or {}).get(_ENTERS)
+        if k is None:
+            continue
+        meta = origins[k].meta
+        stack = meta.get("nn_module_stack") or {}
+        n.meta["nn_module_stack"] = {key: (_path(path), cls) for key, (path, cls) in stack.items()}
+        n.meta["stack_trace"] = meta.get("stack_trace")
+
+
+def _path(path: str) -> str:
+    """``L['model'].layers.0`` -> ``layers.0``."""
+    head, _, rest = path.partition("].")
+    return rest if head.startswith("L[") else path
+
+
+def _number(leaf: Any) -> Any:
+    """A leaf of the traced graph's outputs that is no tensor: a plain value, or a ``Size``."""
+    if (
+        from_data(leaf)
+        if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool)
+        else False
+    ):
+        raise CaptureError(
+            f"the model returns, or keeps, a number that depends on data ({leaf})\n"
+            "  remedy: return a tensor, or compute the number outside the model"
+        )
+    expr = size_expression(leaf)
+    return leaf if expr is None else Size(expr)
+
+
+__all__ = ["Computed", "Functional", "Given", "Size", "functional", "passes_gradient"]
