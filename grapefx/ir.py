@@ -125,3 +125,13 @@ class Captured:
     def placeholders(self) -> list[Node]:
         """The graph's placeholders, in the order of ``inputs``."""
         return [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def dynamic(self) -> tuple[int, ...]:
+        """The inputs (by number) that hold the batch's symbol."""
+        if self.batch is None:
+            return ()
+        pairs = zip(self.inputs, self.placeholders(), strict=True)
+        shapes = [n.meta["val"].shape for s, n in pairs if s.role == "input"]
+        sizes = [[s.node.expr for s in shape if not isinstance(s, int)] for shape in shapes]
+        return tuple(i for i, exprs in enumerate(sizes) if self.batch in exprs)

@@ -295,9 +295,12 @@ def plan_call(
     method: Method,
     options: Options,
     others: frozenset[tuple[int, int]] = frozenset(),
+    numbers: frozenset[str] = frozenset(),
 ) -> Plan:
-    """``build_plan`` for a call that may make further dims symbolic: ``others``, as ``capture``."""
-    how: dict[str, Any] = {"front_end": options.capture, "batch_dim": options.batch_dim}
+    """``build_plan`` with further symbols: ``others`` and ``numbers`` as in ``capture``."""
+    how: dict[str, Any] = {
+        "front_end": options.capture, "batch_dim": options.batch_dim, "numbers": numbers
+    }  # fmt: skip
     if others:
         try:
             return _plan(scope.model, capture(scope, **how, others=others), method, options)
@@ -424,10 +427,15 @@ def _refuse_fixed(found: Capture, step: StepGraph) -> None:
 
 
 def build_forward(
-    scope: Scope, options: Options, others: frozenset[tuple[int, int]] = frozenset()
+    scope: Scope,
+    options: Options,
+    others: frozenset[tuple[int, int]] = frozenset(),
+    numbers: frozenset[str] = frozenset(),
 ) -> tuple[Capture, StepGraph]:
-    """Capture one call for inference: the forward graph alone."""
-    how: dict[str, Any] = {"front_end": options.capture, "batch_dim": options.batch_dim}
+    """Capture one call for inference: the forward graph alone. Arguments as ``plan_call``."""
+    how: dict[str, Any] = {
+        "front_end": options.capture, "batch_dim": options.batch_dim, "numbers": numbers
+    }  # fmt: skip
     with torch.no_grad():
         found = capture(scope, **how, others=others)
         step = _forward(found)

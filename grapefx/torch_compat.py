@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import random
+import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -596,6 +597,11 @@ class DynamoGuards:
     check: Callable[[dict[str, Any]], bool]
     held: list[Any]
 
+    def changed_integer(self, scope: dict[str, Any]) -> str:
+        """The integer whose new value is why the first guard does not hold, or ''."""
+        found = re.match(r"(L\[.*\S) == -?\d+(\s|$)", self.broken(scope))
+        return found.group(1) if found and "'*" not in found.group(1) else ""
+
     def broken(self, scope: dict[str, Any]) -> str:
         """The first guard that does not hold, with the user's line where Dynamo noted it."""
         found = self.manager.check_verbose(scope)
@@ -603,7 +609,7 @@ class DynamoGuards:
 
 
 @contextlib.contextmanager
-def _dynamo_settings() -> Iterator[None]:
+def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
     from torch._dynamo import config
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
 
@@ -619,25 +625,32 @@ def _dynamo_settings() -> Iterator[None]:
         "verbose": False,
         "suppress_errors": False,
         "disable": False,
+        "allow_unspec_int_on_nn_module": bool(numbers),
     }
     known = {k: v for k, v in settings.items() if hasattr(config, k)}
-    with get_metrics_context(), dynamo_timed("grapefx"), config.patch(known):
+    symbolic = torch.compiler.config.patch(dynamic_sources=",".join(sorted(numbers)))
+    with get_metrics_context(), dynamo_timed("grapefx"), config.patch(known), symbolic:
         yield
 
 
-def dynamo_trace(fn: types.FunctionType, arguments: tuple[Any, ...]) -> DynamoTrace | None:
+def dynamo_trace(
+    fn: types.FunctionType, arguments: tuple[Any, ...], numbers: frozenset[str] = frozenset()
+) -> DynamoTrace | None:
     """Trace ``fn(*arguments)``; None where it computes with no tensor.
 
+    ``numbers``: integers that become symbols, as guards name them (``L['model'].count``).
     Dynamo's own exceptions come through (``dynamo_refusal`` reads them).
     """
     from torch._dynamo import convert_frame
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
+    # their checks branch on values; torch.compile switches them off as well
+    torch.distributions.Distribution.set_default_validate_args(False)
     drawn = random.getstate()
     try:
         with (
-            convert_frame.compile_lock, _dynamo_settings(), torch_function_mode_stack_state_mgr,
-            quiet_export(), warnings.catch_warnings(),
+            convert_frame.compile_lock, _dynamo_settings(numbers),
+            torch_function_mode_stack_state_mgr, quiet_export(), warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             out = convert_frame.fullgraph_capture(fn, arguments)

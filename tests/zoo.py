@@ -320,7 +320,8 @@ def step_inputs(plan: Plan, step: StepGraph, model: nn.Module, args: tuple[Any, 
     known: dict[tuple[str, str], Tensor] = {}
     known |= {("parameter", n): p.detach() for n, p in model.named_parameters()}
     known |= {("buffer", n): b.clone() for n, b in model.named_buffers()}
-    known |= {("constant", n): c for n, c in plan.captured.constants.items()}
+    made = zip(plan.captured.inputs, plan.capture.examples, strict=True)
+    known |= {("constant", s.name): e for s, e in made if s.role == "constant"}
     known |= {("input", str(i)): a for i, a in enumerate(args)}
     out = []
     batch = args[plan.captured.dynamic[0]].shape[0] if plan.captured.dynamic else 0

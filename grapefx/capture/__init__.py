@@ -21,6 +21,7 @@ def capture(
     batch_dim: int = 0,
     fixed: bool = False,
     others: frozenset[tuple[int, int]] = frozenset(),
+    numbers: frozenset[str] = frozenset(),
 ) -> Capture:
     """Trace one call. See ``capture_dynamo`` for the arguments.
 
@@ -29,7 +30,7 @@ def capture(
     """
     if front_end == "export":
         return capture_exported(scope, batch_dim=batch_dim, fixed=fixed)
-    return capture_dynamo(scope, batch_dim=batch_dim, fixed=fixed, others=others)
+    return capture_dynamo(scope, batch_dim=batch_dim, fixed=fixed, others=others, numbers=numbers)
 
 
 __all__ = ["FRONT_ENDS", "Capture", "Scope", "capture", "dense", "flatten_call"]

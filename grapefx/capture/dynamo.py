@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from grapefx.capture.call import Symbolic, choices, examples, flatten_call
 from grapefx.capture.cumulative import cumulative_norms
-from grapefx.capture.functional import Computed, Functional, Given, Size, functional
+from grapefx.capture.functional import Computed, Functional, Given, NumberError, Size, functional
 from grapefx.capture.record import Capture, Run, Scope, fixed_lead, keeps_batch
 from grapefx.errors import CaptureError, tell
 from grapefx.torch_compat import (
@@ -56,15 +56,31 @@ def capture_dynamo(
     batch_dim: int = 0,
     fixed: bool = False,
     others: frozenset[tuple[int, int]] = frozenset(),
+    numbers: frozenset[str] = frozenset(),
 ) -> Capture:
     """Trace a call in its present mode. The batch gets a symbol, and so do the dims in ``others``,
-    (leaf of the call, dim).
+    (leaf of the call, dim), and the integers in ``numbers``, as ``Capture.changed`` names them.
 
     With ``fixed`` no size gets one: the graph is for the sizes of this call.
 
     Raises:
         CaptureError: Dynamo cannot follow the model; the message names the user's line.
     """
+    if numbers:
+        try:
+            return _capture(scope, batch_dim, fixed, others, numbers)
+        except NumberError:
+            pass  # a value of its own makes a graph of its own
+    return _capture(scope, batch_dim, fixed, others, frozenset())
+
+
+def _capture(
+    scope: Scope,
+    batch_dim: int,
+    fixed: bool,
+    others: frozenset[tuple[int, int]],
+    numbers: frozenset[str],
+) -> Capture:
     leaves, spec = flatten_call(scope.args, scope.kwargs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise CaptureError(
@@ -72,7 +88,7 @@ def capture_dynamo(
             "  remedy: call the net with the model's inputs, net(x)"
         )
     code = (_forward if scope.inner else _call).__code__
-    own = {"__builtins__": __builtins__, "torch": torch}
+    own = {"__builtins__": __builtins__, "__name__": __name__, "torch": torch}
     fn = types.FunctionType(code, own, "grapefx_call")
     known = {d for p in nn.Module.parameters(scope.model) for d in p.shape}
     reduced: Capture | None = None
@@ -86,7 +102,7 @@ def capture_dynamo(
             for real in (False, True) if which else (True,):
                 given = examples(leaves, which, batch_dim, known, real=real) if which else leaves
                 try:
-                    found = _trace(fn, scope, given, spec, which, leaves, batch_dim)
+                    found = _trace(fn, scope, given, spec, which, leaves, batch_dim, numbers)
                 except _RefusedError as e:
                     why, last = why or str(e), e
                     continue
@@ -127,13 +143,14 @@ def _trace(
     which: Symbolic,
     leaves: Sequence[Any],
     batch_dim: int,
+    numbers: frozenset[str],
 ) -> Capture:
     """One trace, for calls like ``scope``; ``_RefusedError`` where other sizes may do."""
     args, kwargs = scope.args, scope.kwargs
     if which:
         args, kwargs = pytree.tree_unflatten(list(given), spec)
     try:
-        trace = dynamo_trace(fn, (scope.model, args, kwargs))
+        trace = dynamo_trace(fn, (scope.model, args, kwargs), numbers)
     except Exception as e:
         refusal = dynamo_refusal(e)
         if refusal is not None and refusal.final:
@@ -145,7 +162,7 @@ def _trace(
         )
     try:
         graph = functional(trace, scope.model, given)
-    except CaptureError:
+    except (CaptureError, NumberError):
         raise
     except Exception as e:
         if not which:
@@ -162,6 +179,7 @@ def _trace(
         size,
         lambda s: bool(guards.check(s.names())),
         lambda s: guards.broken(s.names()),
+        lambda s: guards.changed_integer(s.names()),
         lambda run: _bound(trace, guards, graph, captured, run),
     )
 
@@ -214,7 +232,7 @@ def _bound(
             expr = size_expression(size)
             if expr is not None and expr.is_Symbol:
                 where.setdefault(expr, (order[k], dim))
-    outputs = graph.outputs
+    outputs, numbers = graph.outputs, graph.numbers
 
     def compute(*given: Any) -> tuple[Any, ...]:
         inputs = [given[i] if i >= 0 else constants[k] for k, i in enumerate(order)]
@@ -226,7 +244,7 @@ def _bound(
             elif type(o) is Given:
                 out.append(given[o.index])
             elif type(o) is Size:
-                out.append(_number(o.expr, where, given))
+                out.append(_number(o.expr, where, numbers, given))
             else:
                 out.append(o)
         return tuple(out)
@@ -239,11 +257,15 @@ def _bound(
     return call
 
 
-def _number(expr: Any, where: dict[Any, tuple[int, int]], given: Sequence[Any]) -> Any:
-    if expr in where:
-        k, dim = where[expr]
-        return given[k].shape[dim]
-    values = {s: given[where[s][0]].shape[where[s][1]] for s in expr.free_symbols}
+def _number(
+    expr: Any, where: dict[Any, tuple[int, int]], numbers: dict[Any, int], given: Sequence[Any]
+) -> Any:
+    values = {
+        s: given[numbers[s]] if s in numbers else given[where[s][0]].shape[where[s][1]]
+        for s in expr.free_symbols
+    }
+    if expr in values:
+        return values[expr]
     found = expr.subs(values)
     if found.is_Boolean:
         return bool(found)

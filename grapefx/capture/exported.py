@@ -233,7 +233,7 @@ def _read(
         return call
 
     real = [value(s, tensors) for s in slots]
-    return Capture(captured, tuple(real), size, watch.holds, watch.broken, bind)
+    return Capture(captured, tuple(real), size, watch.holds, watch.broken, lambda _: "", bind)
 
 
 def _output(gm: torch.fx.GraphModule) -> Any:

@@ -8,6 +8,7 @@ and ``torch.cond`` becomes both branches with a choice between them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,15 @@ from grapefx.torch_compat import (
     batch_symbol,
     from_data,
     functional_graph,
-    pytree,
     size_expression,
 )
 
 aten = torch.ops.aten
 _ENTERS = "grapefx_from"
+
+
+class NumberError(Exception):
+    """An integer with a symbol reaches a tensor: the graph must know its value."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,16 @@ class Functional:
     ``captured``: the graph; its inputs are ordered as parameters, buffers, inputs.
     ``order``: for each of these the position among the traced graph's placeholders.
     ``examples``: for each its example, a real tensor.
-    ``outputs``: what the traced graph returns, in order: a ``Given``, ``Computed``, ``Size`` or a
-    plain value.
+    ``outputs``: what the traced graph returns, in order: a ``Given``, ``Computed``, ``Size`` or
+    a plain value.
+    ``numbers``: integers with symbols, by symbol: their place among the traced graph's inputs.
     """
 
     captured: Captured
     order: tuple[int, ...]
     examples: tuple[Tensor, ...]
     outputs: tuple[Any, ...]
+    numbers: dict[Any, int]
 
 
 def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Functional:
@@ -121,6 +127,7 @@ def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Fun
         tuple(places[i] for i in order),
         tuple(real[i] for i in order),
         tuple(_number(o) for o in runner.outputs),
+        dict(runner.numbers),
     )
 
 
@@ -132,8 +139,12 @@ class _Runner(nn.Module):
     ) -> None:
         super().__init__()
         graph, sources = _detached(gm), list[tuple[int, int | None]]()
+        _items_as_tensors(graph.graph)
+        self.sizes = _sizes_returned(graph.graph)
+        placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         self._run = lambda args: _Interpreter(graph).run(*args)  # not a child: it has no parameters
         self.sources = sources
+        self.numbers: dict[int, Any] = {}
         self.outputs: list[Any] = []
         where: dict[Any, tuple[int, int]] = {}
         for k, i in enumerate(places):
@@ -142,32 +153,32 @@ class _Runner(nn.Module):
                     where.setdefault(expr, (k, dim))
         position = {i: k for k, i in enumerate(places)}
         for i, node in enumerate(nodes):
-            value = node.meta.get("example_value")
+            value = node.meta.get("example_value", examples[i])
             if i in position:
                 sources.append((position[i], None))
             elif (expr := size_expression(value)) in where:
                 sources.append(where[expr])
+            elif placeholders[i].users:
+                raise NumberError
             else:
-                raise CaptureError(
-                    f"the number {examples[i]} that the model reads changes from call to call, "
-                    f"and is no size of a tensor (node {node.name!r})\n  remedy: pass it as a "
-                    "tensor"
-                )
+                sources.append((0, None))  # which nothing reads
+                self.numbers[expr] = i
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args = [tensors[k] if dim is None else tensors[k].shape[dim] for k, dim in self.sources]
         with fx_traceback.preserve_node_meta():
             found = self._run(args)
-        leaves, _ = pytree.tree_flatten(found)
         outputs: list[Any] = []
         computed: list[Tensor] = []
-        for leaf in leaves:
+        for i, leaf in enumerate(found):
             given = next((k for k, t in enumerate(tensors) if t is leaf), None)
             if given is not None:
                 own = next(
                     i for i, (k, dim) in enumerate(self.sources) if k == given and dim is None
                 )
                 outputs.append(Given(own))
+            elif i in self.sizes:
+                outputs.append(self.sizes[i])
             elif isinstance(leaf, Tensor):
                 outputs.append(Computed(len(computed)))
                 computed.append(leaf)
@@ -285,6 +296,65 @@ def _detached(gm: GraphModule) -> GraphModule:
             stopped.meta = dict(a.meta)
             n.replace_input_with(a, stopped)
     return GraphModule(gm, graph)
+
+
+def _sizes_returned(graph: Graph) -> dict[int, Any]:
+    """Numbers among the outputs, which follow from sizes and integers: they leave the graph."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    returned = list(output.args[0])  # type: ignore[arg-type]
+    found = {}
+    for i, n in enumerate(returned):
+        value = n.meta.get("example_value") if isinstance(n, Node) else None
+        if size_expression(value) is not None:
+            found[i], returned[i] = value, None
+    output.args = (tuple(returned),)
+    for n in reversed(list(graph.nodes)):
+        value = n.meta.get("example_value")
+        if n.op == "call_function" and not n.users and size_expression(value) is not None:
+            graph.erase_node(n)
+    return found
+
+
+_ARITHMETIC = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub,
+    operator.imul, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div,
+}  # fmt: skip
+
+
+def _items_as_tensors(graph: Graph) -> None:
+    """``x.item()`` that is added to or multiplied with a tensor, or returned, stays a tensor
+    without dims: a number would be fixed in the graph.
+    """
+    for n in list(graph.nodes):
+        if not _is_item(n) or not all(_keeps_type(u) for u in n.users):
+            continue
+        with graph.inserting_before(n):
+            detached = graph.call_method("detach", (n.args[0],))
+            number = graph.call_method("reshape", (detached, ()))
+        for new in (detached, number):
+            new.meta = {k: v for k, v in n.meta.items() if k != "example_value"}
+        for user in [u for u in n.users if u.target is torch.scalar_tensor]:
+            user.op, user.target = "call_method", "to"
+            user.args, user.kwargs = (number, user.meta["example_value"].dtype), {}
+        n.replace_all_uses_with(number)
+        graph.erase_node(n)
+
+
+def _is_item(n: Node) -> bool:
+    if n.op == "call_method":
+        return n.target == "item" and isinstance(n.args[0], Node)
+    # of a NumPy scalar, which Dynamo has as a tensor
+    return n.op == "call_function" and getattr(n.target, "__name__", "") == "wrapped_item"
+
+
+def _keeps_type(user: Node) -> bool:
+    """Whether a tensor without dims does in a node what a number of its kind does."""
+    if user.op == "call_function" and user.target is torch.scalar_tensor:
+        return True
+    if user.op != "call_function" or user.target not in _ARITHMETIC or user.kwargs:
+        return False
+    values = [a.meta.get("example_value") for a in user.args if isinstance(a, Node)]
+    return any(isinstance(v, Tensor) and v.ndim and v.is_floating_point() for v in values)
 
 
 def _names(model: nn.Module, real: list[Tensor], call: Sequence[Any]) -> list[Slot]:

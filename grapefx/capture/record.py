@@ -37,8 +37,10 @@ class Capture:
 
     ``captured``: the forward graph. ``examples``: a tensor for each of its inputs, as traced.
     ``batch_size``: of the call that was captured. ``holds(scope)``: whether the graph is the
-    model's for a call. ``broken(scope)``: what of it does not hold, in words. ``bind(run)``: the
-    call itself, ``scope -> what the model returns``, with ``run`` in the place of the graph.
+    model's for a call. ``broken(scope)``: what of it does not hold, in words.
+    ``changed(scope)``: the integer that is to blame, to be given a symbol, or "".
+    ``bind(run)``: the call itself, ``scope -> what the model returns``, with ``run`` instead of
+    the graph.
     """
 
     captured: Captured
@@ -46,6 +48,7 @@ class Capture:
     batch_size: int
     holds: Callable[[Scope], bool]
     broken: Callable[[Scope], str]
+    changed: Callable[[Scope], str]
     bind: Callable[[Run], Callable[[Scope], Any]]
 
     def symbols(self) -> dict[Any, tuple[int, int]]:

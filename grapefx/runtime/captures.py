@@ -41,6 +41,7 @@ class Captures:
         self._run = run
         self._programs: tuple[Program, ...] = ()  # the one used last comes first
         self._lengths = _Lengths(options.batch_dim)
+        self._numbers: frozenset[str] = frozenset()  # integers that change between calls
         self._reasons: dict[str, int] = {}
         self._told_hooks: set[str] = set()
 
@@ -95,10 +96,10 @@ class Captures:
         options = self.options
         others = self._lengths.moving(leaves, (spec, training))
         if self._programs:
-            self._name_restless(scope, training)
+            self._look_at_changes(scope, training)
         self._check_hooks(scope, training)
         if training:
-            plan = plan_call(scope, self.method, options, others)
+            plan = plan_call(scope, self.method, options, others, self._numbers)
             found = plan.capture
             program = Program(found, plan, None, options, self._ensure(plan, feedback))
             # not that of a model that is frozen for now
@@ -106,7 +107,7 @@ class Captures:
                 self.plan = plan
             notes: Sequence[str] = plan.notes
         else:
-            found, step = build_forward(scope, options, others)
+            found, step = build_forward(scope, options, others, self._numbers)
             program = Program(found, None, step, options, {})
             notes = found.captured.notes
         if others and len(found.symbols()) == (found.captured.batch is not None):
@@ -116,10 +117,14 @@ class Captures:
         program.call = found.bind(functools.partial(self._run, program))
         return program
 
-    def _name_restless(self, scope: Scope, training: bool) -> None:
-        """Tell once what has been the reason for the eighth capture."""
+    def _look_at_changes(self, scope: Scope, training: bool) -> None:
+        """Why a new capture is needed: an integer gets a symbol the second time, as sizes do; what
+        has been the reason for the eighth time is told once.
+        """
         same = [p for p in self._programs if (p.plan is not None) == training]
         reason = same[0].capture.broken(scope) if same else ""
+        if same and (name := same[0].capture.changed(scope)):
+            self._numbers |= {name}
         kind = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason.partition("#")[0]).strip()
         self._reasons[kind] = self._reasons.get(kind, 0) + 1
         if reason and self._reasons[kind] == _RESTLESS:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grapefx.capture import capture
+from grapefx.capture import Scope, capture
 from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes.differentiate.joint import trace_joint
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
@@ -218,15 +218,14 @@ def make_case(
         for v in (*model.parameters(), *model.buffers()):
             if v.is_floating_point():
                 v.add_(torch.rand_like(v) * 0.3)
-    cap = capture(model, args, {}, batch_dim=batch_dim)
+    found = capture(Scope(model, args, {}), batch_dim=batch_dim)
+    cap = found.captured
     names = dict(model.named_parameters(remove_duplicate=False))
     placed = place(cap, trainable=set(names), batch_size=args[0].shape[batch_dim])
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    values: dict[str, Tensor] = {**names, **buffers, **cap.constants}
-    hint = 131 if cap.batch is not None else 0
-    joint = trace_joint(
-        cap, placed, values, list(args), set(names), batch_hint=hint, batch_dim=batch_dim
-    )
+    made = {s.name: e for s, e in zip(cap.inputs, found.examples, strict=True)}
+    values: dict[str, Tensor] = {**made, **names, **buffers}
+    joint = trace_joint(cap, placed, found.examples, set(names))
     case = Case(cap, placed, values, args, batch_dim, joint, {})
     probe = _Noisy(cap, placed, {})
     it = iter(args)

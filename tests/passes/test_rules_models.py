@@ -274,9 +274,12 @@ def make_fixed(case: Case) -> Case:
 
     from grapefx.passes.differentiate.joint import trace_joint
 
-    cap = replace(case.cap, batch=None, dynamic=())
+    from grapefx.capture import Scope, capture
+
+    found = capture(Scope(case.model, case.args, {}), batch_dim=case.batch_dim, fixed=True)
+    cap = found.captured
     trainable = {s.name for s in cap.inputs if s.role == "parameter"}
-    joint = trace_joint(cap, case.placed, case.values, list(case.args), trainable)
+    joint = trace_joint(cap, case.placed, found.examples, trainable)
     return replace(case, cap=cap, joint=joint)
 
 
