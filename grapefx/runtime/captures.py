@@ -115,6 +115,8 @@ class Captures:
         for note in notes:
             tell(note)
         program.call = found.bind(functools.partial(self._run, program))
+        # the stand-ins of a batch are as large as one
+        program.capture = replace(found, examples=())
         return program
 
     def _look_at_changes(self, scope: Scope, training: bool) -> None:
