@@ -1,4 +1,7 @@
-"""Builds the report from step graphs; knows no method by name, except BP as baseline."""
+"""Builds the report from the step graphs of several methods, beside those of backpropagation.
+
+What a method does is read off its graphs; none is known by name, except BP as the baseline.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from grapefx.analysis import (
 )
 from grapefx.errors import OptionError
 from grapefx.ir import StepGraph
-from grapefx.report.model import (
+from grapefx.report.records import (
     CalibrationRow,
     DeviceRow,
     FeedbackRow,
     MethodReport,
     PlanReport,
-    Report,
     StepReport,
     worker_key,
 )
+from grapefx.report.report import Report
 from grapefx.report.step import build_step
 
 BASELINE = "bp"

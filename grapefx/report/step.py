@@ -1,4 +1,4 @@
-"""The report of one step graph: phases, layers, critical path, schedules, layer graph."""
+"""Analyses one step graph: costs by phase and layer, critical path, schedules, layer graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grapefx.analysis.cost import GraphCost
 from grapefx.analysis.dag import NO_LAYER, OTHER, Dag, Loss, Task, build_dag, longest_path
 from grapefx.analysis.device import DeviceModel
 from grapefx.analysis.schedule import Schedule, list_schedule
-from grapefx.report.model import (
+from grapefx.report.records import (
     Bar,
     LayerGraph,
     LayerNode,

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from grapefx.analysis import build_dag
-from grapefx.report import units
-from grapefx.report.dot import DotMissingError, dot_source, write_graph
+from grapefx.report.render import units
+from grapefx.report.render.dot import DotMissingError, dot_source, write_graph
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
