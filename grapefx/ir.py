@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-# What a placeholder or an output of a step graph is.
-INPUT_ROLES = (
+# What a placeholder of a step graph is.
+Role = Literal[
     "parameter",
     "buffer",
     "constant",
@@ -19,12 +19,11 @@ INPUT_ROLES = (
     "random",
     "feedback",
     "target",
-)
-# "kept" is for the graph that runs after the step.
-OUTPUT_ROLES = ("output", "buffer", "gradient", "input_gradient", "feedback", "metric", "kept")
-
-# What a node of a step graph is for; ``Node.meta["grapefx_phase"]``.
-PHASES = (
+]
+# What an output of a step graph is; "kept" is for the graph that runs after the step.
+OutputRole = Literal["output", "buffer", "gradient", "input_gradient", "feedback", "metric", "kept"]
+# What a node of a step graph is for (``passes/graph/meta.py``).
+Phase = Literal[
     "forward",
     "buffer",
     "tangent",
@@ -35,14 +34,18 @@ PHASES = (
     "weight_grad",
     "input_grad",
     "metric",
-)
+]
+
+INPUT_ROLES: tuple[Role, ...] = get_args(Role)
+OUTPUT_ROLES: tuple[OutputRole, ...] = get_args(OutputRole)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True)
 class Slot:
     """One input or output of a graph: its role and what it is called there."""
 
-    role: str
+    role: Role | OutputRole
     name: str
 
 

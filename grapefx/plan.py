@@ -37,7 +37,7 @@ from grapefx.passes.place.leak import with_edges
 from grapefx.passes.place.placement import (
     Placement,
 )
-from grapefx.passes.place.sweep import HEAVY, sample_shape
+from grapefx.passes.place.sweep import sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
 from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
 
@@ -305,7 +305,7 @@ def build_plan(
     lead = examples[captured.lead]
     batch_size = lead.shape[options.batch_dim] if lead.ndim > options.batch_dim else 1
     if options.residual == "leak":
-        captured = with_edges(captured, frozenset(HEAVY))
+        captured = with_edges(captured)
     if frozen:
         placement = Placement((), (), ())
     else:

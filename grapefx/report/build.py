@@ -53,7 +53,7 @@ class MethodGraphs:
     """A method's whole-step graphs by kind: "update", "align", "calibration" (BP: this one only).
 
     A ``StepGraph`` also says which of its inputs is the loss's gradient; the error then waits for
-    the outputs. Nodes carry ``meta["val"]``, ``["grapefx_phase"]`` and ``["grapefx_layer"]``.
+    the outputs. Nodes carry fake values, phases and layers.
 
     ``plan`` is asked after the graphs were built. ``sizes`` gives a graph's size symbols at a batch
     size where it has more than one.

@@ -13,6 +13,7 @@ from grapefx.ir import Captured, StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.divide.partition import forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
+from grapefx.passes.graph import meta
 from grapefx.plan import Plan
 from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building
@@ -311,7 +312,7 @@ def _device_of(step: StepGraph) -> str:
 
 
 def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
-    layer = step.placeholders()[index].meta["grapefx_fold"]
+    layer = step.placeholders()[index].meta[meta.FOLD]
     dim, outer, inner = layer
     shape = tuple(0 if d == dim else size_hint(s) for d, s in enumerate(val.shape))
     return NoiseInput(index, dim, outer * inner, shape, val.dtype)

@@ -19,7 +19,7 @@ from torch.fx import Node
 from grapefx.errors import TangentError
 from grapefx.ir import StepGraph
 from grapefx.passes.differentiate.rules import derive, lookup
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.folds import Fold, batch_folds
 from grapefx.passes.graph.order import descendants
@@ -40,7 +40,7 @@ class TangentEmitter(Emitter):
         rows: Node | None,
         batch_stats: str = "frozen",
     ) -> None:
-        super().__init__(step.gm.graph, grapefx_phase="tangent")
+        super().__init__(step.gm.graph, phase="tangent")
         self.batch = batch
         self.batch_size = size
         self.batch_stats = batch_stats
@@ -48,7 +48,7 @@ class TangentEmitter(Emitter):
         self.folds = batch_folds(self.graph, batch, size) if rows is not None else {}
         self.data: set[Node] = set()
         if batch is None:  # a size alone tells a batch only where the value comes from an input
-            inputs = [n for n in self.graph.nodes if n.meta.get("grapefx_role") == "input"]
+            inputs = [n for n in self.graph.nodes if meta.role(n) == "input"]
             self.data = descendants(inputs)
             self.folds = {n: f for n, f in self.folds.items() if n in self.data}
         self.counts: dict[int, Node] = {}
@@ -160,7 +160,7 @@ def propagate(
     ``noise`` joins the tangent at each cut, by its index; ``added`` that of any other node.
     """
     for node in nodes:
-        with em.after(_hoist_items(node), grapefx_layer=node.meta.get("grapefx_layer")):
+        with em.after(_hoist_items(node), layer=meta.layer(node)):
             made = _tangent(em, node, noise, derived)
             if node in added:
                 own = added[node]()

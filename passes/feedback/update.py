@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from grapefx.errors import GrapefxError, MethodError
-from grapefx.ir import Slot, StepGraph
+from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import dead_code, topological
 from grapefx.passes.graph.restride import differs, restride
@@ -73,8 +73,8 @@ class Builder:
             for s in streams
         ]
 
-    def emit(self, fn: Any, *args: Any, phase: str, layer: str | None = None) -> Any:
-        with self.em.before(self.output, grapefx_phase=phase, grapefx_layer=layer):
+    def emit(self, fn: Any, *args: Any, phase: Phase, layer: str | None = None) -> Any:
+        with self.em.before(self.output, phase=phase, layer=layer):
             return self.em.trace(fn, *args)
 
     # inputs
@@ -86,9 +86,9 @@ class Builder:
             node = self.graph.placeholder(name)
         with self.em.mode:
             node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        node.meta["grapefx_role"] = slot.role
+        node.meta[meta.ROLE] = slot.role
         if layer is not None:
-            node.meta["grapefx_layer"] = layer
+            node.meta[meta.LAYER] = layer
         self.slots.append(slot)
         return node
 
@@ -130,7 +130,7 @@ class Builder:
                 if i in taps:
                     nodes.append(taps[i])
                 else:  # a tap whose output the loss does not use
-                    with self.em.before(self.output, grapefx_phase="error"):
+                    with self.em.before(self.output, phase="error"):
                         nodes.append(self.em.call(aten.zeros_like.default, forward[i]))
             rows = self.fb.error_rows[kind]
             self.rows_cache[kind] = self.emit(lambda ts: rows(ts), nodes, phase="error")
@@ -144,7 +144,7 @@ class Builder:
             for i in sorted(forward):
                 node = stream.taps.get(i)
                 if node is None:
-                    with self.em.before(self.output, grapefx_phase="tangent"):
+                    with self.em.before(self.output, phase="tangent"):
                         like = next(iter(stream.taps.values()))
                         node = self._zero_tangent(forward[i], like)
                 nodes.append(node)

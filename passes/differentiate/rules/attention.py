@@ -19,6 +19,7 @@ from grapefx.passes.differentiate.rules.common import (
     unmixed,
     view,
 )
+from grapefx.passes.graph.operators import FUSED_ATTENTION
 
 aten = torch.ops.aten
 
@@ -125,14 +126,6 @@ def attention(em: Any, node: Node) -> Any:
     return {0: view(em, cast(em, made, val.dtype), [-1, heads, rows, _size(em, made, 2)])}
 
 
-_NAMES = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
-
 RULES: dict[Any, Rule] = {
-    getattr(aten, name).default: attention for name in _NAMES if hasattr(aten, name)
+    getattr(aten, name).default: attention for name in FUSED_ATTENTION if hasattr(aten, name)
 }
