@@ -70,7 +70,7 @@ class Method:
 
     ``reads``: what ``cotangent`` uses. ``learns_from``: what ``learn`` uses (empty: it never
     learns). ``refits``: whether a calibration batch may set its map. ``project_after_learn``: the
-    cotangent uses the state after this step's ``learn`` (001 algorithm 1, 003 algorithm 1).
+    cotangent uses the state after this step's ``learn`` (algorithm 1 of GrAPE 2026, of FDFA 2024).
     ``mechanism``: one of ``MECHANISMS``. ``state_at``: what has a state, and which shape ``init``
     gets: each feedback "point" (C, n), each "weight" (its shape) or the "input" (n_0, C).
     ``transparent``: the incoming gradient passes every point unchanged. ``per_sample``: ``learn``

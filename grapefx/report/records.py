@@ -151,7 +151,10 @@ class FeedbackRow:
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """What full backward steps add (001 eq. 21); None where the epoch's length is not known."""
+    """What full backward steps add (GrAPE 2026 eq. 21).
+
+    ``steps_per_epoch`` and ``overhead`` are None where the epoch's length is not known.
+    """
 
     every: float
     steps_per_epoch: int | None
@@ -203,8 +206,8 @@ class MethodReport:
     """One method. Averages are over its kinds of step, by how often each runs.
 
     ``alpha`` and ``beta`` are the tangent's and BP's backward FLOPs over the forward's;
-    ``arithmetic_ratio`` is (1 + beta) / (1 + alpha) of 001 appendix D, which leaves the method's
-    weight gradients out; the other ratios count everything.
+    ``arithmetic_ratio`` is (1 + beta) / (1 + alpha) of GrAPE 2026 appendix D, which leaves the
+    method's weight gradients out; the other ratios count everything.
     """
 
     method: str

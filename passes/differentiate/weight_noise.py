@@ -1,4 +1,4 @@
-"""Noise at the weights of a layer instead of its activation (001 section 3.2).
+"""Noise at the weights of a layer instead of its activation (GrAPE 2026 section 3.2).
 
 A weight perturbation V counts through what it adds to the value at the feedback point. Each sample
 has a V of its own, for one V for all would be one direction, not N. Behind a matrix product that is

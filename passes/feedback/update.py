@@ -424,7 +424,7 @@ def authored(method: Method, part: str, m: FeedbackMap) -> Iterator[None]:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Frobenius cosine (001 eq. 3); 0 where one of the two is 0."""
+    """Frobenius cosine (GrAPE 2026 eq. 3); 0 where one of the two is 0."""
     a, b = a.float(), b.float()
     return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp_min(1e-30)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from grapefx.report.records import MethodReport, PlanReport, ReportData
 
 # whose equations the report quotes
-PAPER = "001"
+PAPER = "GrAPE 2026"
 
 
 def notes(r: ReportData) -> list[str]:
@@ -17,9 +17,9 @@ def notes(r: ReportData) -> list[str]:
         "chain: how many layers' updates wait for one another; 1 when all can run at once.",
         "The loss runs in your code, outside these graphs: it orders the step but costs nothing "
         "here; neither does the optimizer.",
-        "001 D: the paper's arithmetic ratio (1 + beta) / (1 + alpha), with alpha and beta "
-        "measured on these graphs. It leaves the method's weight gradients out and keeps BP's in; "
-        "the ratios beside it count everything.",
+        f"arithmetic: the ratio (1 + beta) / (1 + alpha) of {PAPER}, appendix D, with alpha and "
+        "beta measured on these graphs. It leaves the method's weight gradients out and keeps BP's "
+        "in; the ratios beside it count everything.",
         "bytes op by op: every operand and result of every op. bytes fused: what is left when "
         "pointwise ops are computed inside their consumers of the same layer and phase; times "
         "assume this.",

@@ -77,7 +77,7 @@ def _summary(r: ReportData) -> str:
         "work",
         "span",
         "by layer",
-        f"{PAPER} D",
+        "arithmetic",
         "chain",
     ]
     text = table(header, rows)

@@ -62,7 +62,6 @@ def _weights(em: RuleContext, logits: Node, masked: bool) -> Node:
 
 def attention(em: RuleContext, node: Node) -> Items | None:
     """All fused kernels: ``(P * dlogits) V - rowsum(P * dlogits) out + P dV``."""
-    q, k, v = (tensor(node, i) for i in range(3))
     if argument(node, "dropout_p", 0.0):
         raise refuse(
             node,
@@ -70,6 +69,7 @@ def attention(em: RuleContext, node: Node) -> Items | None:
             "set the attention's dropout to 0, run the model under "
             "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use a method without tangents",
         )
+    q, k, v = (tensor(node, i) for i in range(3))
     bias = argument(node, "attn_mask", argument(node, "attn_bias"))
     given = argument(node, "scale")
     for a in (q, k, v):

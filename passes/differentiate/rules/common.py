@@ -160,7 +160,7 @@ def solid(em: RuleContext, t: Node) -> Node:
 def tensor(node: Node, index: int = 0) -> Node:
     """An argument that is a tensor."""
     arg = node.args[index]
-    assert isinstance(arg, Node), f"{node.format_node()}: argument {index} is no tensor"
+    assert isinstance(arg, Node), f"{node.name!r} ({node.target}): argument {index} is no tensor"
     return arg
 
 
