@@ -86,7 +86,8 @@ class StepGraph:
 
     def output_node(self) -> Node:
         """The graph's output node."""
-        return next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        node: Node = next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        return node
 
     def copy(self) -> StepGraph:
         """A deep copy of the graph; fake values and source locations are shared."""

@@ -210,7 +210,8 @@ def inductor_options(options: dict[str, Any] | None) -> contextlib.AbstractConte
     """Inductor's options, in force inside."""
     from torch._inductor import config
 
-    return config.patch(options or {})
+    patch: contextlib.AbstractContextManager[Any] = config.patch(options or {})
+    return patch
 
 
 def native_random(gm: torch.fx.GraphModule) -> None:
@@ -406,7 +407,9 @@ def min_cut_partition(
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
     views = functorch_config.patch(recompute_views=True)
     with tracing(TracingContext(mode)), mode, views:
-        return min_cut_rematerialization_partition(joint, list(example), num_fwd_outputs=outputs)
+        parts: tuple[torch.fx.GraphModule, torch.fx.GraphModule]
+        parts = min_cut_rematerialization_partition(joint, list(example), num_fwd_outputs=outputs)
+        return parts
 
 
 def decompositions(op: Any) -> dict[Any, Callable[..., Any]]:

@@ -156,9 +156,9 @@ class Dag:
         """Groups of (layer, stage): a layer's forward is one task, its whole update another."""
         return self.group(lambda t: (t.layer, t.stage))
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """A DiGraph keyed by task name, with every field of :class:`Task` as node attributes."""
-        graph: nx.DiGraph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         for t in self.tasks:
             graph.add_node(
                 t.name,
@@ -326,7 +326,7 @@ def group_members(
 
     A group is its key; in a circle of groups, (key, depth): see :meth:`Dag.group`.
     """
-    graph: nx.DiGraph = nx.DiGraph()
+    graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from(keys)
     for i, ps in enumerate(preds):
         graph.add_edges_from((keys[p], keys[i]) for p in ps if keys[p] != keys[i])

@@ -188,7 +188,7 @@ def positive(name: str, value: float) -> None:
 
 def he_bound(n: int) -> float:
     """sqrt(6 / n)."""
-    return (6.0 / n) ** 0.5
+    return float((6.0 / n) ** 0.5)
 
 
 def he_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,8 @@ def he_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.
 
 def unit_columns(b: Tensor, eps: float = 1e-12) -> Tensor:
     """Every column (a C-vector) rescaled to norm 1; a zero column stays zero."""
-    return b / b.norm(dim=0, keepdim=True).clamp_min(eps)
+    norms: Tensor = b.norm(dim=0, keepdim=True).clamp_min(eps)
+    return b / norms
 
 
 __all__ = [

@@ -13,7 +13,8 @@ AVERAGES = ("none", "ema", "cumulative")
 
 def unit_rows(x: Tensor) -> Tensor:
     """Every row rescaled to norm 1; a zero row stays zero."""
-    return x / x.norm(dim=1, keepdim=True).clamp_min(EPS)
+    norms: Tensor = x.norm(dim=1, keepdim=True).clamp_min(EPS)
+    return x / norms
 
 
 def mean_direction(rows: Rows, like: Tensor, by_column: bool) -> Tensor:

@@ -168,7 +168,7 @@ class _Builder:
         self, given: MethodGraphs, steps: tuple[StepReport, ...], bp: MethodReport | None
     ) -> MethodReport:
         def mean(what: str) -> float:
-            return sum(s.share * getattr(s, what) for s in steps)
+            return sum(s.share * float(getattr(s, what)) for s in steps)
 
         forward = sum(s.share * _phase(s, "forward", "buffer") for s in steps)
         alpha = _over(sum(s.share * _phase(s, "tangent") for s in steps), forward)

@@ -204,7 +204,7 @@ def _layer_graph(stages: Dag, path: Sequence[str]) -> LayerGraph:
         LayerNode(t.name, t.layer, t.stage, t.flops, t.seconds, i in on_path)
         for i, t in enumerate(stages.tasks)
     )
-    graph: nx.DiGraph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(len(nodes)))
     graph.add_edges_from((p, i) for i, ps in enumerate(stages.preds) for p in ps)
     edges = tuple(sorted(nx.transitive_reduction(graph).edges))

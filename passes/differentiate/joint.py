@@ -105,10 +105,12 @@ def _viewed(x: torch.Tensor, size: Sequence[Any]) -> torch.Tensor:
     Capture writes a ``reshape`` down as the view that it was. Attention with a bias that learns
     runs another kernel here, whose result is laid out differently.
     """
+    made: torch.Tensor
     try:
-        return aten.view.default(x, size)
+        made = aten.view.default(x, size)
     except (RuntimeError, ValueError):
-        return aten.view.default(x.clone(memory_format=torch.contiguous_format), size)
+        made = aten.view.default(x.clone(memory_format=torch.contiguous_format), size)
+    return made
 
 
 def trace_joint(

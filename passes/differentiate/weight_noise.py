@@ -93,7 +93,7 @@ def _sources(
         wide = {r for a in node.all_input_nodes for r in _roots(a, fixed) if r in parameters}
         if not wide or node in fixed:
             continue
-        data, weight = (node.args[i] for i in LAYER_PRODUCTS.get(node.target, (0, 0)))  # type: ignore[arg-type]
+        data, weight = (node.args[i] for i in LAYER_PRODUCTS.get(node.target, (0, 0)))
         fold = folds.get(node)
         if (
             node.target not in LAYER_PRODUCTS

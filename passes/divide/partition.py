@@ -122,7 +122,8 @@ def forward_only(step: StepGraph) -> tuple[GraphModule, tuple[int, ...]]:
 
 
 def _output(gm: GraphModule) -> Node:
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    node: Node = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    return node
 
 
 def _pinned_tangents(step: StepGraph) -> list[Node]:

@@ -57,7 +57,8 @@ def refit(b: Builder) -> None:
         g = e.t() @ e
         c = g.shape[0]
         g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
-        return torch.linalg.solve(g, e.t())
+        solved: Tensor = torch.linalg.solve(g, e.t())
+        return solved
 
     def fit(solved: list[Tensor], e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
         dtype = solved[0].dtype

@@ -91,7 +91,7 @@ def build_two_forwards(step: StepGraph, method: Method, state: dict[str, Any]) -
     twin = _again(em, output, data, x, changed)
     gradients: dict[Node, Node] = {}
     for k, stage in enumerate(stages):
-        where = LAYER_PRODUCTS[stage.product.target][0]  # type: ignore[index]
+        where = LAYER_PRODUCTS[stage.product.target][0]
         below = stage.product.args[where]
         layer = meta.layer(stage.product)
         with em.before(output, phase="weight_grad", layer=layer):
@@ -163,7 +163,7 @@ def _stack(step: StepGraph, x: Node, tap: Node, method: str) -> tuple[list[Stage
         stage[node] = levels.pop()
         used = [a for a in node.all_input_nodes if a in parameters or a in weights]
         if node.target in LAYER_PRODUCTS:
-            where, weight = LAYER_PRODUCTS[node.target]  # type: ignore[index]
+            where, weight = LAYER_PRODUCTS[node.target]
             w = node.args[weight]
             if node.args[where] not in stage or w not in weights:
                 raise _undefined(method, "a product that is not data times weight", node)
@@ -183,7 +183,7 @@ def _ends(stages: list[Stage], stage: dict[Node, int], tap: Node, data: list[Nod
     follower = {s.product: k for k, s in enumerate(stages)}
     for k, s in enumerate(stages[:-1]):
         following = stages[k + 1].product
-        node: Node = following.args[LAYER_PRODUCTS[following.target][0]]  # type: ignore[assignment,index]
+        node: Node = following.args[LAYER_PRODUCTS[following.target][0]]  # type: ignore[assignment]
         shape = s.product.meta["val"].shape
         while node not in follower:
             val = node.meta["val"]
@@ -246,5 +246,6 @@ def _weight_gradient(em: Emitter, stage: Stage, delta: Node, below: Node) -> Nod
             delta, below, w, [0], *node.args[3:], [False, True, False],
         )  # fmt: skip
         return em.get(made, 1)
-    direct = node.args[LAYER_PRODUCTS[node.target][1]] is w  # type: ignore[index]
-    return em.trace(lambda d, a: (a.t() @ d) if direct else (d.t() @ a), delta, below)
+    direct = node.args[LAYER_PRODUCTS[node.target][1]] is w
+    g: Node = em.trace(lambda d, a: (a.t() @ d) if direct else (d.t() @ a), delta, below)
+    return g

@@ -117,7 +117,10 @@ class Builder:
             dtype = torch.promote_types(e.dtype, torch.float32)
             return method.from_uniform(uniform(m.shape, m.seed, e.device, dtype))
 
-        return self.emit(make, self.error(m.rows), phase="projection", layer=m.layer.name)
+        made: dict[str, Node] = self.emit(
+            make, self.error(m.rows), phase="projection", layer=m.layer.name
+        )
+        return made
 
     # rows
 
@@ -229,7 +232,8 @@ class Builder:
                     j = m.outer(d.to(rows.dtype), rows)
                     total = j if total is None else total + j
                 dtype = torch.promote_types(total.dtype, torch.float32)
-                return total.to(dtype) / (ds[0].shape[0] * len(ds))
+                mean: Tensor = total.to(dtype) / (ds[0].shape[0] * len(ds))
+                return mean
 
             ds, vs = [d for d, _ in pairs], [v for _, v in pairs]
             out.append(self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name))
@@ -284,7 +288,8 @@ class Builder:
             total = sum(x.float().abs().sum() for x in xs)
             return torch.isfinite(total)  # type: ignore[arg-type]
 
-        return self.emit(finite, unique, phase="error")
+        made: Node = self.emit(finite, unique, phase="error")
+        return made
 
     def metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:
         node = self.emit(fn, *args, phase="metric", layer=m.layer.name)

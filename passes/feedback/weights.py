@@ -61,7 +61,7 @@ def operands(step: StepGraph) -> list[Operand]:
         if not any(a in behind for a in inputs):
             continue
         behind.add(node)
-        for position in BACKWARD_PRODUCTS.get(node.target, ()):  # type: ignore[arg-type]
+        for position in BACKWARD_PRODUCTS.get(node.target, ()):
             value = node.args[position]
             if not isinstance(value, Node) or value in behind or not roots.get(value):
                 continue

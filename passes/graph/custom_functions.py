@@ -117,7 +117,7 @@ def _values(tensors: list[Tensor], key: int) -> list[Tensor]:
 
 def _shapes(tensors: list[Tensor], key: int) -> list[Tensor]:
     versions = [t._version for t in tensors]
-    with _Watch() as watch:
+    with _Watch() as watch:  # type: ignore[no-untyped-call]
         out = _values(tensors, key)
     name = _USES[key].cls.__qualname__
     if watch.random:

@@ -70,7 +70,8 @@ def derive(em: RuleContext, node: Node, forward: bool = True) -> Result:
             op = _decomposed(node.target, table)
         for way in (_forward, _backward_twice) if forward else (_backward_twice,):
             try:
-                return em.trace(way(op, spec, which), list(flat), ts, reuse=node)
+                made: Result = em.trace(way(op, spec, which), list(flat), ts, reuse=node)
+                return made
             except Exception as e:
                 failure = failure or e
     assert failure is not None

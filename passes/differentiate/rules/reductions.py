@@ -40,7 +40,8 @@ def reduction(em: RuleContext, node: Node) -> Result:
         made = g.to(out.dtype) * t
         return made.sum(dims, keep) if dims else made
 
-    return em.trace(fn, em.p(x), t, list(rest), kwargs, reuse=node)
+    made: Node | None = em.trace(fn, em.p(x), t, list(rest), kwargs, reuse=node)
+    return made
 
 
 def variance(em: RuleContext, node: Node) -> Result:
@@ -96,7 +97,8 @@ def aminmax(em: RuleContext, node: Node) -> Result:
             outs.append((t * mask).sum(dims, keep) / mask.sum(dims, keep))
         return tuple(outs)
 
-    return em.trace(fn, em.p(x), t)
+    made: tuple[Node, Node] = em.trace(fn, em.p(x), t)
+    return made
 
 
 def scatter_reduce(em: RuleContext, node: Node) -> Result:
@@ -123,7 +125,8 @@ def logsumexp(em: RuleContext, node: Node) -> Result:
         y = torch.where(y.abs() == torch.inf, 0.0, y)  # a row of -inf only
         return ((x - y).exp() * t).sum(dims, keep) if x.ndim else (x - y).exp() * t
 
-    return cast(em, em.trace(fn, em.p(x), t, em.p(node)), node.meta["val"].dtype)
+    made: Node = em.trace(fn, em.p(x), t, em.p(node))
+    return cast(em, made, node.meta["val"].dtype)
 
 
 RULES: dict[Any, Rule] = {
