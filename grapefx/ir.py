@@ -98,13 +98,13 @@ class StepGraph:
             new.meta = dict(old.meta)
         return replace(self, gm=GraphModule(self.gm, graph))
 
-    def select(self, role: str) -> list[tuple[Slot, Node]]:
+    def select(self, role: Role) -> list[tuple[Slot, Node]]:
         """The placeholders of one role."""
         return [
             (s, n) for s, n in zip(self.inputs, self.placeholders(), strict=True) if s.role == role
         ]
 
-    def produced(self, role: str) -> list[tuple[Slot, Any]]:
+    def produced(self, role: OutputRole) -> list[tuple[Slot, Any]]:
         """The outputs of one role."""
         return [(s, n) for s, n in zip(self.outputs, self.results(), strict=True) if s.role == role]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grapefx.ir import Captured, StepGraph
+from grapefx.ir import Captured, Role, StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.divide.partition import forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
@@ -188,7 +188,8 @@ class Program:
 def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
     """What each symbol of a step graph stands for: the batch, or the samples with tangents."""
     sizes: dict[Any, int] = {}
-    for role, number in (("input", batch), ("noise", rows)):
+    numbers: dict[Role, int] = {"input": batch, "noise": rows}
+    for role, number in numbers.items():
         for _, node in step.select(role):
             for size in node.meta["val"].shape:
                 expr = batch_symbol(size)

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from torch.fx import Node
 
-from grapefx.ir import Phase
+from grapefx.ir import Phase, Role
 
 PHASE = "grapefx_phase"  # what the node is for: one of ``ir.PHASES``
 LAYER = "grapefx_layer"  # the name of the layer that it belongs to
@@ -39,7 +39,7 @@ def layer(node: Node) -> str | None:
     return node.meta.get(LAYER)
 
 
-def role(node: Node) -> str | None:
+def role(node: Node) -> Role | None:
     """The role of the slot that a placeholder is; None for other nodes."""
     return node.meta.get(ROLE)
 
