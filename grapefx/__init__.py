@@ -15,9 +15,9 @@ from grapefx.errors import (
     TangentError,
     VerifyError,
 )
-from grapefx.inspection import inspect
 from grapefx.methods import Method
 from grapefx.plan import build_plan
+from grapefx.report.inspect import inspect
 
 __version__ = "0.1.0"
 

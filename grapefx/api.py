@@ -52,8 +52,8 @@ def compile(
 ) -> nn.Module:
     """Wrap ``model`` so that ``loss.backward()`` fills gradients without a backward chain.
 
-    Compiled lazily at the first call; any loss, optimizer and training loop. Sources: 001 is the
-    GrAPE paper (Caillon et al., ICLR 2026), 003 FDFA (Bacho & Chu, 2024).
+    Compiled lazily at the first call; any loss, optimizer and training loop. Papers: GrAPE 2026 is
+    Caillon et al., ICLR 2026; GrAPE 2024 its earlier submission; FDFA 2024 Bacho and Chu, 2024.
 
     Args:
         model: any module that ``torch.export`` can trace.
@@ -63,10 +63,10 @@ def compile(
             ...) are given here too; see ``grapefx.methods``.
         preset: "recommended" (the defaults: what measured best) or "paper" (the method's literal
             form). Options that are given win over the preset's.
-        calib_every: T, calibrate once every T epochs (001 section 3.4; default 1); None for never;
-            "auto": when the gradients' alignment asks for it. A calibration that finds their mean
-            cosine with the true ones under ``calib_threshold`` halves the gap to the next, another
-            doubles it; at most a part ``calib_budget`` of the steps calibrates.
+        calib_every: T, calibrate once every T epochs (GrAPE 2026 section 3.4; default 1); None for
+            never; "auto": when the gradients' alignment asks for it. A calibration that finds their
+            mean cosine with the true ones under ``calib_threshold`` halves the gap to the next,
+            another doubles it; at most a part ``calib_budget`` of the steps calibrates.
         inplace: for code that cannot take a wrapper: return ``model`` itself, which from now on
             trains through grapefx (as ``nn.Module.compile`` changes what a call runs). Its class,
             attributes, hooks and state dict stay; ``model.grapefx`` is the module for set_epoch,
@@ -74,25 +74,27 @@ def compile(
             without gradients run the model's own forward. Copies and pickles are plain models.
         calib_unit: "epoch", or "step" to count training steps.
         calib_init: calibrate at step 0 as well (default: whenever calib_every is not None).
-        calib_refit: what a calibration batch does: "weights" (exact gradients only, 001),
+        calib_refit: what a calibration batch does: "weights" (exact gradients only, GrAPE 2026),
             "feedback" (only refits the maps by ridge regression), "both" (default).
         calib_update: "grad" leaves exact gradients for your optimizer; "sgd" steps by an SGD(0.01,
-            momentum 0.9) of its own and leaves grad None (001 appendix E); not with a GradScaler,
-            whose scale it does not know.
+            momentum 0.9) of its own and leaves grad None (GrAPE 2026 appendix E); not with a
+            GradScaler, whose scale it does not know.
         steps_per_epoch: counts epochs without ``net.set_epoch``.
         ridge: ridge of the refit, relative to the mean eigenvalue of e^T e.
-        tangent_fraction: the part of each batch that carries tangents (1: all, 001 algorithm 1).
+        tangent_fraction: the part of each batch that carries tangents (1: all, as in GrAPE 2026
+            algorithm 1).
         align_every: learn from tangents every k-th step.
         align_warmup: in the first steps only the feedback maps learn: weight gradients are zeros
             (but for the exact ones of a calibration).
-        streams: whose noise shares one tangent pass: "shared" (all layers, 002 and 003 algorithm 1;
-            default), "per_layer" (001 algorithm 1 read literally: one pass each), or a number of
-            groups of consecutive layers.
+        streams: whose noise shares one tangent pass: "shared" (default; all layers, algorithm 1 of
+            GrAPE 2024 and of FDFA 2024), "per_layer" (GrAPE 2026 algorithm 1 read literally: one
+            pass each), or a number of groups of consecutive layers.
         directions: K tangent passes with noise of their own for each stream; estimates average.
         noise: "rademacher" (default; random signs: the same expectation at a fraction of the cost)
-            or "gaussian" (001, 003).
+            or "gaussian" (GrAPE 2026, FDFA 2024).
         perturb: where noise is added for a Jacobian estimate: "activation" (default), "weight", or
-            "auto", whichever has fewer entries in a sample (001 section 3.2). See docs/method.md.
+            "auto", whichever has fewer entries in a sample (GrAPE 2026 section 3.2). See
+            docs/method.md.
         granularity: a feedback point behind each weight "layer" (default), "sublayer" (micro: each
             value that every path crosses) or "block" (macro); "auto": the finest of these whose
             full maps fit ``feedback_budget``. See docs/feedback.md for this and the next four.

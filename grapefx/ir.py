@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch.fx import Graph, GraphModule, Node
 
-# What a placeholder or an output of a step graph is.
-INPUT_ROLES = (
+# What a placeholder of a step graph is.
+Role = Literal[
     "parameter",
     "buffer",
     "constant",
@@ -18,12 +18,11 @@ INPUT_ROLES = (
     "random",
     "feedback",
     "target",
-)
-# "kept" is for the graph that runs after the step.
-OUTPUT_ROLES = ("output", "buffer", "gradient", "input_gradient", "feedback", "metric", "kept")
-
-# What a node of a step graph is for; ``Node.meta["grapefx_phase"]``.
-PHASES = (
+]
+# What an output of a step graph is; "kept" is for the graph that runs after the step.
+OutputRole = Literal["output", "buffer", "gradient", "input_gradient", "feedback", "metric", "kept"]
+# What a node of a step graph is for (``passes/graph/meta.py``).
+Phase = Literal[
     "forward",
     "buffer",
     "tangent",
@@ -34,14 +33,18 @@ PHASES = (
     "weight_grad",
     "input_grad",
     "metric",
-)
+]
+
+INPUT_ROLES: tuple[Role, ...] = get_args(Role)
+OUTPUT_ROLES: tuple[OutputRole, ...] = get_args(OutputRole)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True)
 class Slot:
     """One input or output of a graph: its role and what it is called there."""
 
-    role: str
+    role: Role | OutputRole
     name: str
 
 
@@ -82,7 +85,8 @@ class StepGraph:
 
     def output_node(self) -> Node:
         """The graph's output node."""
-        return next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        node: Node = next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        return node
 
     def copy(self) -> StepGraph:
         """A deep copy of the graph; fake values and source locations are shared."""
@@ -93,13 +97,13 @@ class StepGraph:
             new.meta = dict(old.meta)
         return replace(self, gm=GraphModule(self.gm, graph))
 
-    def select(self, role: str) -> list[tuple[Slot, Node]]:
+    def select(self, role: Role) -> list[tuple[Slot, Node]]:
         """The placeholders of one role."""
         return [
             (s, n) for s, n in zip(self.inputs, self.placeholders(), strict=True) if s.role == role
         ]
 
-    def produced(self, role: str) -> list[tuple[Slot, Any]]:
+    def produced(self, role: OutputRole) -> list[tuple[Slot, Any]]:
         """The outputs of one role."""
         return [(s, n) for s, n in zip(self.outputs, self.results(), strict=True) if s.role == role]
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
 from grapefx.passes.divide.tasks import Tasks
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import dead_code
 from grapefx.passes.peephole.channels_last import channels_last
 from grapefx.passes.peephole.join_products import join_products
@@ -46,8 +47,6 @@ Compiled = Callable[[list[Any]], Any]
 # A batch size for each symbol; None makes one graph for every batch size.
 Sizes = dict[Any, int] | None
 
-_KEEP = ("grapefx_phase", "grapefx_layer", "grapefx_role", "grapefx_name", "grapefx_fold")
-
 
 def prepare(
     step: StepGraph, sizes: Sizes, backend: str, options: dict[str, Any] | None = None
@@ -71,12 +70,12 @@ def prepare(
         example = concrete(example, sizes)
     device = _device(example)
     with torch.autocast(device, enabled=False), inductor_options(options):
-        gm = decomposed(work.gm, example, _KEEP, inductor=backend != "eager")
+        gm = decomposed(work.gm, example, meta.KEPT, inductor=backend != "eager")
         if backend != "eager":
             native_random(gm)
     after = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
-        new.meta.update({k: old.meta[k] for k in _KEEP if k in old.meta})
+        new.meta.update({k: old.meta[k] for k in meta.KEPT if k in old.meta})
     out = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     results = iter(pytree.tree_leaves(out.args[0], is_leaf=lambda x: x is None))
     out.args = (tuple(results),)

@@ -210,7 +210,8 @@ class ErrorRows:
             e = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         if self.rank is None:
             return e
-        return e @ (signs((self.dim, self.rank), self.seed, e.device, e.dtype) * self.rank**-0.5)
+        drawn = signs((self.dim, self.rank), self.seed, e.device, e.dtype)
+        return e @ (drawn * float(self.rank**-0.5))
 
 
 def to_samples(x: Tensor, fold: tuple[int, int, int]) -> Tensor:
@@ -220,7 +221,8 @@ def to_samples(x: Tensor, fold: tuple[int, int, int]) -> Tensor:
     """
     dim, outer, inner = fold
     if outer * inner > 1:
-        return x.unflatten(dim, (outer, -1, inner)).movedim(_folded(dim), (0, 1, 2)).flatten(1, 2)
+        apart: Tensor = x.unflatten(dim, (outer, -1, inner))
+        return apart.movedim(_folded(dim), (0, 1, 2)).flatten(1, 2)
     x = x.movedim(dim, 0) if dim else x
     return x if x.ndim > 1 else x.unsqueeze(1)
 

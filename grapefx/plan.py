@@ -37,7 +37,7 @@ from grapefx.passes.place.leak import with_edges
 from grapefx.passes.place.placement import (
     Placement,
 )
-from grapefx.passes.place.sweep import HEAVY, sample_shape
+from grapefx.passes.place.sweep import sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
 from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
 
@@ -326,7 +326,7 @@ def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) ->
     if frozen:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
         chosen, options = get_method("bp", {}), replace(options, residual="cut", points=None)
     if options.residual == "leak":
-        captured = with_edges(captured, frozenset(HEAVY))
+        captured = with_edges(captured)
     if frozen:
         placement = Placement((), (), ())
     else:

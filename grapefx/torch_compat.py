@@ -218,7 +218,8 @@ def inductor_options(options: dict[str, Any] | None) -> contextlib.AbstractConte
     """Inductor's options, in force inside."""
     from torch._inductor import config
 
-    return config.patch(options or {})
+    patch: contextlib.AbstractContextManager[Any] = config.patch(options or {})
+    return patch
 
 
 def native_random(gm: torch.fx.GraphModule) -> None:
@@ -414,7 +415,9 @@ def min_cut_partition(
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
     views = functorch_config.patch(recompute_views=True)
     with tracing(TracingContext(mode)), mode, views:
-        return min_cut_rematerialization_partition(joint, list(example), num_fwd_outputs=outputs)
+        parts: tuple[torch.fx.GraphModule, torch.fx.GraphModule]
+        parts = min_cut_rematerialization_partition(joint, list(example), num_fwd_outputs=outputs)
+        return parts
 
 
 def decompositions(op: Any) -> dict[Any, Callable[..., Any]]:
@@ -628,7 +631,9 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         "allow_unspec_int_on_nn_module": bool(numbers),
     }
     known = {k: v for k, v in settings.items() if hasattr(config, k)}
-    symbolic = torch.compiler.config.patch(dynamic_sources=",".join(sorted(numbers)))
+    symbolic = torch.compiler.config.patch(  # type: ignore[attr-defined]
+        dynamic_sources=",".join(sorted(numbers))
+    )
     with get_metrics_context(), dynamo_timed("grapefx"), config.patch(known), symbolic:
         yield
 
@@ -734,4 +739,4 @@ def functional_graph(
         )
     written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     assert isinstance(gm, torch.fx.GraphModule)
-    return gm, written
+    return gm, {str(out): str(name) for out, name in written.items()}

@@ -241,10 +241,11 @@ def tangent(model: nn.Module, sample: Sample, plan: Plan) -> dict[str, Any]:
         return {"tangent": "skipped: no feedback point"}
     leaves, _ = flatten_call(sample.args, sample.kwargs)
     inputs = tuple(x for x in leaves if isinstance(x, Tensor))
+    made = {s.name: e for s, e in zip(plan.captured.inputs, plan.capture.examples, strict=True)}
     values = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
-        **plan.captured.constants,
+        **made,
     }
     case = oracle.Case(plan.captured, plan.placement, values, inputs, 0, plan.joint, {})
     probe = oracle._Noisy(case.cap, case.placed, {})

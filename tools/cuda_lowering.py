@@ -96,11 +96,12 @@ def run_step(made: CompiledStep, step: StepGraph, given: Sequence[Any]) -> list[
     named: dict[Any, Any] = {}
     cotangents: list[Any] = []
     for i, slot in enumerate(step.inputs):
-        named[program._source(step, i)] = named[slot.role, slot.name] = given[i]
+        named[slot.role, slot.name] = given[i]
         if slot.role == "cotangent":
             cotangents.append(given[i])
-    inputs = [own(named[s]) for s in made.sources]
-    buffers = [v for v, s in zip(inputs, made.sources, strict=True) if s[0] == "buffer"]
+    inputs = [own(given[i]) for _, i in made.sources]
+    roles = [step.inputs[i].role for _, i in made.sources]
+    buffers = [v for v, role in zip(inputs, roles, strict=True) if role == "buffer"]
     found = list(made.forward(inputs))
     late = [cotangents[k] if role == "cotangent" else named[role, k] for role, k in made.late]
     outputs, saved = found[: made.outputs], found[made.outputs :]

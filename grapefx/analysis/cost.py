@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from grapefx.analysis.rules import Call, Price, op_name, price, tensors
+from grapefx.analysis.rules import Call, Price, price, tensors
 from grapefx.analysis.sizes import (
     Meta,
     Size,
@@ -24,6 +24,7 @@ from grapefx.analysis.sizes import (
     expression_sum,
     is_size,
 )
+from grapefx.passes.graph.operators import qualified_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _node_cost(node: Node, metas: dict[Node, Any], memo: dict[Any, OpCost]) -> O
     key = _key(node.target, args, kwargs, metas[node], inputs)
     if key is not None and key in memo:
         return memo[key]
-    call = Call(node.target, op_name(node.target), args, kwargs, metas[node])
+    call = Call(node.target, qualified_name(node.target), args, kwargs, metas[node])
     cost = _op_cost(call, price(call), inputs)
     if key is not None:
         memo[key] = cost

@@ -20,7 +20,8 @@ from grapefx.analysis.cost import GraphCost, OpCost, graph_cost
 from grapefx.analysis.device import DeviceModel, load_device
 from grapefx.analysis.fusion import fused
 from grapefx.analysis.op_tables import FACTORIES, RANDOM
-from grapefx.analysis.rules import op_name
+from grapefx.passes.graph import meta
+from grapefx.passes.graph.operators import qualified_name
 
 OTHER = "other"
 NO_LAYER = "-"
@@ -155,9 +156,9 @@ class Dag:
         """Groups of (layer, stage): a layer's forward is one task, its whole update another."""
         return self.group(lambda t: (t.layer, t.stage))
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """A DiGraph keyed by task name, with every field of :class:`Task` as node attributes."""
-        graph: nx.DiGraph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         for t in self.tasks:
             graph.add_node(
                 t.name,
@@ -199,8 +200,8 @@ def build_dag(
 ) -> Dag:
     """The DAG of a step graph, one task a node.
 
-    Reads ``node.meta["grapefx_phase"]`` and ``["grapefx_layer"]``; a node without a phase is
-    "other", one without a layer "-". ``loss`` adds the wait that a graph with the error as an
+    Reads the phase and the layer of every node (``passes/graph/meta.py``); a node without a phase
+    is "other", one without a layer "-". ``loss`` adds the wait that a graph with the error as an
     input cannot hold: the error is there only when the outputs are.
     """
     costs = graph if isinstance(graph, GraphCost) else graph_cost(graph, batch=batch)
@@ -264,7 +265,7 @@ def _waits(
 
 
 def _reads_shape_only(target: Any) -> bool:
-    name = op_name(target).rpartition("::")[2]
+    name = qualified_name(target).rpartition("::")[2]
     return name in FACTORIES or name in _SHAPE_RANDOM or name.startswith("sym_")
 
 
@@ -273,11 +274,11 @@ def _group_key(node: Node) -> tuple[str, str]:
 
 
 def _phase(node: Node) -> str:
-    return str(node.meta.get("grapefx_phase") or OTHER)
+    return str(meta.phase(node) or OTHER)
 
 
 def _layer(node: Node) -> str:
-    return str(node.meta.get("grapefx_layer") or NO_LAYER)
+    return str(meta.layer(node) or NO_LAYER)
 
 
 def _task(node: Node, cost: OpCost, seconds: float, moved: int) -> Task:
@@ -325,7 +326,7 @@ def group_members(
 
     A group is its key; in a circle of groups, (key, depth): see :meth:`Dag.group`.
     """
-    graph: nx.DiGraph = nx.DiGraph()
+    graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from(keys)
     for i, ps in enumerate(preds):
         graph.add_edges_from((keys[p], keys[i]) for p in ps if keys[p] != keys[i])

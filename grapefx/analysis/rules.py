@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from grapefx.analysis import op_tables as ops
 from grapefx.analysis.sizes import Meta, Size, product
+from grapefx.passes.graph.operators import ATTENTION, ATTENTION_BACKWARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +77,6 @@ def tensors(tree: Any) -> list[Meta]:
     if isinstance(tree, tuple):
         return [m for item in tree for m in tensors(item)]
     return []
-
-
-def op_name(target: Any) -> str:
-    """ "namespace::op" of an overload; the qualified name of anything else."""
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return str(schema.name)
-    if isinstance(target, str):
-        return target
-    name = getattr(target, "__name__", None) or str(target)
-    return f"{getattr(target, '__module__', '') or 'python'}::{name}".lstrip("_")
 
 
 def price(call: Call) -> Price:
@@ -382,26 +372,8 @@ _SHAPED: dict[str, Rule] = {
     "convolution": _convolution,
     "_convolution": _convolution,
     "convolution_backward": _convolution_backward,
-    **dict.fromkeys(
-        (
-            "scaled_dot_product_attention",
-            "_scaled_dot_product_attention_math",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-        ),
-        _attention,
-    ),
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_backward",
-            "_scaled_dot_product_flash_attention_for_cpu_backward",
-            "_scaled_dot_product_efficient_attention_backward",
-            "_scaled_dot_product_cudnn_attention_backward",
-        ),
-        _attention_backward,
-    ),
+    **dict.fromkeys(ATTENTION, _attention),
+    **dict.fromkeys(ATTENTION_BACKWARD, _attention_backward),
     **dict.fromkeys(
         (
             "max_pool1d",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Paper 001, appendix D.1: beta = 2, and alpha observed for fused dual numbers.
+# GrAPE 2026, appendix D.1: beta = 2, and alpha observed for fused dual numbers.
 PAPER_BETA = 2.0
 PAPER_ALPHA = (0.8, 1.3)
 
 
 def arithmetic_ratio(alpha: float, beta: float = PAPER_BETA) -> float:
-    """BP's critical path over GrAPE's, (1 + beta) / (1 + alpha) (paper 001, appendix D.1).
+    """BP's critical path over GrAPE's, (1 + beta) / (1 + alpha) (GrAPE 2026, appendix D.1).
 
     ``alpha`` is the tangent's FLOPs over the forward's, ``beta`` the backward's over the forward's.
     The formula leaves GrAPE's weight-gradient products out and keeps BP's in.
@@ -38,7 +38,7 @@ class Calibration:
 def amortised_calibration(
     step: float, backward_step: float, *, every: float, steps_per_epoch: int
 ) -> Calibration:
-    """Paper 001 eq. 21: per epoch N_b steps of the method, plus 1/T of one BP step.
+    """GrAPE 2026 eq. 21: per epoch N_b steps of the method, plus 1/T of one BP step.
 
     Raises:
         ValueError: ``every`` or ``steps_per_epoch`` is not positive.

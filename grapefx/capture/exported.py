@@ -204,7 +204,8 @@ def _read(
         if slot.role == "constant" and slot.name not in places:
             return held[slot.name]
         store, key = places[slot.name] if slot.role == "constant" else stores[slot.name]
-        return store[key]
+        found: Tensor = store[key]
+        return found
 
     tensor_at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
     batch, lead = None, 0

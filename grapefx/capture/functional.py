@@ -9,7 +9,7 @@ and ``torch.cond`` becomes both branches with a choice between them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,9 @@ class _Runner(nn.Module):
         _items_as_tensors(graph.graph)
         self.sizes = _sizes_returned(graph.graph)
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        self._run = lambda args: _Interpreter(graph).run(*args)  # not a child: it has no parameters
+        self._run: Callable[[list[Any]], Any] = lambda args: _Interpreter(graph).run(
+            *args
+        )  # not a child: it has no parameters
         self.sources = sources
         self.numbers: dict[int, Any] = {}
         self.outputs: list[Any] = []

@@ -1,4 +1,10 @@
-"""The methods by name."""
+"""Holds the training methods, one small file each, and finds them by name.
+
+A method says how the output error e becomes the gradient at each feedback point and how its
+feedback maps learn. Papers are cited as GrAPE 2026 (Caillon et al., ICLR 2026), GrAPE 2024 (its
+earlier submission; "review" is the public discussion of that) and FDFA 2024 (Bacho and Chu 2024);
+docs/method.md calls them 001, 002, 004 and 003.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Method:
 
     ``reads``: what ``cotangent`` uses. ``learns_from``: what ``learn`` uses (empty: it never
     learns). ``refits``: whether a calibration batch may set its map. ``project_after_learn``: the
-    cotangent uses the state after this step's ``learn`` (001 algorithm 1, 003 algorithm 1).
+    cotangent uses the state after this step's ``learn`` (algorithm 1 of GrAPE 2026, of FDFA 2024).
     ``mechanism``: one of ``MECHANISMS``. ``state_at``: what has a state, and which shape ``init``
     gets: each feedback "point" (C, n), each "weight" (its shape) or the "input" (n_0, C).
     ``transparent``: the incoming gradient passes every point unchanged. ``per_sample``: ``learn``
@@ -188,7 +188,7 @@ def positive(name: str, value: float) -> None:
 
 def he_bound(n: int) -> float:
     """sqrt(6 / n)."""
-    return (6.0 / n) ** 0.5
+    return float((6.0 / n) ** 0.5)
 
 
 def he_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,8 @@ def he_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.
 
 def unit_columns(b: Tensor, eps: float = 1e-12) -> Tensor:
     """Every column (a C-vector) rescaled to norm 1; a zero column stays zero."""
-    return b / b.norm(dim=0, keepdim=True).clamp_min(eps)
+    norms: Tensor = b.norm(dim=0, keepdim=True).clamp_min(eps)
+    return b / norms
 
 
 __all__ = [

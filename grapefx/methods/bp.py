@@ -12,7 +12,7 @@ from grapefx.methods.base import Method, Rows
 
 @dataclass(frozen=True)
 class BP(Method):
-    """delta_l = J_l^T e, by the chain rule (001 eq. 1). Sequential; no feedback map."""
+    """delta_l = J_l^T e, by the chain rule (GrAPE 2026 eq. 1). Sequential; no feedback map."""
 
     name: ClassVar[str] = "bp"
     reads: ClassVar[frozenset[str]] = frozenset({"next_delta"})

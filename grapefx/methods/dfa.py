@@ -1,4 +1,4 @@
-"""dfa: direct feedback alignment (Nokland 2016; 001 eq. 2, 003 eq. 6)."""
+"""dfa: direct feedback alignment (Nokland 2016; GrAPE 2026 eq. 2, FDFA 2024 eq. 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dkp: direct Kolen-Pollack (Webster et al. 2021; 003 section 4)."""
+"""dkp: direct Kolen-Pollack (Webster et al. 2021; FDFA 2024 section 4)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DKP(Method):
 
     B learns by Adam (``lr``) after the step's projection. ``decay`` is L2 on B and on the weights W
     behind each feedback point: what is not reinforced on both sides fades. ``init_b``: "he" (He
-    uniform; webstah/dkp-gist) or "zero" (003's code).
+    uniform; webstah/dkp-gist) or "zero" (FDFA 2024's code).
     """
 
     lr: float = 1e-4

@@ -1,4 +1,4 @@
-"""drtp: direct random target projection (Frenkel et al. 2021; 001 section 2)."""
+"""drtp: direct random target projection (Frenkel et al. 2021; GrAPE 2026 section 2)."""
 
 from __future__ import annotations
 

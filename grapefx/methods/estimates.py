@@ -13,14 +13,15 @@ AVERAGES = ("none", "ema", "cumulative")
 
 def unit_rows(x: Tensor) -> Tensor:
     """Every row rescaled to norm 1; a zero row stays zero."""
-    return x / x.norm(dim=1, keepdim=True).clamp_min(EPS)
+    norms: Tensor = x.norm(dim=1, keepdim=True).clamp_min(EPS)
+    return x / norms
 
 
 def mean_direction(rows: Rows, like: Tensor, by_column: bool) -> Tensor:
     """Mean over samples of d_i v_i^T at unit norm (C, n): of each column, or of the whole matrix.
 
     A sample's J^ has rank 1: its column k is d_i v_ik, of which a columnwise cosine sees only
-    sign(v_ik) d_i / |d_i| (004 takes cosines of samples, then averages).
+    sign(v_ik) d_i / |d_i| (the review of GrAPE 2024 takes cosines of samples, then averages).
     """
     assert rows.noise is not None and rows.tangent is not None
     v, d = rows.noise.to(like.dtype), unit_rows(rows.tangent.to(like.dtype))
@@ -37,8 +38,8 @@ def average_state(b: Tensor, average: str) -> State:
 def averaged(state: State, estimate: Tensor, average: str, rate: float) -> tuple[Tensor, State]:
     """The average of J^ over steps, and its state.
 
-    "cumulative" is the mean of all steps (002 section 2.3), "ema" J <- (1 - rate) J + rate J^
-    without the bias of its start at 0.
+    "cumulative" is the mean of all steps (GrAPE 2024 section 2.3), "ema" is
+    J <- (1 - rate) J + rate J^ without the bias of its start at 0.
     """
     if average == "none":
         return estimate, {}

@@ -1,4 +1,4 @@
-"""fa: feedback alignment (Lillicrap et al. 2016; 001 section 2)."""
+"""fa: feedback alignment (Lillicrap et al. 2016; GrAPE 2026 section 2)."""
 
 from __future__ import annotations
 

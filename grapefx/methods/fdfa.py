@@ -1,4 +1,4 @@
-"""fdfa: forward direct feedback alignment (003)."""
+"""fdfa: forward direct feedback alignment (FDFA 2024)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from grapefx.methods.optim import adam, adam_state, restarted
 
 @dataclass(frozen=True)
 class FDFA(Method):
-    """delta_l = e B_l; B_l <- (1 - a) B_l + a J^_l (003 eq. 8; its algorithm 1 misprints a sign).
+    """delta_l = e B_l; B_l <- (1 - a) B_l + a J^_l (FDFA 2024 eq. 8).
 
-    B starts at 0. ``optimizer``: "ema" steps by ``alpha`` = a in (0, 1]; "adam" feeds the gradient
-    B - J^ (003 eq. 10) to Adam with step ``lr``, as 003's experiments do.
+    The paper's algorithm 1 misprints a sign. B starts at 0. ``optimizer``: "ema" steps by ``alpha``
+    = a in (0, 1]; "adam" feeds the gradient B - J^ (FDFA 2024 eq. 10) to Adam with step ``lr``, as
+    the paper's experiments do.
     """
 
     alpha: float = 0.01

@@ -1,4 +1,4 @@
-"""fg-a: activity-perturbed forward gradients (Ren et al. 2023; 003 section 2.3, algorithm 3)."""
+"""fg-a: activity-perturbed forward gradients (Ren et al. 2023; FDFA 2024 algorithm 3)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DERIVATIVES = ("sample", "batch")
 class FGA(Method):
     """delta_l = s_i v_{l,i} for each sample i, with s_i = e_i . d_i; unbiased, of high variance.
 
-    v is the noise at h_l (003 perturbs after the activation, Ren et al. before) and d the tangent
-    at the output. For a map with one row a token, s_i is summed over the sample's tokens. The
-    output layer uses e itself (003 algorithm 3 prints noise there). No state.
+    v is the noise at h_l (FDFA 2024 perturbs after the activation, Ren et al. before) and d the
+    tangent at the output. For a map with one row a token, s_i is summed over the sample's tokens.
+    The output layer uses e itself (FDFA 2024 algorithm 3 prints noise there). No state.
 
     derivative: "sample" as above, or "batch": sum_i s_i for every sample, the one number that a JVP
     of the mean loss gives. Unbiased as well, with N times the variance.

@@ -1,4 +1,4 @@
-"""fg-w: weight-perturbed forward gradients (Baydin et al. 2022; 003 section 2.1, algorithm 2)."""
+"""fg-w: weight-perturbed forward gradients (Baydin et al. 2022; FDFA 2024 algorithm 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grapefx.methods.base import Method
 
 @dataclass(frozen=True)
 class FGW(Method):
-    """g(W) = s V with V ~ N(0, I) for every parameter and s = sum_i e_i . d_i (003 eq. 2-3).
+    """g(W) = s V with V ~ N(0, I) for every parameter and s = sum_i e_i . d_i (FDFA 2024 eq. 2-3).
 
     d is the tangent at the output along V: s is the directional derivative of the loss, one number
     a batch, so g is unbiased on any differentiable model and its variance grows with the number of

@@ -1,4 +1,4 @@
-"""grape: gradient-aligned projected error (001)."""
+"""grape: gradient-aligned projected error (GrAPE 2026)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from grapefx.methods.estimates import (
 class GrAPE(Method):
     """delta_l = e B_l; B_l ascends its cosine with J^_l, then columns are rescaled.
 
-    001 eq. 5-6 and 17, with momentum (001 appendix E): m <- mu m + grad(1 - cos(B_k, J^_k)),
-    B <- colnorm(B - eta m).
+    GrAPE 2026 eq. 5-6 and 17, with momentum (its appendix E):
+    m <- mu m + grad(1 - cos(B_k, J^_k)), B <- colnorm(B - eta m). Equations below are its as well.
 
     eta, momentum: the feedback optimizer's step and mu.
-    step: "column" steps each column by eta; "mean" divides by n_l (001 eq. 17 read literally, which
+    step: "column" steps each column by eta; "mean" divides by n_l (eq. 17 read literally, which
         hardly moves B).
-    norm: "unit" rescales columns to norm 1 (001 eq. 6); "fitted" to the norms that the last
+    norm: "unit" rescales columns to norm 1 (eq. 6); "fitted" to the norms that the last
         calibration gave them, so that the magnitudes of a fitted B survive (docs/method.md).
-    order: "mean-then-cosine" averages J^ over the batch first (001 eq. 5); "cosine-then-mean" takes
-        each sample's cosine (004, discussion).
-    cosine: "column" (001 eq. 17) or "frobenius" (001 eq. 3: one cosine for the whole matrix).
-    average: of J^ over steps: "none", "ema" (``rate``) or "cumulative" (002).
+    order: "mean-then-cosine" averages J^ over the batch first (eq. 5); "cosine-then-mean" takes
+        each sample's cosine (GrAPE 2024, review).
+    cosine: "column" (eq. 17) or "frobenius" (eq. 3: one cosine for the whole matrix).
+    average: of J^ over steps: "none", "ema" (``rate``) or "cumulative" (GrAPE 2024).
     """
 
     eta: float = 0.01

@@ -1,4 +1,4 @@
-"""grape-2024: the first form of GrAPE (002 eq. 6, as its authors clarified it in 004)."""
+"""grape-2024: the first form of GrAPE (GrAPE 2024 eq. 6, as its authors clarified it in review)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class GrAPE2024(Method):
     With c_k the cosine of b_k and column k of J^ (of each sample, then averaged) and g~ the
     cumulative average of J^ scaled to B's norm:
 
-    rule: "shrink" is b_k <- (1 - eta (1 - c_k)) b_k + noise (002 eq. 6); "alternative-1" is
-        B <- B - eta (1 - c) B + eta c g~; "alternative-2" is B <- (1 - eta) B + eta g~ (004).
+    rule: "shrink" is b_k <- (1 - eta (1 - c_k)) b_k + noise (GrAPE 2024 eq. 6); "alternative-1" is
+        B <- B - eta (1 - c) B + eta c g~; "alternative-2" is B <- (1 - eta) B + eta g~ (GrAPE 2024,
+        review).
     eta: the step (vanilla SGD).
     jitter: standard deviation of the small noise, relative to B's entries. It is a fixed draw,
         shifted by one entry in each step, so that a run can be resumed.
-    order: "cosine-then-mean" (004) or "mean-then-cosine" (c_k from the average of J^).
+    order: "cosine-then-mean" (GrAPE 2024, review) or "mean-then-cosine" (c_k from the average of
+        J^).
 
     The norm that is restored is the whole matrix's: a columnwise norm would undo the rule.
     """

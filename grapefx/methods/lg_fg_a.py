@@ -1,4 +1,4 @@
-"""lg-fg-a: local greedy activity-perturbed forward gradients (Ren et al. 2023; 003 section 4)."""
+"""lg-fg-a: local greedy activity-perturbed forward gradients (Ren et al. 2023; FDFA 2024)."""
 
 from __future__ import annotations
 

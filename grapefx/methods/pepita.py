@@ -16,7 +16,7 @@ class PEPITA(Method):
     """Two forwards: the second on x - eps F^T with eps = softmax(y) - y*, same dropout masks.
 
     The gradient of W_l is (h_l - h'_l)^T h'_{l-1} / N with h'_0 the changed input, of the last
-    layer eps^T h'_{L-1} / N (001 and 002 omit the sign and the last layer). F (n_0, C) is
+    layer eps^T h'_{L-1} / N (GrAPE 2024 and 2026 omit the sign and the last layer). F (n_0, C) is
     ``scale`` U(-sqrt(6 / n_0), sqrt(6 / n_0)), fixed. Needs class targets (``net.targets``) and a
     plain stack of Linear and Conv layers; the loss itself is not used, biases do not learn.
     """

@@ -28,7 +28,7 @@ class USF(Method):
     paper: ClassVar[dict[str, Any]] = {"calib_every": None}
 
     def weight(self, state: State, w: Tensor, noise: Tensor | None) -> Tensor:
-        return torch.sign(w) * (2.0 / sum(fans(tuple(w.shape)))) ** 0.5
+        return torch.sign(w) * float((2.0 / sum(fans(tuple(w.shape)))) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BRSF(USF):
 
     def weight(self, state: State, w: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None
-        bound = (6.0 / sum(fans(tuple(w.shape)))) ** 0.5
+        bound = float((6.0 / sum(fans(tuple(w.shape)))) ** 0.5)
         # erf(z / sqrt 2) of a normal z is uniform on (-1, 1)
         return torch.sign(w) * torch.erf(noise.abs() * 0.5**0.5) * bound
 

@@ -1,7 +1,11 @@
-"""The inspection report: what waits for what in a training step, and what that costs."""
+"""The inspection report: what waits for what in a training step, and what that costs.
+
+``records`` are the data, ``build``, ``step`` and ``from_plan`` make them from step graphs,
+``render/`` shows them, ``inspect`` and ``cli`` are what users call. Imports point that way only.
+"""
 
 from grapefx.report.build import LayerInfo, MethodGraphs, build_report
-from grapefx.report.model import (
+from grapefx.report.records import (
     Bar,
     FeedbackRow,
     LayerGraph,
@@ -10,10 +14,10 @@ from grapefx.report.model import (
     MethodReport,
     PathStep,
     PhaseRow,
-    Report,
     ScheduleRow,
     StepReport,
 )
+from grapefx.report.report import Report
 
 __all__ = [
     "Bar",

@@ -1,4 +1,7 @@
-"""Builds the report from step graphs; knows no method by name, except BP as baseline."""
+"""Builds the report from the step graphs of several methods, beside those of backpropagation.
+
+What a method does is read off its graphs; none is known by name, except BP as the baseline.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from grapefx.analysis import (
 )
 from grapefx.errors import OptionError
 from grapefx.ir import StepGraph
-from grapefx.report.model import (
+from grapefx.report.records import (
     CalibrationRow,
     DeviceRow,
     FeedbackRow,
     MethodReport,
     PlanReport,
-    Report,
     StepReport,
     worker_key,
 )
+from grapefx.report.report import Report
 from grapefx.report.step import build_step
 
 BASELINE = "bp"
@@ -50,7 +53,7 @@ class MethodGraphs:
     """A method's whole-step graphs by kind: "update", "align", "calibration" (BP: this one only).
 
     A ``StepGraph`` also says which of its inputs is the loss's gradient; the error then waits for
-    the outputs. Nodes carry ``meta["val"]``, ``["grapefx_phase"]`` and ``["grapefx_layer"]``.
+    the outputs. Nodes carry fake values, phases and layers.
 
     ``plan`` is asked after the graphs were built. ``sizes`` gives a graph's size symbols at a batch
     size where it has more than one.
@@ -165,7 +168,7 @@ class _Builder:
         self, given: MethodGraphs, steps: tuple[StepReport, ...], bp: MethodReport | None
     ) -> MethodReport:
         def mean(what: str) -> float:
-            return sum(s.share * getattr(s, what) for s in steps)
+            return sum(s.share * float(getattr(s, what)) for s in steps)
 
         forward = sum(s.share * _phase(s, "forward", "buffer") for s in steps)
         alpha = _over(sum(s.share * _phase(s, "tangent") for s in steps), forward)

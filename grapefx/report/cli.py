@@ -1,4 +1,7 @@
-"""``grapefx-inspect``: what waits for what in a model's training step, from the command line."""
+"""Implements the command ``grapefx-inspect``: the report on a model, from the command line.
+
+``python -m grapefx.report`` is the same command.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ import torch
 from grapefx.errors import GrapefxError, InputError, OptionError
 from grapefx.methods import names
 from grapefx.passes.place.placement import GRANULARITIES
+from grapefx.report.inspect import METHODS, build_plans, report_plans, shown_dag
 from grapefx.report.load import Loaded, ModelError, UsageError, load
+from grapefx.report.render.dot import dot_source, drawn, write_graph
+from grapefx.torch_compat import pytree
 
 FORMATS = ("text", "json", "html", "dot", "svg", "png")
 SUFFIXES = {".txt": "text", ".json": "json", ".html": "html", ".htm": "html"} | {
@@ -190,8 +196,6 @@ def _inspected(options: argparse.Namespace, form: str, shapes: Any, dtypes: Any)
 def _result(
     loaded: Loaded, options: argparse.Namespace, form: str, shapes: Any, dtypes: Any
 ) -> Any:
-    from grapefx.inspection import METHODS, build_plans, report_plans
-
     model = loaded.model
     if not loaded.note:
         model = model.to("meta")
@@ -210,11 +214,10 @@ def _result(
         calib_every=options.calib_every,
     )
     if form in ("dot", "svg", "png"):
-        from grapefx.report.dot import plan_graph
-
         chosen = options.method[-1] if options.method else plans[-1].method.name
         plan = next(p for p in plans if p.method.name == chosen)
-        return plan_graph(plan, loaded.name, options.device_model, options.batch)
+        kind, dag = shown_dag(plan, options.device_model, options.batch)
+        return dot_source(dag, f"{loaded.name}: {chosen}, {kind} step")
     report = report_plans(
         plans,
         device=options.device_model,
@@ -272,8 +275,6 @@ def _example(loaded: Loaded, shapes: Any, dtypes: Any, batch: int | None) -> Any
 
 def _moved(example: Any, device: torch.device, batch: int | None) -> Any:
     """The example on the model's device, at the batch size asked for."""
-    from grapefx.torch_compat import pytree
-
     leaves = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.ndim]
     if not leaves:
         raise InputError("the example input holds no tensor with a batch dim")
@@ -321,8 +322,6 @@ def _writable(output: str | None) -> Path | None:
 def _write(result: Any, form: str, path: Path | None) -> int:
     try:
         if form in ("dot", "svg", "png"):
-            from grapefx.report.dot import drawn, write_graph
-
             if path is None:
                 print(drawn(result, form), end="")
             else:

@@ -1,4 +1,4 @@
-"""From a compiler plan to what the report needs of it."""
+"""Reads off a compiler plan what the report says of it: step graphs, layers, maps, decisions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grapefx.options import Options
 from grapefx.passes.graph.annotate import HEAD
 from grapefx.plan import Plan
 from grapefx.report.build import LayerInfo, MethodGraphs
-from grapefx.report.model import PlanReport, SegmentRow
+from grapefx.report.records import PlanReport, SegmentRow
 
 
 class PlanGraphs(Mapping[str, StepGraph]):

@@ -1,4 +1,4 @@
-"""Finding a model and an example input in a file, a module or a model zoo.
+"""Finds the model and the example input that a command line names: a file, a module, a zoo.
 
 Everything is built on the meta device, which allocates nothing. A file or factory that cannot work
 without numbers is run once more for real.

@@ -1,4 +1,4 @@
-"""The report of one step graph: phases, layers, critical path, schedules, layer graph."""
+"""Analyses one step graph: costs by phase and layer, critical path, schedules, layer graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grapefx.analysis.cost import GraphCost
 from grapefx.analysis.dag import NO_LAYER, OTHER, Dag, Loss, Task, build_dag, longest_path
 from grapefx.analysis.device import DeviceModel
 from grapefx.analysis.schedule import Schedule, list_schedule
-from grapefx.report.model import (
+from grapefx.report.records import (
     Bar,
     LayerGraph,
     LayerNode,
@@ -204,7 +204,7 @@ def _layer_graph(stages: Dag, path: Sequence[str]) -> LayerGraph:
         LayerNode(t.name, t.layer, t.stage, t.flops, t.seconds, i in on_path)
         for i, t in enumerate(stages.tasks)
     )
-    graph: nx.DiGraph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(len(nodes)))
     graph.add_edges_from((p, i) for i, ps in enumerate(stages.preds) for p in ps)
     edges = tuple(sorted(nx.transitive_reduction(graph).edges))

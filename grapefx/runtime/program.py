@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from grapefx.capture import Capture
-from grapefx.ir import StepGraph
+from grapefx.ir import Role, StepGraph
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.options import Options
 from grapefx.passes.divide.partition import forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
+from grapefx.passes.graph import meta
 from grapefx.plan import Plan
 from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building
@@ -116,7 +117,7 @@ class Program:
         self.options = options
         self.renamed = renamed  # feedback tensors that go by another key
         captured = capture.captured
-        self.places = {(s.role, s.name): k for k, s in enumerate(captured.inputs)}
+        self.places: Places = {(s.role, s.name): k for k, s in enumerate(captured.inputs)}
         self.written = tuple(self.places["buffer", name] for name in captured.mutated)
         self.call: Callable[[Any], Any] = _unbound
         inputs = [k for k, s in enumerate(captured.inputs) if s.role == "input"]
@@ -227,7 +228,8 @@ class Program:
 def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
     """What each symbol of a step graph stands for: the batch, or the samples with tangents."""
     sizes: dict[Any, int] = {}
-    for role, number in (("input", batch), ("noise", rows)):
+    numbers: dict[Role, int] = {"input": batch, "noise": rows}
+    for role, number in numbers.items():
         for _, node in step.select(role):
             for size in node.meta["val"].shape:
                 expr = batch_symbol(size)
@@ -370,7 +372,7 @@ def _device_of(step: StepGraph) -> str:
 
 
 def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
-    layer = step.placeholders()[index].meta["grapefx_fold"]
+    layer = step.placeholders()[index].meta[meta.FOLD]
     dim, outer, inner = layer
     shape = tuple(
         0 if d == dim else s if isinstance(s, int) else batch_symbol(s)

@@ -20,7 +20,8 @@ from grapefx.errors import GrapefxError
 from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes.differentiate import recurrent
 from grapefx.passes.graph import custom_functions as functions
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
+from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import aliases, writes
 from grapefx.passes.place.placement import Placement
 from grapefx.torch_compat import (
@@ -105,10 +106,12 @@ def _viewed(x: torch.Tensor, size: Sequence[Any]) -> torch.Tensor:
     Capture writes a ``reshape`` down as the view that it was. Attention with a bias that learns
     runs another kernel here, whose result is laid out differently.
     """
+    made: torch.Tensor
     try:
-        return aten.view.default(x, size)
+        made = aten.view.default(x, size)
     except (RuntimeError, ValueError):
-        return aten.view.default(x.clone(memory_format=torch.contiguous_format), size)
+        made = aten.view.default(x.clone(memory_format=torch.contiguous_format), size)
+    return made
 
 
 def trace_joint(
@@ -151,8 +154,6 @@ def trace_joint(
     unique = list(dict.fromkeys(fakes))
     where = {f: i for i, f in enumerate(unique)}
 
-    for n in cap.gm.graph.nodes:  # recorded nodes inherit "custom": they know where they are from
-        n.meta["custom"] = {**(n.meta.get("custom") or {}), "grapefx_node": n.name}
     cuts = {c.node: c.layer.index for c in placement.cuts}
     taps = {n: i for i, n in enumerate(placement.taps)}
 
@@ -246,8 +247,8 @@ def _finish(
     _out_of_place(graph)
     step = StepGraph(GraphModule(gm, graph), tuple(slots), tuple(outputs))
     for slot, node in zip(step.inputs, step.placeholders(), strict=True):
-        node.meta["grapefx_role"] = slot.role
-        node.meta["grapefx_name"] = slot.name
+        node.meta[meta.ROLE] = slot.role
+        node.meta[meta.NAME] = slot.name
     return step
 
 
@@ -258,7 +259,7 @@ def _out_of_place(graph: torch.fx.Graph) -> None:
         if not isinstance(source, torch.fx.Node) or len(source.users) > 1:
             continue
         fresh = isinstance(source.target, torch._ops.OpOverload) and not aliases(source)
-        name = node.target._schema.name.partition("::")[2].removesuffix("_")
+        name = op_name(node).removesuffix("_")
         pure = getattr(getattr(aten, name, None), node.target._overloadname, None)
         if fresh and pure is not None and not pure._schema.is_mutable:
             node.target = pure

@@ -1,9 +1,10 @@
-"""Forward-mode derivatives, one node at a time: what the passes with tangents share.
+"""Emits forward-mode derivatives, one node at a time, for every pass that needs tangents.
 
-``TangentEmitter`` is what a rule sees; ``propagate`` emits the tangent of each node in order.
+``TangentEmitter`` is what an operator's rule sees; ``propagate`` emits the tangent of each node of
+a graph in order.
 
 Tangents can be taken on the first n of the N samples (``rows``): primal operands are then sliced
-where the batch sits, which ``passes.batch`` tells.
+where the batch sits, which ``passes/graph/folds.py`` tells.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.fx import Node
@@ -19,7 +20,7 @@ from torch.fx import Node
 from grapefx.errors import TangentError
 from grapefx.ir import StepGraph
 from grapefx.passes.differentiate.rules import derive, lookup
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.folds import Fold, batch_folds
 from grapefx.passes.graph.order import descendants
@@ -27,10 +28,11 @@ from grapefx.passes.graph.source import quoted
 from grapefx.torch_compat import batch_symbol
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 class TangentEmitter(Emitter):
-    """What a rule sees: tangents ``t``, primal operands ``p``, ways to emit nodes."""
+    """What a rule sees (``rules.context.RuleContext``), and what ``propagate`` keeps for it."""
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class TangentEmitter(Emitter):
         rows: Node | None,
         batch_stats: str = "frozen",
     ) -> None:
-        super().__init__(step.gm.graph, grapefx_phase="tangent")
+        super().__init__(step.gm.graph, phase="tangent")
         self.batch = batch
         self.batch_size = size
         self.batch_stats = batch_stats
@@ -48,7 +50,7 @@ class TangentEmitter(Emitter):
         self.folds = batch_folds(self.graph, batch, size) if rows is not None else {}
         self.data: set[Node] = set()
         if batch is None:  # a size alone tells a batch only where the value comes from an input
-            inputs = [n for n in self.graph.nodes if n.meta.get("grapefx_role") == "input"]
+            inputs = [n for n in self.graph.nodes if meta.role(n) == "input"]
             self.data = descendants(inputs)
             self.folds = {n: f for n, f in self.folds.items() if n in self.data}
         self.counts: dict[int, Node] = {}
@@ -56,14 +58,14 @@ class TangentEmitter(Emitter):
         self.sliced: dict[Node, Node] = {}
 
     def t(self, arg: Any) -> Any:
-        """The tangent of an argument; None is a symbolic zero."""
+        """The tangent of an argument; None is a symbolic zero (a tuple's: see ``rules.Result``)."""
         return self.tangents.get(arg) if isinstance(arg, Node) else None
 
-    def p(self, tree: Any) -> Any:
+    def p(self, tree: T) -> T:
         """Primal operands: nodes cut down to the samples that carry tangents, the rest as it is."""
         if self.rows is None:
             return tree
-        return torch.fx.node.map_arg(tree, self._primal)
+        return cast(T, torch.fx.node.map_arg(cast(Any, tree), self._primal))
 
     def _primal(self, node: Node) -> Any:
         if node in self.sliced:
@@ -160,7 +162,7 @@ def propagate(
     ``noise`` joins the tangent at each cut, by its index; ``added`` that of any other node.
     """
     for node in nodes:
-        with em.after(_hoist_items(node), grapefx_layer=node.meta.get("grapefx_layer")):
+        with em.after(_hoist_items(node), layer=meta.layer(node)):
             made = _tangent(em, node, noise, derived)
             if node in added:
                 own = added[node]()
@@ -209,7 +211,8 @@ def _tangent(
         raise TangentError(
             f"{node.target} (node {node.name!r}) has no forward derivative: {type(e).__name__}: "
             f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}{quoted(node)}\n"
-            "  remedy: choose a method without tangents (dfa), or add a rule in passes/rules"
+            "  remedy: choose a method without tangents (dfa), or add a rule in "
+            "passes/differentiate/rules"
         ) from e
 
 

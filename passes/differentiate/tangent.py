@@ -19,7 +19,7 @@ from grapefx.errors import TangentError
 from grapefx.ir import Layer, Slot, StepGraph
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
 from grapefx.passes.differentiate.weight_noise import induced, weight_sources
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.folds import Fold
 from grapefx.passes.graph.order import topological
@@ -125,7 +125,7 @@ class _Inputs:
     """The noise placeholders of a step, on all samples or on a sub-batch of ``rows_hint``."""
 
     def __init__(self, step: StepGraph, rows_hint: int | None, signs: bool) -> None:
-        self.em = Emitter(step.gm.graph, grapefx_phase="tangent")
+        self.em = Emitter(step.gm.graph, phase="tangent")
         self.signs = signs
         self.slots: list[Slot] = []
         self.nodes: list[Node] = []
@@ -145,9 +145,9 @@ class _Inputs:
         with self.em.mode:
             dtype = torch.int8 if self.signs else like.dtype
             node.meta["val"] = torch.empty(shape, dtype=dtype, device=like.device)
-        node.meta["grapefx_role"] = "noise"
-        node.meta["grapefx_fold"] = (fold.dim, fold.outer, fold.inner)
-        node.meta["grapefx_phase"] = "tangent"
+        node.meta[meta.ROLE] = "noise"
+        node.meta[meta.FOLD] = (fold.dim, fold.outer, fold.inner)
+        node.meta[meta.PHASE] = "tangent"
         self.dtypes[node] = like.dtype
         self.anchor = node
         self.nodes.append(node)
@@ -158,7 +158,7 @@ class _Inputs:
         """The size of the sub-batch, from the first noise; None if all samples have tangents."""
         if self.size is None:
             return None
-        dim, outer, inner = self.nodes[0].meta["grapefx_fold"]
+        dim, outer, inner = self.nodes[0].meta[meta.FOLD]
         with self.em.after(self.anchor):
             size = self.em.call(aten.sym_size.int, self.nodes[0], dim)
             k = outer * inner
@@ -173,7 +173,7 @@ class _Inputs:
         def sign(b: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
             return b.to(dtype) * 2 - 1
 
-        with self.em.before(at, grapefx_layer=at.meta.get("grapefx_layer")):
+        with self.em.before(at, layer=meta.layer(at)):
             made: Node = self.em.trace(sign, node)
             return made
 

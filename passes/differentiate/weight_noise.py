@@ -1,4 +1,4 @@
-"""Noise at the weights of a layer instead of its activation (001 section 3.2).
+"""Noise at the weights of a layer instead of its activation (GrAPE 2026 section 3.2).
 
 A weight perturbation V counts through what it adds to the value at the feedback point. Each sample
 has a V of its own, for one V for all would be one direction, not N. Behind a matrix product that is
@@ -22,19 +22,13 @@ from torch.fx import Node
 from grapefx.errors import MethodError
 from grapefx.ir import Layer, StepGraph
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.folds import Fold, batch_folds
+from grapefx.passes.graph.operators import LAYER_PRODUCTS
 
 aten = torch.ops.aten
 
 PERTURB = ("activation", "weight", "auto")
-
-# operator -> positions of the data and of the weight
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    aten.mm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.convolution.default: (0, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -99,9 +93,14 @@ def _sources(
         wide = {r for a in node.all_input_nodes for r in _roots(a, fixed) if r in parameters}
         if not wide or node in fixed:
             continue
-        data, weight = (node.args[i] for i in _PRODUCTS.get(node.target, (0, 0)))  # type: ignore[arg-type]
+        data, weight = (node.args[i] for i in LAYER_PRODUCTS.get(node.target, (0, 0)))
         fold = folds.get(node)
-        if node.target not in _PRODUCTS or weight not in fixed or data in fixed or fold is None:
+        if (
+            node.target not in LAYER_PRODUCTS
+            or weight not in fixed
+            or data in fixed
+            or fold is None
+        ):
             return (), f"has weights in {node.target} ({node.name}), which is no product with data"
         if wide & used:
             return (), f"uses the weights of {node.name} more than once"
@@ -168,7 +167,7 @@ def induced(
         dims = [d for d in range(v.ndim) if d != keep]
         return v * (v * v).mean(dims, keepdim=True).clamp_min(1e-12).rsqrt()
 
-    with em.before(cut, grapefx_layer=cut.meta.get("grapefx_layer")):
+    with em.before(cut, layer=meta.layer(cut)):
         node: Node = em.trace(unit, made)
         return node
 

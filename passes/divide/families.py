@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.annotate import HEAD
 from grapefx.passes.graph.order import aliases
 from grapefx.torch_compat import size_hint
@@ -97,8 +98,8 @@ def _colours(update: GraphModule) -> dict[Node, str | None]:
         if users:
             out[node] = users.pop() if len(users) == 1 else None
         else:
-            layer = node.meta.get("grapefx_layer")
-            named = node.meta.get("grapefx_phase") in _UPDATE and layer != HEAD
+            layer = meta.layer(node)
+            named = meta.phase(node) in _UPDATE and layer != HEAD
             out[node] = layer if named else None
     return out
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from grapefx.passes.divide.families import Family, find_families, operands, places_of
+from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import dead_code
 from grapefx.torch_compat import retrace, vmap_rules_only
 
@@ -157,7 +158,7 @@ class _Rewrite:
                 family.value, family.common = self.call(node), True
             elif node.target is operator.getitem:
                 self.part(family, node)
-            elif _name(node).startswith("_scaled_dot_product"):
+            elif op_name(node).startswith("_scaled_dot_product"):
                 self.attention(family, node)
             else:
                 self.batched(family, node)
@@ -260,10 +261,6 @@ class _Rewrite:
         if nodes not in self.stacked:
             self.stacked[nodes] = torch.stack([self.value(n) for n in nodes])
         return self.stacked[nodes], True
-
-
-def _name(node: Node) -> str:
-    return str(getattr(node.target, "_schema", None) and node.target._schema.name.split("::")[-1])  # type: ignore[union-attr]
 
 
 def _loose(target: Any) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import dead_code
 from grapefx.torch_compat import min_cut_partition
 
@@ -121,18 +122,19 @@ def forward_only(step: StepGraph) -> tuple[GraphModule, tuple[int, ...]]:
 
 
 def _output(gm: GraphModule) -> Node:
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    node: Node = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    return node
 
 
 def _pinned_tangents(step: StepGraph) -> list[Node]:
     """Tangent values that something outside the tangent phase reads: they end the forward graph."""
     pinned = []
     for node in step.gm.graph.nodes:
-        if node.op != "call_function" or node.meta.get("grapefx_phase") != "tangent":
+        if node.op != "call_function" or meta.phase(node) != "tangent":
             continue
         if not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        if any(u.op == "output" or u.meta.get("grapefx_phase") != "tangent" for u in node.users):
+        if any(u.op == "output" or meta.phase(u) != "tangent" for u in node.users):
             pinned.append(node)
     return pinned
 

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import ancestors, dead_code
 from grapefx.torch_compat import size_hint
 
@@ -51,7 +52,7 @@ def cut_tail(step: StepGraph) -> tuple[StepGraph, Tail | None]:
     stay = ancestors(n for s, n in pairs if s.role in STAY and isinstance(n, Node))
     tail: set[Node] = set()
     for node in work.gm.graph.nodes:
-        own = node.op == "call_function" and node.meta.get("grapefx_phase") in PHASES
+        own = node.op == "call_function" and meta.phase(node) in PHASES
         if not own or node in stay:
             continue
         # a part of a result goes where the whole is

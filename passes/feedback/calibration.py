@@ -15,7 +15,7 @@ from grapefx.ir import StepGraph
 from grapefx.maps import FeedbackMap
 from grapefx.methods.base import State
 from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.restride import differs
 
 
@@ -57,7 +57,8 @@ def refit(b: Builder) -> None:
         g = e.t() @ e
         c = g.shape[0]
         g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
-        return torch.linalg.solve(g, e.t())
+        solved: Tensor = torch.linalg.solve(g, e.t())
+        return solved
 
     def fit(solved: list[Tensor], e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
         dtype = solved[0].dtype
@@ -114,11 +115,11 @@ def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, No
             continue
         if node.target is markers.CUT_BACKWARD or not any(a in twin for a in node.all_input_nodes):
             continue
-        if node.meta.get("grapefx_phase") in ("refit", "metric"):
+        if meta.phase(node) in ("refit", "metric"):
             continue
         with b.graph.inserting_before(b.output):
             new = b.graph.node_copy(node, lambda a: twin.get(a, a))
-        new.meta = {**node.meta, "grapefx_phase": "metric"}
+        new.meta = {**node.meta, meta.PHASE: "metric"}
         twin[node] = new
     return {s.name: twin.get(n, n) for s, n in b.step.produced("gradient") if isinstance(n, Node)}
 

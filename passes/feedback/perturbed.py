@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import MethodError, TangentError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.order import ancestors, dead_code, descendants, topological
 from grapefx.passes.graph.restride import restride
 
@@ -62,7 +62,7 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
             anchor = graph.placeholder(f"random_{k}")
         with em.mode:
             anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        anchor.meta.update(grapefx_role="random", grapefx_phase="tangent")
+        anchor.meta |= {meta.ROLE: "random", meta.PHASE: "tangent"}
         slots.append(Slot("random", slot.name))
         em.tangents[p] = directions[slot.name] = anchor
     derived: dict[str, None] = {}
@@ -71,7 +71,7 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
     if not pairs:
         raise TangentError("no parameter reaches the error tap through differentiable ops")
     output = step.output_node()
-    with em.before(output, grapefx_phase="error"):
+    with em.before(output, phase="error"):
 
         def derivative(es: list[Tensor], ds: list[Tensor]) -> Tensor:
             parts = [(e * d).sum() for e, d in zip(es, ds, strict=True)]
@@ -82,7 +82,7 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
     for i, slot in enumerate(step.outputs):
         v = directions.get(slot.name) if slot.role == "gradient" else None
         if v is not None:
-            with em.before(output, grapefx_phase="weight_grad"):
+            with em.before(output, phase="weight_grad"):
                 results[i] = em.trace(lambda s, v: (s * v).to(v.dtype), s, v)
     output.args = (tuple(results),)
     moved = markers.erase(graph)

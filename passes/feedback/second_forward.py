@@ -20,19 +20,14 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.methods.base import Method
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
+from grapefx.passes.graph.operators import LAYER_PRODUCTS
 from grapefx.passes.graph.order import ancestors, dead_code, topological
 from grapefx.passes.graph.restride import restride
 
 aten = torch.ops.aten
 
-# operator -> (position of the data, position of the weight)
-_LAYERS = {
-    aten.addmm.default: (1, 2),
-    aten.mm.default: (0, 1),
-    aten.convolution.default: (0, 1),
-}
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
 
 
@@ -82,7 +77,7 @@ def build_two_forwards(step: StepGraph, method: Method, state: dict[str, Any]) -
             anchor = graph.placeholder(f"{slot.role}_{name}")
         with em.mode:
             anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        anchor.meta["grapefx_role"] = slot.role
+        anchor.meta[meta.ROLE] = slot.role
         inputs[name] = anchor
         slots.append(slot)
     target = inputs.pop("target")
@@ -91,15 +86,15 @@ def build_two_forwards(step: StepGraph, method: Method, state: dict[str, Any]) -
         rows, eps = method.second_input(state, x.flatten(1), y, t)
         return rows.reshape(x.shape).to(x.dtype), eps
 
-    with em.before(output, grapefx_phase="error"):
+    with em.before(output, phase="error"):
         changed, eps = em.trace(change, inputs, x, tap, target)
     twin = _again(em, output, data, x, changed)
     gradients: dict[Node, Node] = {}
     for k, stage in enumerate(stages):
-        where = _LAYERS[stage.product.target][0]  # type: ignore[index]
+        where = LAYER_PRODUCTS[stage.product.target][0]
         below = stage.product.args[where]
-        layer = stage.product.meta.get("grapefx_layer")
-        with em.before(output, grapefx_phase="weight_grad", grapefx_layer=layer):
+        layer = meta.layer(stage.product)
+        with em.before(output, phase="weight_grad", layer=layer):
             if k == len(stages) - 1:
                 delta = em.trace(lambda e: e / e.shape[0], eps)
             else:
@@ -167,8 +162,8 @@ def _stack(step: StepGraph, x: Node, tap: Node, method: str) -> tuple[list[Stage
             raise _undefined(method, "branches of different depth meet", node)
         stage[node] = levels.pop()
         used = [a for a in node.all_input_nodes if a in parameters or a in weights]
-        if node.target in _LAYERS:
-            where, weight = _LAYERS[node.target]  # type: ignore[index]
+        if node.target in LAYER_PRODUCTS:
+            where, weight = LAYER_PRODUCTS[node.target]
             w = node.args[weight]
             if node.args[where] not in stage or w not in weights:
                 raise _undefined(method, "a product that is not data times weight", node)
@@ -188,7 +183,7 @@ def _ends(stages: list[Stage], stage: dict[Node, int], tap: Node, data: list[Nod
     follower = {s.product: k for k, s in enumerate(stages)}
     for k, s in enumerate(stages[:-1]):
         following = stages[k + 1].product
-        node: Node = following.args[_LAYERS[following.target][0]]  # type: ignore[assignment,index]
+        node: Node = following.args[LAYER_PRODUCTS[following.target][0]]  # type: ignore[assignment]
         shape = s.product.meta["val"].shape
         while node not in follower:
             val = node.meta["val"]
@@ -219,8 +214,8 @@ def _again(em: Emitter, output: Node, data: list[Node], x: Node, changed: Node) 
     """The forward nodes once more, on the changed input; random masks are shared."""
     twin: dict[Node, Node] = {x: changed}
     for node in data:
-        layer = node.meta.get("grapefx_layer")
-        with em.before(output, grapefx_phase="forward", grapefx_layer=layer):
+        layer = meta.layer(node)
+        with em.before(output, phase="forward", layer=layer):
             if node.target is aten.native_dropout.default:
                 below, p, train = node.args
                 assert isinstance(below, Node)
@@ -251,5 +246,6 @@ def _weight_gradient(em: Emitter, stage: Stage, delta: Node, below: Node) -> Nod
             delta, below, w, [0], *node.args[3:], [False, True, False],
         )  # fmt: skip
         return em.get(made, 1)
-    direct = node.args[_LAYERS[node.target][1]] is w  # type: ignore[index]
-    return em.trace(lambda d, a: (a.t() @ d) if direct else (d.t() @ a), delta, below)
+    direct = node.args[LAYER_PRODUCTS[node.target][1]] is w
+    g: Node = em.trace(lambda d, a: (a.t() @ d) if direct else (d.t() @ a), delta, below)
+    return g

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from grapefx.errors import GrapefxError, MethodError
-from grapefx.ir import Slot, StepGraph
+from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import dead_code, topological
 from grapefx.passes.graph.restride import differs, restride
@@ -73,8 +73,8 @@ class Builder:
             for s in streams
         ]
 
-    def emit(self, fn: Any, *args: Any, phase: str, layer: str | None = None) -> Any:
-        with self.em.before(self.output, grapefx_phase=phase, grapefx_layer=layer):
+    def emit(self, fn: Any, *args: Any, phase: Phase, layer: str | None = None) -> Any:
+        with self.em.before(self.output, phase=phase, layer=layer):
             return self.em.trace(fn, *args)
 
     # inputs
@@ -86,9 +86,9 @@ class Builder:
             node = self.graph.placeholder(name)
         with self.em.mode:
             node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        node.meta["grapefx_role"] = slot.role
+        node.meta[meta.ROLE] = slot.role
         if layer is not None:
-            node.meta["grapefx_layer"] = layer
+            node.meta[meta.LAYER] = layer
         self.slots.append(slot)
         return node
 
@@ -117,7 +117,10 @@ class Builder:
             dtype = torch.promote_types(e.dtype, torch.float32)
             return method.from_uniform(uniform(m.shape, m.seed, e.device, dtype))
 
-        return self.emit(make, self.error(m.rows), phase="projection", layer=m.layer.name)
+        made: dict[str, Node] = self.emit(
+            make, self.error(m.rows), phase="projection", layer=m.layer.name
+        )
+        return made
 
     # rows
 
@@ -130,7 +133,7 @@ class Builder:
                 if i in taps:
                     nodes.append(taps[i])
                 else:  # a tap whose output the loss does not use
-                    with self.em.before(self.output, grapefx_phase="error"):
+                    with self.em.before(self.output, phase="error"):
                         nodes.append(self.em.call(aten.zeros_like.default, forward[i]))
             rows = self.fb.error_rows[kind]
             self.rows_cache[kind] = self.emit(lambda ts: rows(ts), nodes, phase="error")
@@ -144,7 +147,7 @@ class Builder:
             for i in sorted(forward):
                 node = stream.taps.get(i)
                 if node is None:
-                    with self.em.before(self.output, grapefx_phase="tangent"):
+                    with self.em.before(self.output, phase="tangent"):
                         like = next(iter(stream.taps.values()))
                         node = self._zero_tangent(forward[i], like)
                 nodes.append(node)
@@ -229,7 +232,8 @@ class Builder:
                     j = m.outer(d.to(rows.dtype), rows)
                     total = j if total is None else total + j
                 dtype = torch.promote_types(total.dtype, torch.float32)
-                return total.to(dtype) / (ds[0].shape[0] * len(ds))
+                mean: Tensor = total.to(dtype) / (ds[0].shape[0] * len(ds))
+                return mean
 
             ds, vs = [d for d, _ in pairs], [v for _, v in pairs]
             out.append(self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name))
@@ -284,7 +288,8 @@ class Builder:
             total = sum(x.float().abs().sum() for x in xs)
             return torch.isfinite(total)  # type: ignore[arg-type]
 
-        return self.emit(finite, unique, phase="error")
+        made: Node = self.emit(finite, unique, phase="error")
+        return made
 
     def metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:
         node = self.emit(fn, *args, phase="metric", layer=m.layer.name)
@@ -424,7 +429,7 @@ def authored(method: Method, part: str, m: FeedbackMap) -> Iterator[None]:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Frobenius cosine (001 eq. 3); 0 where one of the two is 0."""
+    """Frobenius cosine (GrAPE 2026 eq. 3); 0 where one of the two is 0."""
     a, b = a.float(), b.float()
     return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp_min(1e-30)
 

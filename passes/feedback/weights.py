@@ -20,21 +20,13 @@ from torch.fx import GraphModule, Node
 from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.methods.base import Method
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
+from grapefx.passes.graph.operators import BACKWARD_PRODUCTS
 from grapefx.passes.graph.order import dead_code, topological
 from grapefx.passes.graph.restride import differs, restride
 
 aten = torch.ops.aten
-
-# operator -> positions of the operands that may be a weight
-_PRODUCTS = {
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
-    aten.mv.default: (0,),
-    aten.convolution_backward.default: (2,),
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ def operands(step: StepGraph) -> list[Operand]:
         if not any(a in behind for a in inputs):
             continue
         behind.add(node)
-        for position in _PRODUCTS.get(node.target, ()):  # type: ignore[arg-type]
+        for position in BACKWARD_PRODUCTS.get(node.target, ()):
             value = node.args[position]
             if not isinstance(value, Node) or value in behind or not roots.get(value):
                 continue
@@ -106,7 +98,7 @@ def stand_in(step: StepGraph, method: Method, states: dict[str, dict[str, Any]])
     step = step.copy()
     graph = step.gm.graph
     names = {n: s.name for s, n in step.select("parameter")}
-    em = Emitter(graph, grapefx_phase="projection")
+    em = Emitter(graph, phase="projection")
     slots: list[Slot] = []
     anchor = step.placeholders()[-1]
 
@@ -116,7 +108,7 @@ def stand_in(step: StepGraph, method: Method, states: dict[str, dict[str, Any]])
             anchor = graph.placeholder(name)
         with em.mode:
             anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        anchor.meta["grapefx_role"] = slot.role
+        anchor.meta[meta.ROLE] = slot.role
         slots.append(slot)
         return anchor
 
@@ -137,7 +129,7 @@ def stand_in(step: StepGraph, method: Method, states: dict[str, dict[str, Any]])
     moved = []
     for o in found:
         if o.value not in made:
-            with em.before(output, grapefx_layer=o.product.meta.get("grapefx_layer")):
+            with em.before(output, layer=meta.layer(o.product)):
                 if o.parameter not in made:
                     state, noise = inputs[o.parameter]
                     made[o.parameter] = em.trace(_cast(method), state, o.parameter, noise)

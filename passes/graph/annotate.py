@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from grapefx.ir import Layer, StepGraph
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.order import ancestors, descendants
 from grapefx.passes.place.blocks import module_path
 
@@ -32,16 +32,16 @@ def mark_forward(step: StepGraph, layers: tuple[Layer, ...]) -> None:
             layer = names[index] if index < len(names) else HEAD
             if layer == HEAD and node not in useful:
                 layer = _by_module(node, layers) or HEAD
-            node.meta.setdefault("grapefx_layer", layer)
+            node.meta.setdefault(meta.LAYER, layer)
 
 
 def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
-    """Fill in ``grapefx_phase`` and ``grapefx_layer`` in place."""
+    """Fill in the phase and the layer of every node, in place."""
     layer_of = {p: layer.index for layer in layers for p in layer.parameters}
     names = [layer.name for layer in layers] + [HEAD]
     backward = descendants([n for _, n in step.select("cotangent")])
     # what leads to the error (through a wide head, or a loss inside the model) is nobody's update
-    error = ancestors([n for n in step.gm.graph.nodes if n.meta.get("grapefx_phase") == "error"])
+    error = ancestors([n for n in step.gm.graph.nodes if meta.phase(n) == "error"])
     reach: dict[Node, set[int]] = {}
     deepest: dict[Node, int] = {}
     for k, (slot, node) in enumerate(step.produced("gradient")):
@@ -50,7 +50,7 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
             deepest[node] = max(deepest.get(node, -1), layer_of.get(slot.name, len(layers)))
     for _, node in step.produced("buffer"):
         if isinstance(node, Node) and node.op == "call_function":
-            node.meta.setdefault("grapefx_phase", "buffer")
+            node.meta.setdefault(meta.PHASE, "buffer")
     for node in reversed(list(step.gm.graph.nodes)):
         if node.op != "call_function":
             continue
@@ -61,14 +61,14 @@ def annotate(step: StepGraph, layers: tuple[Layer, ...]) -> None:
                 if user in deepest:
                     deepest[node] = max(deepest.get(node, -1), deepest[user])
         if node in backward and node in error:
-            node.meta["grapefx_phase"] = node.meta.get("grapefx_phase") or "error"
+            node.meta[meta.PHASE] = meta.phase(node) or "error"
         elif node in backward:
             phase = "weight_grad" if len(own) == 1 else "input_grad"
-            node.meta["grapefx_phase"] = node.meta.get("grapefx_phase") or phase
-            if node.meta["grapefx_phase"] in ("weight_grad", "input_grad") and node in deepest:
-                node.meta["grapefx_layer"] = names[deepest[node]]
+            node.meta[meta.PHASE] = meta.phase(node) or phase
+            if node.meta[meta.PHASE] in ("weight_grad", "input_grad") and node in deepest:
+                node.meta[meta.LAYER] = names[deepest[node]]
         else:
-            node.meta["grapefx_phase"] = node.meta.get("grapefx_phase") or "forward"
+            node.meta[meta.PHASE] = meta.phase(node) or "forward"
 
 
 def _by_module(node: Node, layers: tuple[Layer, ...]) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from grapefx.errors import CaptureError
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.torch_compat import TorchDispatchMode, pytree
 
@@ -116,7 +117,7 @@ def _values(tensors: list[Tensor], key: int) -> list[Tensor]:
 
 def _shapes(tensors: list[Tensor], key: int) -> list[Tensor]:
     versions = [t._version for t in tensors]
-    with _Watch() as watch:
+    with _Watch() as watch:  # type: ignore[no-untyped-call]
         out = _values(tensors, key)
     name = _USES[key].cls.__qualname__
     if watch.random:
@@ -165,9 +166,8 @@ def expand(graph: Graph) -> int:
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target is FUNCTION]
     for node in nodes:
         key: int = node.args[1]  # type: ignore[assignment]
-        meta = {k: node.meta[k] for k in ("grapefx_phase", "grapefx_layer") if k in node.meta}
         em = Emitter(graph)
-        with em.before(node, **meta):
+        with em.before(node, meta.labels(node)):
             found = em.trace(lambda ts, key=key: _values(list(ts), key), list(node.args[0]))  # type: ignore[misc]
         for user in list(node.users):
             user.replace_all_uses_with(found[user.args[1]])  # type: ignore[index]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Unpack
 
 import torch
 from torch.fx import Graph, Node
 
+from grapefx.passes.graph.meta import Labels, entries
 from grapefx.passes.graph.trace_key import call_key, trace_key
 from grapefx.torch_compat import FakeTensorMode, fake_mode_of, make_fx, python_dispatcher, pytree
 
@@ -25,20 +26,27 @@ def graph_mode(graph: Graph) -> FakeTensorMode:
 
 
 class Emitter:
-    """Emits nodes before a given node. ``meta`` is put on every node made."""
+    """Emits nodes before a given node.
 
-    def __init__(self, graph: Graph, **meta: Any) -> None:
+    ``notes`` (entries of ``Node.meta``), phase and layer are put on every node made.
+    """
+
+    def __init__(
+        self, graph: Graph, notes: Mapping[str, Any] | None = None, **labels: Unpack[Labels]
+    ) -> None:
         self.graph = graph
         self.mode = graph_mode(graph)
-        self.meta = meta
+        self.meta = {**(notes or {}), **entries(labels)}
         self._traced: dict[Any, tuple[Graph, Any]] = {}
         self._called: dict[Any, Any] = {}
 
     @contextlib.contextmanager
-    def before(self, node: Node, **meta: Any) -> Iterator[None]:
+    def before(
+        self, node: Node, notes: Mapping[str, Any] | None = None, **labels: Unpack[Labels]
+    ) -> Iterator[None]:
         """Insert in front of ``node`` while the context lasts."""
         saved = self.meta
-        self.meta = {**saved, **meta}
+        self.meta = {**saved, **(notes or {}), **entries(labels)}
         try:
             with self.graph.inserting_before(node):
                 yield
@@ -46,10 +54,10 @@ class Emitter:
             self.meta = saved
 
     @contextlib.contextmanager
-    def after(self, node: Node, **meta: Any) -> Iterator[None]:
+    def after(self, node: Node, **labels: Unpack[Labels]) -> Iterator[None]:
         """Insert behind ``node`` (and behind what is emitted meanwhile)."""
         follower = node.next
-        with self.before(follower, **meta):
+        with self.before(follower, **labels):
             yield
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:

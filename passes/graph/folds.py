@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Graph, Node
 
+from grapefx.passes.graph.operators import op_name
 from grapefx.torch_compat import batch_symbol
 
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias"}
@@ -31,14 +32,6 @@ class Fold:
     def plain(self) -> bool:
         """Whether the dim is the batch and nothing else."""
         return self.outer == 1 and self.inner == 1
-
-
-def op_name(node: Node) -> str:
-    """``aten.add.Tensor`` -> ``add``."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return getattr(target, "__name__", str(target))
 
 
 def _symbolic_dims(val: torch.Tensor, batch: Any) -> list[tuple[int, int]]:

@@ -34,7 +34,8 @@ class Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, index: int) -> torch.Tensor:
         ctx.index = index
-        return CUT(x, index)
+        y: torch.Tensor = CUT(x, index)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -47,7 +48,8 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, index: int) -> torch.Tensor:
         ctx.index = index
-        return TAP(x, index)
+        y: torch.Tensor = TAP(x, index)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from grapefx.errors import VerifyError
 from grapefx.ir import INPUT_ROLES, OUTPUT_ROLES, Layer, StepGraph
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.order import writes
 
 
@@ -60,12 +60,12 @@ def independence(step: StepGraph, layers: tuple[Layer, ...]) -> dict[str, tuple[
             bits |= reach.get(a, 0)
         if node.op == "call_function" and node.target is markers.CUT_BACKWARD:
             raise VerifyError(f"node {node.name!r}: a cut still carries the chain's gradient")
-        if node.meta.get("grapefx_phase") == "projection":
-            own = 1 << index[node.meta["grapefx_layer"]]
+        if meta.phase(node) == "projection":
+            own = 1 << index[node.meta[meta.LAYER]]
             if bits & ~own:
                 other = layers[(bits & ~own).bit_length() - 1].name
                 raise VerifyError(
-                    f"the update of layer {node.meta['grapefx_layer']!r} waits for layer {other!r} "
+                    f"the update of layer {node.meta[meta.LAYER]!r} waits for layer {other!r} "
                     f"(at node {node.name!r}, {node.target})"
                 )
             bits |= own

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import dead_code
 from grapefx.passes.graph.restride import restride
@@ -63,7 +64,6 @@ def _shape(value: Any) -> tuple[int, ...]:
 def _reordered(graph: Any, view: Node, product: Node) -> Node:
     rows, columns = product.args
     channels, *space = (int(s) for s in view.meta["val"].shape[1:])
-    meta = {k: v for k, v in view.meta.items() if k.startswith("grapefx_")}
     dims = tuple(range(2, 2 + len(space)))
 
     def ordered(e: Tensor, b: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _reordered(graph: Any, view: Node, product: Node) -> Node:
         made = (e @ wide).view(e.shape[0], *space, channels)
         return made.permute(0, len(dims) + 1, *(d - 1 for d in dims))
 
-    em = Emitter(graph, **meta)
+    em = Emitter(graph, meta.notes(view))
     with em.before(view):
         new: Node = em.trace(ordered, rows, columns)
     view.replace_all_uses_with(new)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import aliases
 from grapefx.torch_compat import size_hint
@@ -49,7 +50,7 @@ def join_products(gm: GraphModule) -> int:
             groups.setdefault(product.weight, []).append(product)
     gone = 0
     for found in groups.values():
-        tangents = [p for p in found if p.node.meta.get("grapefx_phase") == "tangent"]
+        tangents = [p for p in found if meta.phase(p.node) == "tangent"]
         for i, first in enumerate(found):
             if first in tangents or (first.bias is None and first.node in returned):
                 continue  # a user's output must not lie in memory that holds more
@@ -103,8 +104,7 @@ def _alike(a: Node, b: Node) -> bool:
 
 def _join(graph: Graph, first: _Product, tangents: list[_Product]) -> None:
     em = Emitter(graph)
-    em.meta = {k: first.node.meta[k] for k in ("grapefx_layer",) if k in first.node.meta}
-    with em.before(first.node, grapefx_phase="forward"):
+    with em.before(first.node, meta.labels(first.node), phase="forward"):
         rows = [first.rows, *(p.rows for p in tangents)]
         joined = em.call(aten.cat.default, rows, 0)
         product = em.call(aten.mm.default, joined, first.weight)
@@ -117,7 +117,7 @@ def _join(graph: Graph, first: _Product, tangents: list[_Product]) -> None:
             if p.bias is not None:
                 part = em.call(aten.add.Tensor, part, p.bias)
             p.node.replace_all_uses_with(part)
-            part.meta["grapefx_phase"] = p.node.meta.get("grapefx_phase", "forward")
+            part.meta[meta.PHASE] = meta.phase(p.node) or "forward"
             start = end
     for p in (first, *tangents):
         graph.erase_node(p.node)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import aliases
 
@@ -22,8 +23,7 @@ def add_bias_late(gm: GraphModule) -> int:
     found = [n for n in gm.graph.nodes if n.target is aten.addmm.default and _apart(n)]
     for node in found:
         bias, rows, weight = node.args
-        meta = {k: v for k, v in node.meta.items() if k.startswith("grapefx_")}
-        em = Emitter(gm.graph, **meta)
+        em = Emitter(gm.graph, meta.notes(node))
         with em.before(node):
             product = em.call(aten.mm.default, rows, weight)
             # Inductor makes one call again of a product and an ``add``

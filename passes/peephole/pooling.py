@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from grapefx.ir import StepGraph
+from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import dead_code
 from grapefx.torch_compat import max_pool_places
@@ -57,7 +58,7 @@ def tile_pools(step: StepGraph) -> int:
         x: Any = node.args[0]
         plane = [int(n) for n in x.meta["val"].shape[-dims:]]
         rest = ([0] * dims, [1] * dims)
-        with em.before(node, **_meta(node)):
+        with em.before(node, meta.notes(node)):
             pair = em.call(ops[0], x, window, window, *rest, False)
             place = em.get(pair, 1)
             top = em.get(pair, 0)
@@ -66,16 +67,16 @@ def tile_pools(step: StepGraph) -> int:
         for user in gradients:
             for act in [u for u in user.users if _passes(u, x)]:
                 # the gradient reaches the places of the maxima, where the value is the maximum
-                with em.before(act, **_meta(act)):
+                with em.before(act, meta.notes(act)):
                     small = em.call(act.target, user.args[0], top, *act.args[2:])
                     act.replace_all_uses_with(em.trace(_spread_over(window), small, place))
                 graph.erase_node(act)
-            with em.before(user, **_meta(user)):
+            with em.before(user, meta.notes(user)):
                 new = em.trace(_spread_over(window), user.args[0], place)
             user.replace_all_uses_with(new)
             graph.erase_node(user)
         if items[1].users:  # tangents
-            with em.before(node, **_meta(node)):
+            with em.before(node, meta.notes(node)):
                 indices = em.call(ops[1], place, window, plane, window, *rest)
             items[1].replace_all_uses_with(indices)
         done += 1
@@ -93,10 +94,6 @@ def _passes(act: Node, x: Node) -> bool:
     """
     once = all(u.target is aten.convolution_backward.default for u in act.users)
     return act.target in _BY_VALUE and act.args[1] is x and once
-
-
-def _meta(node: Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k.startswith("grapefx_")}
 
 
 def tiles(node: Node) -> list[int] | None:

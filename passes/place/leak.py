@@ -13,13 +13,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from grapefx.ir import Captured
-from grapefx.passes.graph.folds import op_name
+from grapefx.passes.graph import meta
+from grapefx.passes.graph.operators import HEAVY, op_name
 
 aten = torch.ops.aten
-MARK = "grapefx_edge"
 
 
-def with_edges(cap: Captured, heavy: frozenset[str]) -> Captured:
+def with_edges(cap: Captured) -> Captured:
     """The capture with a node on every edge into a weight layer."""
     gm = GraphModule(cap.gm, torch.fx.Graph())
     mapping: dict[Node, Node] = {}
@@ -27,14 +27,14 @@ def with_edges(cap: Captured, heavy: frozenset[str]) -> Captured:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or op_name(node) not in heavy or not node.all_input_nodes:
+        if node.op != "call_function" or op_name(node) not in HEAVY or not node.all_input_nodes:
             continue
         source = node.all_input_nodes[0]
         if source.op != "call_function":
             continue
         with gm.graph.inserting_before(node):
             edge = gm.graph.call_function(aten.alias.default, (source,))
-        edge.meta = {**node.meta, "val": source.meta["val"], MARK: True}
+        edge.meta = {**node.meta, "val": source.meta["val"], meta.EDGE: True}
         node.replace_input_with(source, edge)
     gm.recompile()
     return replace(cap, gm=gm)
@@ -42,4 +42,4 @@ def with_edges(cap: Captured, heavy: frozenset[str]) -> Captured:
 
 def is_edge(node: Node) -> bool:
     """Whether a node was put there by ``with_edges``."""
-    return bool(node.meta.get(MARK))
+    return bool(node.meta.get(meta.EDGE))

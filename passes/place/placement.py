@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
-from grapefx.passes.graph.folds import Fold, op_name
+from grapefx.passes.graph.folds import Fold
+from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.source import source_of
 from grapefx.passes.place.blocks import blocks, sublayers
 from grapefx.passes.place.points import select

@@ -32,24 +32,13 @@ from torch.fx import Node
 from grapefx.errors import PlacementError
 from grapefx.ir import Captured
 from grapefx.passes.graph.custom_functions import FUNCTION
-from grapefx.passes.graph.folds import Fold, batch_folds, op_name
+from grapefx.passes.graph.folds import Fold, batch_folds
+from grapefx.passes.graph.operators import HEAVY, MERGE, op_name
 from grapefx.passes.graph.source import source_of
 from grapefx.torch_compat import size_hint
 
 aten = torch.ops.aten
 
-HEAVY = {
-    "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum", "bilinear", "addmv", "mv",
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "convolution", "embedding", "embedding_bag", "_embedding_bag",
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
-    "rnn_relu_cell",
-}  # fmt: skip
-_MERGE = {
-    "add", "sub", "rsub", "where", "bmm", "matmul", "baddbmm", "einsum", "maximum", "minimum",
-    "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "mm",
-}  # fmt: skip
 _REGION_LIMIT = 400
 
 
@@ -273,7 +262,7 @@ class Sweep:
     ) -> Segment | None:
         if not opens:
             return Segment(False, set(params), set(params), first=node)
-        if len(opens) > 1 and name not in _MERGE:
+        if len(opens) > 1 and name not in MERGE:
             more = self._close_all(opens, node)
             if more is not None:
                 more.params |= params
@@ -301,7 +290,7 @@ class Sweep:
             if gate and any(self._foreign(a, opens[0]) for a in values):
                 return self._close_all(opens, node)
             return opens[0]
-        if name in _MERGE:
+        if name in MERGE:
             seg = self._merge(opens)
             seg.candidates.clear()
             return seg

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from grapefx.errors import PlacementError
-from grapefx.passes.graph.folds import op_name
+from grapefx.passes.graph.operators import LINEAR, op_name
 from grapefx.passes.graph.source import source_of
 from grapefx.passes.place.points import select
 from grapefx.passes.place.sweep import (
@@ -55,7 +55,7 @@ def _before_wide_head(taps: list[Node], sweep: Sweep) -> tuple[list[Node], str]:
         if len(data) != 1 or node in sweep.param_of:
             return taps, ""
         node = data[0]
-    if op_name(node) not in ("linear", "addmm", "mm", "matmul"):
+    if op_name(node) not in LINEAR:
         return taps, ""
     data = [a for a in node.all_input_nodes if a in sweep.folds and a in sweep.live]
     data = [a for a in data if a in sweep.data]

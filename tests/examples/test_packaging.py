@@ -35,6 +35,11 @@ def test_wheel_holds_every_file(tmp_path: Path) -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     assert modules and modules <= packed
+    templates = {
+        f"grapefx/{path.relative_to(ROOT / 'grapefx').as_posix()}"
+        for path in (ROOT / "grapefx" / "report" / "render" / "templates").iterdir()
+    }
+    assert templates and templates <= packed
     assert {"grapefx/py.typed", "grapefx/passes/__init__.py"} <= packed
     assert not [name for name in packed if name.startswith(("passes/", "tests/", "tools/"))]
 

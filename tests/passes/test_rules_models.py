@@ -272,9 +272,8 @@ def make_fixed(case: Case) -> Case:
     """The same model with its batch size as a number."""
     from dataclasses import replace
 
-    from grapefx.passes.differentiate.joint import trace_joint
-
     from grapefx.capture import Scope, capture
+    from grapefx.passes.differentiate.joint import trace_joint
 
     found = capture(Scope(case.model, case.args, {}), batch_dim=case.batch_dim, fixed=True)
     cap = found.captured

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import grapefx
 from grapefx.analysis import graph_cost
-from grapefx.inspection import build_plans, report_plans
 from grapefx.passes.graph import markers
 from grapefx.report.from_plan import method_graphs
+from grapefx.report.inspect import build_plans, report_plans
 
 
 def mlp(depth, n, c):

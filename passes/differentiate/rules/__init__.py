@@ -1,4 +1,4 @@
-"""Tangent rules: one function an operator.
+"""Holds the tangent rules, one function an operator: how its derivative along a direction is made.
 
 ``rule(em, node)`` returns the tangent node of ``node`` (for an operator that returns a tuple, a
 dict by result index; None for a symbolic zero). ``em.t(arg)`` is an argument's tangent or None,
@@ -13,37 +13,29 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.differentiate.rules.common import Rule
+from grapefx.passes.differentiate.rules import (
+    attention,
+    derived,
+    indexing,
+    linear,
+    norms,
+    pointwise,
+    products,
+    reductions,
+)
+from grapefx.passes.differentiate.rules.context import Rule
 from grapefx.passes.differentiate.rules.derived import derive
 from grapefx.passes.differentiate.rules.derived import pointwise as derived_pointwise
 
 aten = torch.ops.aten
 
 
-def _table() -> dict[Any, Rule]:
-    from grapefx.passes.differentiate.rules import (
-        attention,
-        derived,
-        indexing,
-        linear,
-        norms,
-        pointwise,
-        products,
-        reductions,
-    )
-
-    modules = (linear, products, pointwise, norms, attention, indexing, reductions, derived)
-    return {op: rule for m in modules for op, rule in m.RULES.items()}
-
-
-_RULES: dict[Any, Rule] | None = None
+_MODULES = (linear, products, pointwise, norms, attention, indexing, reductions, derived)
+_RULES: dict[Any, Rule] = {op: rule for m in _MODULES for op, rule in m.RULES.items()}
 
 
 def rules() -> dict[Any, Rule]:
     """Every rule, by operator overload."""
-    global _RULES
-    if _RULES is None:
-        _RULES = _table()
     return _RULES
 
 

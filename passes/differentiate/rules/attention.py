@@ -9,31 +9,27 @@ import torch
 from torch.fx import Node
 
 from grapefx.passes.differentiate.rules.common import (
-    Rule,
     add,
     argument,
     cast,
     output,
     refuse,
     scale,
+    size_at,
+    tensor,
     unmixed,
     view,
 )
+from grapefx.passes.differentiate.rules.context import Items, Rule, RuleContext
+from grapefx.passes.graph.operators import FUSED_ATTENTION
 
 aten = torch.ops.aten
 
 
-def _size(em: Any, node: Any, dim: int) -> Any:
-    size = node.meta["val"].shape[dim]
-    return em.call(aten.sym_size.int, node, dim) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _flat(em: Any, x: Any, heads: Any) -> Any:
+def _flat(em: RuleContext, x: Node, heads: Node | int) -> Node:
     """(N, H, T, D) -> (N*H, T, D); grouped keys and values are repeated for their queries."""
-    if x is None:
-        return None
     own = x.meta["val"].shape[1]
-    t, d = _size(em, x, 2), _size(em, x, 3)
+    t, d = size_at(em, x, 2), size_at(em, x, 3)
     if isinstance(heads, int) and own != heads:
         wide = em.call(aten.unsqueeze.default, x, 2)
         wide = em.call(aten.expand.default, wide, [-1, -1, heads // own, -1, -1])
@@ -41,20 +37,20 @@ def _flat(em: Any, x: Any, heads: Any) -> Any:
     return view(em, x, [-1, t, d])
 
 
-def _swap(em: Any, x: Any) -> Any:
+def _swap(em: RuleContext, x: Node) -> Node:
     return em.call(aten.transpose.int, x, 1, 2)
 
 
-def _never(em: Any, logits: Any) -> Any:
+def _never(em: RuleContext, logits: Node) -> Node:
     """``logits`` with -inf above the diagonal."""
     val = logits.meta["val"]
-    shape = [_size(em, logits, 1), _size(em, logits, 2)]
+    shape = [size_at(em, logits, 1), size_at(em, logits, 2)]
     ones = em.call(aten.full.default, shape, True, dtype=torch.bool, device=val.device)
     above = em.call(aten.triu.default, ones, 1)
     return em.call(aten.masked_fill.Scalar, logits, above, -math.inf)
 
 
-def _weights(em: Any, logits: Any, masked: bool) -> Any:
+def _weights(em: RuleContext, logits: Node, masked: bool) -> Node:
     p = em.call(aten._softmax.default, logits, -1, False)
     if not masked:
         return p
@@ -64,9 +60,8 @@ def _weights(em: Any, logits: Any, masked: bool) -> Any:
     return em.call(aten.masked_fill.Scalar, p, empty, 0)
 
 
-def attention(em: Any, node: Node) -> Any:
+def attention(em: RuleContext, node: Node) -> Items | None:
     """All fused kernels: ``(P * dlogits) V - rowsum(P * dlogits) out + P dV``."""
-    q, k, v = node.args[:3]
     if argument(node, "dropout_p", 0.0):
         raise refuse(
             node,
@@ -74,23 +69,25 @@ def attention(em: Any, node: Node) -> Any:
             "set the attention's dropout to 0, run the model under "
             "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use a method without tangents",
         )
+    q, k, v = (tensor(node, i) for i in range(3))
     bias = argument(node, "attn_mask", argument(node, "attn_bias"))
     given = argument(node, "scale")
     for a in (q, k, v):
         unmixed(em, node, a, -2)
     val = node.meta["val"][0]
-    heads = _size(em, em.p(q), 1)  # the batch itself where the operands had three dims
-    factor = 1.0 / math.sqrt(int(q.meta["val"].shape[-1])) if given is None else given  # type: ignore[union-attr]
+    heads = size_at(em, em.p(q), 1)  # the batch itself where the operands had three dims
+    factor = 1.0 / math.sqrt(int(q.meta["val"].shape[-1])) if given is None else given
 
-    def product(a: Any, b: Any) -> Any:
+    def product(a: Node, b: Node) -> Node:
         return em.call(aten.bmm.default, a, b)
 
     # the scale goes on the small operand, as the fused kernels do
     query = scale(em, _flat(em, em.p(q), heads), factor)
     key = _swap(em, _flat(em, em.p(k), heads))
     value = _flat(em, em.p(v), heads)
-    tq, tk, tv = (_flat(em, em.t(a), heads) for a in (q, k, v))
-    rows, cols = _size(em, query, 1), _size(em, key, 2)
+    tangents = (em.t(a) for a in (q, k, v))
+    tq, tk, tv = (None if t is None else _flat(em, t, heads) for t in tangents)
+    rows, cols = size_at(em, query, 1), size_at(em, key, 2)
 
     logits = product(query, key)
     if argument(node, "is_causal", False):
@@ -107,9 +104,10 @@ def attention(em: Any, node: Node) -> Any:
         None if tk is None else product(query, _swap(em, tk)),
     )
     weighted = None if change is None else em.call(aten.mul.Tensor, p, change)
-    if em.t(bias) is not None:
+    tb = em.t(bias)
+    if tb is not None:
         apart = view(em, p, [-1, heads, rows, cols])
-        other = em.call(aten.mul.Tensor, apart, cast(em, em.t(bias), val.dtype))
+        other = em.call(aten.mul.Tensor, apart, cast(em, tb, val.dtype))
         weighted = add(em, weighted, view(em, other, [-1, rows, cols]))
     terms = []
     if weighted is not None:
@@ -122,17 +120,9 @@ def attention(em: Any, node: Node) -> Any:
     made = add(em, *terms)
     if made is None:
         return None
-    return {0: view(em, cast(em, made, val.dtype), [-1, heads, rows, _size(em, made, 2)])}
+    return {0: view(em, cast(em, made, val.dtype), [-1, heads, rows, size_at(em, made, 2)])}
 
-
-_NAMES = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
 
 RULES: dict[Any, Rule] = {
-    getattr(aten, name).default: attention for name in _NAMES if hasattr(aten, name)
+    getattr(aten, name).default: attention for name in FUSED_ATTENTION if hasattr(aten, name)
 }

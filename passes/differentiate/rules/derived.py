@@ -7,18 +7,19 @@ same two on its decomposition. What it handled is reported (``Tangents.derived``
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch.fx import Node
 
 from grapefx.passes.differentiate.rules.common import fit
+from grapefx.passes.differentiate.rules.context import Result, Rule, RuleContext
 from grapefx.passes.graph import custom_functions as functions
 from grapefx.torch_compat import decompositions, pytree
 
 
-def pointwise(em: Any, node: Node) -> Any:
+def pointwise(em: RuleContext, node: Node) -> Result:
     """A pointwise operator's Jacobian is diagonal: its gradient applied to the tangent is it."""
     tangents = [em.t(a) for a in node.args]
     which = [i for i, t in enumerate(tangents) if t is not None]
@@ -52,7 +53,7 @@ def pointwise(em: Any, node: Node) -> Any:
     return fit(em, made, node)
 
 
-def derive(em: Any, node: Node, forward: bool = True) -> Any:
+def derive(em: RuleContext, node: Node, forward: bool = True) -> Result:
     """torch's own derivative of this one operator, traced."""
     args, kwargs = em.p((node.args, dict(node.kwargs)))
     flat, spec = pytree.tree_flatten((list(args), dict(kwargs)))
@@ -69,16 +70,17 @@ def derive(em: Any, node: Node, forward: bool = True) -> Any:
             op = _decomposed(node.target, table)
         for way in (_forward, _backward_twice) if forward else (_backward_twice,):
             try:
-                return em.trace(way(op, spec, which), list(flat), ts, reuse=node)
+                made: Result = em.trace(way(op, spec, which), list(flat), ts, reuse=node)
+                return made
             except Exception as e:
                 failure = failure or e
     assert failure is not None
     raise failure
 
 
-def function(em: Any, node: Node) -> Any:
+def function(em: RuleContext, node: Node) -> Result:
     """A custom autograd function: its backward transposed, whatever its forward computes."""
-    tensors, key = em.p(node.args)
+    tensors, key = em.p(cast(Any, node.args))
     tangents = [em.t(a) for a in node.args[0]]  # type: ignore[union-attr]
     which = [i for i, t in enumerate(tangents) if t is not None]
 
@@ -154,4 +156,4 @@ def _decomposed(op: Any, table: dict[Any, Any]) -> Callable[..., Any]:
     return run
 
 
-RULES: dict[Any, Any] = {functions.FUNCTION: function}
+RULES: dict[Any, Rule] = {functions.FUNCTION: function}

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.differentiate.rules.common import Rule, argument, output, unmixed, view
+from grapefx.passes.differentiate.rules.common import (
+    argument,
+    output,
+    size_at,
+    tensor,
+    unmixed,
+    view,
+)
+from grapefx.passes.differentiate.rules.context import Items, Result, Rule, RuleContext
 
 aten = torch.ops.aten
 
@@ -15,7 +23,7 @@ aten = torch.ops.aten
 def max_pool(spatial: int) -> Rule:
     """(out, indices): indices into the flattened plane of each channel."""
 
-    def rule(em: Any, node: Node) -> Any:
+    def rule(em: RuleContext, node: Node) -> Result:
         x = node.args[0]
         t = em.t(x)
         if t is None:
@@ -23,7 +31,7 @@ def max_pool(spatial: int) -> Rule:
         index = output(em, node, 1)
         plane = [-1]
         lead = list(range(t.meta["val"].ndim - spatial))
-        shape = [_size(em, t, d) for d in lead]
+        shape = [size_at(em, t, d) for d in lead]
         flat = view(em, t, shape + plane)
         where = view(em, index, shape + plane)
         picked = em.call(aten.gather.default, flat, -1, where)
@@ -33,19 +41,14 @@ def max_pool(spatial: int) -> Rule:
     return rule
 
 
-def _size(em: Any, node: Any, dim: int) -> Any:
-    size = node.meta["val"].shape[dim]
-    return em.call(aten.sym_size.int, node, dim) if isinstance(size, torch.SymInt) else int(size)
-
-
-def pick(em: Any, node: Node) -> Any:
+def pick(em: RuleContext, node: Node) -> Items | None:
     """(values, indices) along one dim: sort, topk, max, cummax, ..."""
     t = em.t(node.args[0])
     if t is None:
         return None
     ndim = t.meta["val"].ndim
     dim = argument(node, "dim", -1)
-    unmixed(em, node, node.args[0], dim)
+    unmixed(em, node, tensor(node), dim)
     index = output(em, node, 1)
     if ndim == 0:
         return {0: t}

@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from grapefx.passes.differentiate.rules.common import (
-    Rule,
     add,
     argument,
     cast,
@@ -18,15 +17,17 @@ from grapefx.passes.differentiate.rules.common import (
     results,
     select,
     sizes,
+    tensor,
     unmixed,
     view,
     zero_scalar,
 )
+from grapefx.passes.differentiate.rules.context import Items, Rule, RuleContext
 
 aten = torch.ops.aten
 
 
-def same(em: Any, node: Node) -> Any:
+def same(em: RuleContext, node: Node) -> Node | None:
     """The first argument's tangent through the same operator, other arguments as they are."""
     t = em.t(node.args[0])
     if t is None:
@@ -34,14 +35,14 @@ def same(em: Any, node: Node) -> Any:
     return em.call(node.target, t, *em.p(node.args[1:]), **em.p(dict(node.kwargs)))
 
 
-def along(em: Any, node: Node) -> Any:
+def along(em: RuleContext, node: Node) -> Node | None:
     """Linear and mixing one dim (cumsum, flip, roll)."""
     dims = argument(node, "dim", argument(node, "dims"))
     unmixed(em, node, node, *([dims] if isinstance(dims, int) else dims or []))
     return same(em, node)
 
 
-def reshape(em: Any, node: Node) -> Any:
+def reshape(em: RuleContext, node: Node) -> Node | None:
     """A view of the tangent, which may have other strides than the primal."""
     t = em.t(node.args[0])
     if t is None:
@@ -49,7 +50,7 @@ def reshape(em: Any, node: Node) -> Any:
     return view(em, t, node.args[1] if em.rows is None else sizes(em, node))
 
 
-def expand(em: Any, node: Node) -> Any:
+def expand(em: RuleContext, node: Node) -> Node | None:
     """Broadcast; on a sub-batch the sizes are the tangent's own."""
     t = em.t(node.args[0])
     if t is None:
@@ -57,13 +58,13 @@ def expand(em: Any, node: Node) -> Any:
     return em.call(node.target, t, node.args[1] if em.rows is None else sizes(em, node))
 
 
-def as_strided(em: Any, node: Node) -> Any:
+def as_strided(em: RuleContext, node: Node) -> Node | None:
     """Only where the tangent lies in memory as the primal does."""
-    x = node.args[0]
+    x = tensor(node)
     t = em.t(x)
     if t is None:
         return None
-    have, want = t.meta["val"], x.meta["val"]  # type: ignore[union-attr]
+    have, want = t.meta["val"], x.meta["val"]
     if em.rows is None and have.stride() == want.stride() and not have.storage_offset():
         return em.call(aten.as_strided.default, t, *em.p(node.args[1:]))
     own = node.meta["val"]
@@ -76,22 +77,25 @@ def as_strided(em: Any, node: Node) -> Any:
     raise refuse(node, "its input's memory layout is not the tangent's", "use view or permute")
 
 
-def pieces(em: Any, node: Node) -> Any:
+def pieces(em: RuleContext, node: Node) -> Items | None:
     """Operators that return a list of pieces (split, unbind)."""
     made = same(em, node)
     return None if made is None else results(em, node, made)
 
 
-def join(em: Any, node: Node) -> Any:
+def join(em: RuleContext, node: Node) -> Node | None:
     """cat and stack: zero tangents are materialised."""
-    parts = [cast(em, dense(em, a), node.meta["val"].dtype) for a in node.args[0]]  # type: ignore[union-attr]
+    parts = []
+    for a in node.args[0]:  # type: ignore[union-attr]
+        t = dense(em, a)
+        parts.append(cast(em, t, node.meta["val"].dtype) if isinstance(t, Node) else t)
     return em.call(node.target, parts, *node.args[1:], **dict(node.kwargs))
 
 
 def jointly(*names: str) -> Rule:
     """Linear in several arguments at once (scatter, index_put): each gets its tangent or zeros."""
 
-    def rule(em: Any, node: Node) -> Any:
+    def rule(em: RuleContext, node: Node) -> Node | None:
         args, kwargs = list(em.p(node.args)), em.p(dict(node.kwargs))
         for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
             if a.name not in names:
@@ -105,43 +109,42 @@ def jointly(*names: str) -> Rule:
     return rule
 
 
-def where(em: Any, node: Node) -> Any:
+def where(em: RuleContext, node: Node) -> Node | None:
     """The tangent of the side that was taken."""
     mask, a, b = node.args
-    ta, tb = em.t(a), em.t(b)
+    dtype = node.meta["val"].dtype
+    ta, tb = cast(em, em.t(a), dtype), cast(em, em.t(b), dtype)
     some = ta if ta is not None else tb
     if some is None:
         return None
-    dtype = node.meta["val"].dtype
-    ta, tb = cast(em, ta, dtype), cast(em, tb, dtype)
-    zero = zero_scalar(em, ta if ta is not None else tb) if ta is None or tb is None else None
+    zero = zero_scalar(em, some) if ta is None or tb is None else None
     out = em.call(
         aten.where.self, em.p(mask), zero if ta is None else ta, zero if tb is None else tb
     )
     return fit(em, out, node)
 
 
-def masked_fill(em: Any, node: Node) -> Any:
+def masked_fill(em: RuleContext, node: Node) -> Node | None:
     """Zero where the constant was written (its own tangent, where it is a tensor with one)."""
     x, mask, value = node.args
     t, tv = em.t(x), em.t(value)
     kept = None if t is None else em.call(aten.masked_fill.Scalar, t, em.p(mask), 0)
-    filled = None if tv is None else select(em, em.p(mask), tv)
+    filled = None if tv is None else select(em, em.p(tensor(node, 1)), tv)
     return fit(em, add(em, kept, filled), node)
 
 
-def copy(em: Any, node: Node) -> Any:
+def copy(em: RuleContext, node: Node) -> Node | None:
     """``copy(self, src)`` is src in self's dtype and shape."""
     return fit(em, em.t(node.args[1]), node)
 
 
-def pad(em: Any, node: Node) -> Any:
+def pad(em: RuleContext, node: Node) -> Node | None:
     """Constant padding has no tangent of its own."""
     t = em.t(node.args[0])
     return None if t is None else em.call(aten.constant_pad_nd.default, t, node.args[1], 0)
 
 
-def fill_index(em: Any, node: Node) -> Any:
+def fill_index(em: RuleContext, node: Node) -> Node | None:
     """A constant written at an index (index_fill, scatter with a number)."""
     t = em.t(node.args[0])
     if t is None:
@@ -151,7 +154,7 @@ def fill_index(em: Any, node: Node) -> Any:
     return em.call(node.target, *args, **em.p(dict(node.kwargs)))
 
 
-def nansum(em: Any, node: Node) -> Any:
+def nansum(em: RuleContext, node: Node) -> Node | None:
     """A NaN counts as the constant 0."""
     x = node.args[0]
     t = em.t(x)
@@ -161,7 +164,7 @@ def nansum(em: Any, node: Node) -> Any:
     return em.call(node.target, kept, *node.args[1:], **dict(node.kwargs))
 
 
-def nothing(em: Any, node: Node) -> Any:
+def nothing(em: RuleContext, node: Node) -> Node | None:
     """Piecewise constant, random or made from sizes only: no tangent."""
     return None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from grapefx.passes.differentiate.rules.common import (
-    Rule,
     add,
     argument,
     cast,
@@ -21,39 +22,53 @@ from grapefx.passes.differentiate.rules.common import (
     size_of,
     solid,
     statistic,
+    tensor,
     unmixed,
     view,
 )
+from grapefx.passes.differentiate.rules.context import Items, Result, Rule, RuleContext
+from grapefx.passes.differentiate.rules.reductions import reduction
 
 aten = torch.ops.aten
 _ONLY_X = [True, False, False]
 
 
-def _affine(em: Any, node: Node, core: Any, xhat: Any, w: Any, b: Any, shape: Any) -> Any:
-    """``w * core + tw * xhat + tb``, ``core`` being the tangent of xhat."""
+def _affine(
+    em: RuleContext,
+    core: Node | None,
+    xhat: Callable[[], Node],
+    w: Argument,
+    b: Argument,
+    shape: list[int] | None,
+) -> Node | None:
+    """``w * core + tw * xhat + tb``, ``core`` being the tangent of xhat.
 
-    def shaped(v: Any) -> Any:
+    ``shape`` is the view of weight and bias that broadcasts with x; None where they do as they are.
+    """
+
+    def shaped(v: Node) -> Node:
         return v if shape is None else view(em, v, shape)
 
     terms = [core]
-    if core is not None and w is not None:
+    if core is not None and isinstance(w, Node):
         terms = [em.call(aten.mul.Tensor, core, shaped(em.p(w)))]
-    if em.t(w) is not None:
-        terms.append(em.call(aten.mul.Tensor, xhat(), shaped(em.t(w))))
-    if em.t(b) is not None:
-        terms.append(shaped(em.t(b)))
+    tw, tb = em.t(w), em.t(b)
+    if tw is not None:
+        terms.append(em.call(aten.mul.Tensor, xhat(), shaped(tw)))
+    if tb is not None:
+        terms.append(shaped(tb))
     return add(em, *terms)
 
 
-def _finish(em: Any, node: Node, t: Any) -> Any:
+def _finish(em: RuleContext, node: Node, t: Node | None) -> Items | None:
     return None if t is None else {0: fit_first(em, t, node)}
 
 
-def _xhat(em: Any, x: Any, mean: Any, rstd: Any) -> Any:
+def _xhat(em: RuleContext, x: Argument, mean: Node, rstd: Node) -> Node:
     return em.call(aten.mul.Tensor, em.call(aten.sub.Tensor, em.p(x), mean), rstd)
 
 
-def layer_norm(em: Any, node: Node) -> Any:
+def layer_norm(em: RuleContext, node: Node) -> Items | None:
     """native_layer_norm: (out, mean, rstd)."""
     x, shape, w, b = node.args[:4]
     t = em.t(x)
@@ -67,16 +82,17 @@ def layer_norm(em: Any, node: Node) -> Any:
             ),
             0,
         )  # fmt: skip
-    return _finish(em, node, _affine(em, node, core, lambda: _xhat(em, x, mean, rstd), w, b, None))
+    return _finish(em, node, _affine(em, core, lambda: _xhat(em, x, mean, rstd), w, b, None))
 
 
-def group_norm(em: Any, node: Node) -> Any:
+def group_norm(em: RuleContext, node: Node) -> Items | None:
     """native_group_norm: (out, mean, rstd), statistics (N, groups)."""
-    x, w, b, _, channels, spatial, groups = node.args[:7]
+    w, b, _, channels, spatial, groups = node.args[1:7]
+    x = tensor(node)
     t = em.t(x)
     mean, rstd = output(em, node, 1), output(em, node, 2)
-    val = x.meta["val"]  # type: ignore[union-attr]
-    n = size_of(em, x, 0)  # type: ignore[arg-type]
+    val = x.meta["val"]
+    n = size_of(em, x, 0)
     core = None
     if t is not None:
         core = em.get(
@@ -89,20 +105,20 @@ def group_norm(em: Any, node: Node) -> Any:
         )  # fmt: skip
     per_channel = [1, -1] + [1] * (val.ndim - 2)
 
-    def xhat() -> Any:
+    def xhat() -> Node:
         apart = view(em, em.p(x), [n, groups, -1])
         centred = _xhat_of(em, apart, mean, rstd)
         return view(em, centred, [n, *[int(s) for s in val.shape[1:]]])
 
-    return _finish(em, node, _affine(em, node, core, xhat, w, b, per_channel))
+    return _finish(em, node, _affine(em, core, xhat, w, b, per_channel))
 
 
-def _xhat_of(em: Any, x: Any, mean: Any, rstd: Any) -> Any:
+def _xhat_of(em: RuleContext, x: Node, mean: Node, rstd: Node) -> Node:
     centred = em.call(aten.sub.Tensor, x, em.call(aten.unsqueeze.default, mean, -1))
     return em.call(aten.mul.Tensor, centred, em.call(aten.unsqueeze.default, rstd, -1))
 
 
-def rms_norm(em: Any, node: Node) -> Any:
+def rms_norm(em: RuleContext, node: Node) -> Items | None:
     """_fused_rms_norm: (out, rstd)."""
     x, shape, w = node.args[:3]
     t = em.t(x)
@@ -114,16 +130,17 @@ def rms_norm(em: Any, node: Node) -> Any:
         inner = em.call(aten.mean.dim, em.call(aten.mul.Tensor, xhat, t), dims, True)
         along = em.call(aten.mul.Tensor, xhat, inner)
         core = em.call(aten.mul.Tensor, em.call(aten.sub.Tensor, t, along), rstd)
-    return _finish(em, node, _affine(em, node, core, lambda: xhat, w, None, None))
+    return _finish(em, node, _affine(em, core, lambda: xhat, w, None, None))
 
 
-def batch_norm(em: Any, node: Node) -> Any:
+def batch_norm(em: RuleContext, node: Node) -> Items | None:
     """Every batch norm: (out, save_mean, save_invstd, ...).
 
     In training the statistics are frozen (``batch_stats="frozen"``): each sample's tangent is then
     its own, which a tangent on a sub-batch needs. ``"full"`` differentiates them too.
     """
-    x, w, b = node.args[:3]
+    x = tensor(node)
+    w, b = node.args[1:3]
     mean, var = argument(node, "running_mean"), argument(node, "running_var")
     eps = argument(node, "eps", argument(node, "epsilon"))
     if node.target in _NO_TRAINING:
@@ -140,10 +157,10 @@ def batch_norm(em: Any, node: Node) -> Any:
             if em.t(s) is not None:
                 raise refuse(node, "its running statistics have a tangent", "detach them")
         invstd = em.call(aten.rsqrt.default, em.call(aten.add.Scalar, var, eps))
-    val = x.meta["val"]  # type: ignore[union-attr]
+    val = x.meta["val"]
     shape = [-1] + [1] * (val.ndim - 2)
 
-    def shaped(v: Any) -> Any:
+    def shaped(v: Node) -> Node:
         return view(em, v, shape) if val.ndim > 2 else v
 
     core = None
@@ -161,22 +178,22 @@ def batch_norm(em: Any, node: Node) -> Any:
     elif t is not None:
         slope = invstd if w is None else em.call(aten.mul.Tensor, invstd, w)
         core = em.call(aten.mul.Tensor, t, shaped(slope))
-        w = None if em.t(w) is None else w
 
-    def xhat() -> Any:
+    def xhat() -> Node:
         return _xhat(em, x, shaped(mean), shaped(invstd))
 
     if training and em.batch_stats == "full":
-        return _finish(em, node, _affine(em, node, core, xhat, w, b, shape))
+        return _finish(em, node, _affine(em, core, xhat, w, b, shape))
+    tw, tb = em.t(w), em.t(b)
     terms = [core]
-    if em.t(w) is not None:
-        terms.append(em.call(aten.mul.Tensor, xhat(), shaped(em.t(w))))
-    if em.t(b) is not None:
-        terms.append(shaped(em.t(b)))
+    if tw is not None:
+        terms.append(em.call(aten.mul.Tensor, xhat(), shaped(tw)))
+    if tb is not None:
+        terms.append(shaped(tb))
     return _finish(em, node, add(em, *terms))
 
 
-def _laid_out_as(em: Any, t: Any, x: Any) -> Any:
+def _laid_out_as(em: RuleContext, t: Node, x: Node) -> Node:
     """``t`` in x's memory order: the kernel's result has x's, its fake value says t's."""
     order = torch.contiguous_format
     for ndim, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -187,7 +204,7 @@ def _laid_out_as(em: Any, t: Any, x: Any) -> Any:
     return em.call(aten.clone.default, t, memory_format=order)
 
 
-def softmax(em: Any, node: Node) -> Any:
+def softmax(em: RuleContext, node: Node) -> Node | None:
     """Softmax's Jacobian is symmetric: its backward with the primal output."""
     t = em.t(node.args[0])
     if t is None:
@@ -198,7 +215,7 @@ def softmax(em: Any, node: Node) -> Any:
     return em.call(aten._softmax_backward_data.default, t, em.p(node), dim, node.meta["val"].dtype)
 
 
-def log_softmax(em: Any, node: Node) -> Any:
+def log_softmax(em: RuleContext, node: Node) -> Node | None:
     """``t - sum(softmax * t)``."""
     t = em.t(node.args[0])
     if t is None:
@@ -210,7 +227,7 @@ def log_softmax(em: Any, node: Node) -> Any:
     return em.call(aten.sub.Tensor, t, mean)
 
 
-def dropout(em: Any, node: Node) -> Any:
+def dropout(em: RuleContext, node: Node) -> Items | None:
     """native_dropout: (out, mask); the mask in the graph, never drawn again."""
     x, p, train = node.args
     t = em.t(x)
@@ -224,7 +241,7 @@ def dropout(em: Any, node: Node) -> Any:
     return {0: scale(em, kept, 1.0 / keep if keep else 0.0)}
 
 
-def rrelu(em: Any, node: Node) -> Any:
+def rrelu(em: RuleContext, node: Node) -> Items | None:
     """rrelu_with_noise_functional: (out, noise); the slopes drawn are in the noise."""
     t = em.t(node.args[0])
     if t is None:
@@ -239,10 +256,8 @@ def rrelu(em: Any, node: Node) -> Any:
     return {0: made}
 
 
-def vector_norm(em: Any, node: Node) -> Any:
+def vector_norm(em: RuleContext, node: Node) -> Result:
     """The Euclidean norm: ``sum(x t) / norm``, 0 where the norm is; other orders are derived."""
-    from grapefx.passes.differentiate.rules.reductions import reduction
-
     order = argument(node, "ord", argument(node, "p", 2))
     t = em.t(node.args[0])
     if t is None:

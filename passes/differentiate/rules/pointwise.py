@@ -12,34 +12,36 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.differentiate.rules.common import Rule, add, argument, fit, select
+from grapefx.passes.differentiate.rules.common import add, argument, fit, select, tensor
+from grapefx.passes.differentiate.rules.context import Items, Result, Rule, RuleContext
 from grapefx.passes.differentiate.rules.derived import pointwise as derived_pointwise
 
 aten = torch.ops.aten
 
 
-def unary(fn: Callable[[Any, Any, Node], Any]) -> Rule:
+def unary(fn: Callable[[RuleContext, Node, Node], Result]) -> Rule:
     """A rule from ``fn(em, tangent, node)``; complex values are left to forward AD."""
 
-    def rule(em: Any, node: Node) -> Any:
+    def rule(em: RuleContext, node: Node) -> Result:
         t = em.t(node.args[0])
         if t is None:
             return None
         if t.meta["val"].is_complex() or node.meta["val"].is_complex():
             return derived_pointwise(em, node)
-        return fit(em, fn(em, t, node), node)
+        made = fn(em, t, node)
+        return fit(em, made, node) if isinstance(made, Node) else made
 
     return rule
 
 
-def _x(em: Any, node: Node) -> Any:
-    return em.p(node.args[0])
+def _x(em: RuleContext, node: Node) -> Node:
+    return em.p(tensor(node))
 
 
 def by_input(op: Any, *names: str) -> Rule:
     """``op(t, x, *arguments)``."""
 
-    def fn(em: Any, t: Any, node: Node) -> Any:
+    def fn(em: RuleContext, t: Node, node: Node) -> Node | None:
         return em.call(op, t, _x(em, node), *[argument(node, n) for n in names])
 
     return unary(fn)
@@ -50,12 +52,12 @@ def by_output(op: Any, *rest: Any) -> Rule:
     return unary(lambda em, t, node: em.call(op, t, em.p(node), *rest))
 
 
-def _leaky_relu(em: Any, t: Any, node: Node) -> Any:
+def _leaky_relu(em: RuleContext, t: Node, node: Node) -> Node | None:
     slope = argument(node, "negative_slope")
     return em.call(aten.leaky_relu_backward.default, t, _x(em, node), slope, False)
 
 
-def _elu(em: Any, t: Any, node: Node) -> Any:
+def _elu(em: RuleContext, t: Node, node: Node) -> Node | None:
     alpha, scale = argument(node, "alpha", 1), argument(node, "scale", 1)
     inner = argument(node, "input_scale", 1)
     if node.target is aten.celu.default:
@@ -63,20 +65,20 @@ def _elu(em: Any, t: Any, node: Node) -> Any:
     return em.call(aten.elu_backward.default, t, alpha, scale, inner, False, _x(em, node))
 
 
-def _gelu(em: Any, t: Any, node: Node) -> Any:
+def _gelu(em: RuleContext, t: Node, node: Node) -> Node | None:
     kind = argument(node, "approximate")
     return em.call(aten.gelu_backward.default, t, _x(em, node), approximate=kind)
 
 
-def _threshold(em: Any, t: Any, node: Node) -> Any:
+def _threshold(em: RuleContext, t: Node, node: Node) -> Node | None:
     return em.call(aten.threshold_backward.default, t, _x(em, node), argument(node, "threshold"))
 
 
-def _square(em: Any, t: Any, node: Node) -> Any:
+def _square(em: RuleContext, t: Node, node: Node) -> Node | None:
     return em.call(aten.mul.Tensor, em.call(aten.mul.Tensor, _x(em, node), 2), t)
 
 
-def _power(em: Any, t: Any, node: Node) -> Any:
+def _power(em: RuleContext, t: Node, node: Node) -> Result:
     n = node.args[1]
     if not isinstance(n, (int, float)):
         return derived_pointwise(em, node)
@@ -90,29 +92,29 @@ def _power(em: Any, t: Any, node: Node) -> Any:
     return em.call(aten.mul.Tensor, em.call(aten.mul.Tensor, slope, n), t)
 
 
-def _times(fn: Callable[[Any, Node], Any]) -> Rule:
+def _times(fn: Callable[[RuleContext, Node], Node]) -> Rule:
     return unary(lambda em, t, node: em.call(aten.mul.Tensor, t, fn(em, node)))
 
 
-def _rsqrt(em: Any, node: Node) -> Any:
+def _rsqrt(em: RuleContext, node: Node) -> Node:
     cube = em.call(aten.pow.Tensor_Scalar, em.p(node), 3)
     return em.call(aten.mul.Tensor, cube, -0.5)
 
 
-def _reciprocal(em: Any, node: Node) -> Any:
+def _reciprocal(em: RuleContext, node: Node) -> Node:
     y = em.p(node)
     return em.call(aten.neg.default, em.call(aten.mul.Tensor, y, y))
 
 
-def _sqrt(em: Any, t: Any, node: Node) -> Any:
+def _sqrt(em: RuleContext, t: Node, node: Node) -> Node | None:
     return em.call(aten.div.Tensor, t, em.call(aten.mul.Tensor, em.p(node), 2))
 
 
-def _call(op: Any) -> Callable[[Any, Node], Any]:
+def _call(op: Any) -> Callable[[RuleContext, Node], Node]:
     return lambda em, node: em.call(op, _x(em, node))
 
 
-def _log_sigmoid(em: Any, node: Node) -> Any:
+def _log_sigmoid(em: RuleContext, node: Node) -> Items | None:
     """Returns a buffer too, which is empty on some devices."""
     t = em.t(node.args[0])
     if t is None:
@@ -121,12 +123,12 @@ def _log_sigmoid(em: Any, node: Node) -> Any:
     return {0: em.call(aten.mul.Tensor, t, slope)}
 
 
-def _glu(em: Any, t: Any, node: Node) -> Any:
+def _glu(em: RuleContext, t: Node, node: Node) -> Node | None:
     """``a * s``, s = sigmoid(b): ``ta * s + y * (1 - s) * tb``."""
     dim = argument(node, "dim")
     half = node.meta["val"].shape[dim]
 
-    def part(x: Any, k: int) -> Any:
+    def part(x: Node, k: int) -> Node:
         return em.call(aten.slice.Tensor, x, dim, k * half, (k + 1) * half)
 
     gate = em.call(aten.sigmoid.default, part(_x(em, node), 1))
@@ -135,7 +137,7 @@ def _glu(em: Any, t: Any, node: Node) -> Any:
     return em.call(aten.add.Tensor, left, em.call(aten.mul.Tensor, part(t, 1), rest))
 
 
-def _prelu(em: Any, node: Node) -> Any:
+def _prelu(em: RuleContext, node: Node) -> Node | None:
     """Both the input and the slope."""
     x, w = node.args
     tx, tw = em.t(x), em.t(w)

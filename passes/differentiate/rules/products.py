@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from grapefx.passes.differentiate.rules.common import (
-    Rule,
     add,
     argument,
     cast,
@@ -17,6 +16,7 @@ from grapefx.passes.differentiate.rules.common import (
     scale,
     view,
 )
+from grapefx.passes.differentiate.rules.context import Items, Rule, RuleContext
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 def product(i: int = 0, j: int = 1, op: Any = None) -> Rule:
     """Bilinear in arguments ``i`` and ``j``."""
 
-    def rule(em: Any, node: Node) -> Any:
+    def rule(em: RuleContext, node: Node) -> Node | None:
         terms = []
         for k in (i, j):
             t = em.t(node.args[k])
@@ -40,7 +40,7 @@ def product(i: int = 0, j: int = 1, op: Any = None) -> Rule:
 def plus_product(op: Any) -> Rule:
     """``beta * c + alpha * op(a, b)``."""
 
-    def rule(em: Any, node: Node) -> Any:
+    def rule(em: RuleContext, node: Node) -> Node | None:
         c, a, b = node.args[:3]
         terms = []
         if em.t(a) is not None:
@@ -53,7 +53,7 @@ def plus_product(op: Any) -> Rule:
     return rule
 
 
-def addbmm(em: Any, node: Node) -> Any:
+def addbmm(em: RuleContext, node: Node) -> Node | None:
     """``beta * c + alpha * sum_i a_i @ b_i``."""
     c, a, b = node.args[:3]
     terms = []
@@ -68,7 +68,7 @@ def addbmm(em: Any, node: Node) -> Any:
     return fit(em, add(em, made, scale(em, em.t(c), argument(node, "beta", 1))), node)
 
 
-def convolution(em: Any, node: Node) -> Any:
+def convolution(em: RuleContext, node: Node) -> Node | None:
     """x, weight and bias; also transposed and grouped."""
     x, w, b, *rest = node.args
     terms = []
@@ -83,7 +83,7 @@ def convolution(em: Any, node: Node) -> Any:
     return fit(em, add(em, *terms), node)
 
 
-def linear(em: Any, node: Node) -> Any:
+def linear(em: RuleContext, node: Node) -> Node | None:
     """``x @ w.T + b`` kept whole."""
     x, w = node.args[:2]
     terms = []
@@ -94,13 +94,13 @@ def linear(em: Any, node: Node) -> Any:
     return fit(em, add(em, *terms, em.t(argument(node, "bias"))), node)
 
 
-def embedding(em: Any, node: Node) -> Any:
+def embedding(em: RuleContext, node: Node) -> Node | None:
     """A row lookup: linear in the table."""
     t = em.t(node.args[0])
     return None if t is None else em.call(aten.embedding.default, t, *em.p(node.args[1:]))
 
 
-def embedding_bag(em: Any, node: Node) -> Any:
+def embedding_bag(em: RuleContext, node: Node) -> Items | None:
     """Sums and means of rows: linear in the table, and in the weights of the samples."""
     weights = argument(node, "per_sample_weights")
     if argument(node, "mode") == 2:
@@ -119,7 +119,7 @@ def embedding_bag(em: Any, node: Node) -> Any:
     return {0: add(em, *terms)}
 
 
-def mul(em: Any, node: Node) -> Any:
+def mul(em: RuleContext, node: Node) -> Node | None:
     """Product rule with broadcasting."""
     a, b = node.args
     ta, tb = em.t(a), em.t(b)
@@ -128,7 +128,7 @@ def mul(em: Any, node: Node) -> Any:
     return fit(em, add(em, left, right), node)
 
 
-def div(em: Any, node: Node) -> Any:
+def div(em: RuleContext, node: Node) -> Node | None:
     """``ta / b - y * tb / b``."""
     a, b = node.args
     if argument(node, "rounding_mode") is not None:
@@ -142,7 +142,7 @@ def div(em: Any, node: Node) -> Any:
     return None if top is None else fit(em, em.call(aten.div.Tensor, top, em.p(b)), node)
 
 
-def addcmul(em: Any, node: Node) -> Any:
+def addcmul(em: RuleContext, node: Node) -> Node | None:
     """``c + value * a * b``."""
     c, a, b = node.args[:3]
     left = None if em.t(a) is None else em.call(aten.mul.Tensor, em.t(a), em.p(b))
@@ -151,20 +151,20 @@ def addcmul(em: Any, node: Node) -> Any:
     return fit(em, add(em, em.t(c), made), node)
 
 
-def sum_of(em: Any, node: Node) -> Any:
+def sum_of(em: RuleContext, node: Node) -> Node | None:
     """add and sub, with alpha."""
     a, b = node.args[:2]
     minus = node.target in (aten.sub.Tensor, aten.sub.Scalar)
     return _sum(em, node, em.t(a), em.t(b), minus)
 
 
-def rsub(em: Any, node: Node) -> Any:
+def rsub(em: RuleContext, node: Node) -> Node | None:
     """``b - alpha * a``."""
     a, b = node.args[:2]
     return _sum(em, node, em.t(b), em.t(a), True)
 
 
-def _sum(em: Any, node: Node, ta: Any, tb: Any, minus: bool) -> Any:
+def _sum(em: RuleContext, node: Node, ta: Node | None, tb: Node | None, minus: bool) -> Node | None:
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     dtype = node.meta["val"].dtype
     if tb is None:

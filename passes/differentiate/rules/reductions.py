@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from grapefx.passes.differentiate.rules.common import Rule, argument, cast, dims_of, fit, output
+from grapefx.passes.differentiate.rules.common import argument, cast, dims_of, fit, output
+from grapefx.passes.differentiate.rules.context import Result, Rule, RuleContext
+from grapefx.passes.differentiate.rules.derived import derive
 from grapefx.passes.differentiate.rules.linear import jointly
 
 aten = torch.ops.aten
 
 
-def reduction(em: Any, node: Node) -> Any:
+def reduction(em: RuleContext, node: Node) -> Result:
     """A reduction over ``dim`` by its gradient."""
     x = node.args[0]
     t = em.t(x)
     if t is None:
         return None
     if t.meta["val"].is_complex() or node.meta["val"].is_complex():
-        from grapefx.passes.differentiate.rules.derived import derive
-
         return derive(em, node)
     dims, keep = dims_of(node), bool(argument(node, "keepdim", False))
     rest, kwargs = em.p((node.args[1:], dict(node.kwargs)))
@@ -40,10 +40,11 @@ def reduction(em: Any, node: Node) -> Any:
         made = g.to(out.dtype) * t
         return made.sum(dims, keep) if dims else made
 
-    return em.trace(fn, em.p(x), t, list(rest), kwargs, reuse=node)
+    made: Node | None = em.trace(fn, em.p(x), t, list(rest), kwargs, reuse=node)
+    return made
 
 
-def variance(em: Any, node: Node) -> Any:
+def variance(em: RuleContext, node: Node) -> Result:
     """var, std, var_mean: ``2 / (n - c) * sum((x - mean) t)``."""
     x = node.args[0]
     t = em.t(x)
@@ -51,8 +52,6 @@ def variance(em: Any, node: Node) -> Any:
         return None
     op = node.target
     if t.meta["val"].is_complex():
-        from grapefx.passes.differentiate.rules.derived import derive
-
         return derive(em, node)
     pair = op in (aten.var_mean.correction, aten.std_mean.correction)
     root = op in (aten.std.correction, aten.std_mean.correction)
@@ -77,12 +76,12 @@ def variance(em: Any, node: Node) -> Any:
     return {0: made, 1: em.call(aten.mean.dim, t, dims, keep)}
 
 
-def extremum(em: Any, node: Node) -> Any:
+def extremum(em: RuleContext, node: Node) -> Result:
     """amax and amin: the mean over ties, as torch's gradient shares it."""
     return reduction(em, node)
 
 
-def aminmax(em: Any, node: Node) -> Any:
+def aminmax(em: RuleContext, node: Node) -> Result:
     """(min, max)."""
     x = node.args[0]
     t = em.t(x)
@@ -98,27 +97,24 @@ def aminmax(em: Any, node: Node) -> Any:
             outs.append((t * mask).sum(dims, keep) / mask.sum(dims, keep))
         return tuple(outs)
 
-    return em.trace(fn, em.p(x), t)
+    made: tuple[Node, Node] = em.trace(fn, em.p(x), t)
+    return made
 
 
-def scatter_reduce(em: Any, node: Node) -> Any:
+def scatter_reduce(em: RuleContext, node: Node) -> Result:
     """sum and mean are linear; the others are derived (forward AD of prod is wrong in torch)."""
-    from grapefx.passes.differentiate.rules.derived import derive
-
     if argument(node, "reduce") in ("sum", "mean"):
         return jointly("self", "src")(em, node)
     return derive(em, node, forward=argument(node, "reduce") != "prod")
 
 
-def logsumexp(em: Any, node: Node) -> Any:
+def logsumexp(em: RuleContext, node: Node) -> Result:
     """``sum(softmax * t)``, the softmax from the primal output."""
     x = node.args[0]
     t = em.t(x)
     if t is None:
         return None
     if t.meta["val"].is_complex():
-        from grapefx.passes.differentiate.rules.derived import derive
-
         return derive(em, node)
     dims, keep = dims_of(node), bool(argument(node, "keepdim", False))
 
@@ -129,7 +125,8 @@ def logsumexp(em: Any, node: Node) -> Any:
         y = torch.where(y.abs() == torch.inf, 0.0, y)  # a row of -inf only
         return ((x - y).exp() * t).sum(dims, keep) if x.ndim else (x - y).exp() * t
 
-    return cast(em, em.trace(fn, em.p(x), t, em.p(node)), node.meta["val"].dtype)
+    made: Node = em.trace(fn, em.p(x), t, em.p(node))
+    return cast(em, made, node.meta["val"].dtype)
 
 
 RULES: dict[Any, Rule] = {

@@ -1,4 +1,9 @@
-"""The report's records: plain frozen data, so that every renderer says the same.
+"""Holds what a report says as plain frozen records, so that every renderer says the same.
+
+A report compares a training step of several methods with one of backpropagation (BP). A *step* is
+one whole training step as a graph of tensor operators; a *layer* is what lies between two feedback
+points, the places where a method replaces the gradient; a *phase* is what an operator is for
+(forward, weight gradient, ...).
 
 Units: FLOPs (a multiply-add is 2), bytes, seconds of one step. Ratios named ``*_ratio`` are BP's
 value over the method's: above 1 the method is better.
@@ -6,8 +11,9 @@ value over the method's: above 1 the method is better.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 SCHEMA = 1
 
@@ -145,7 +151,10 @@ class FeedbackRow:
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """What full backward steps add (001 eq. 21); None where the epoch's length is not known."""
+    """What full backward steps add (GrAPE 2026 eq. 21).
+
+    ``steps_per_epoch`` and ``overhead`` are None where the epoch's length is not known.
+    """
 
     every: float
     steps_per_epoch: int | None
@@ -197,8 +206,8 @@ class MethodReport:
     """One method. Averages are over its kinds of step, by how often each runs.
 
     ``alpha`` and ``beta`` are the tangent's and BP's backward FLOPs over the forward's;
-    ``arithmetic_ratio`` is (1 + beta) / (1 + alpha) of 001 appendix D, which leaves the method's
-    weight gradients out; the other ratios count everything.
+    ``arithmetic_ratio`` is (1 + beta) / (1 + alpha) of GrAPE 2026 appendix D, which leaves the
+    method's weight gradients out; the other ratios count everything.
     """
 
     method: str
@@ -250,11 +259,8 @@ class DeviceRow:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What ``grapefx-inspect`` shows: BP first, then the methods asked for.
-
-    Render it with :meth:`text`, :meth:`json`, :meth:`html`; a notebook shows the HTML.
-    """
+class ReportData:
+    """What ``grapefx-inspect`` shows: BP first, then the methods asked for."""
 
     model: str
     batch: int | None
@@ -271,7 +277,7 @@ class Report:
                 return m
         raise KeyError(name)
 
-    def noting(self, warning: str) -> Report:
+    def noting(self, warning: str) -> Self:
         """The same report with one more warning."""
         return replace(self, warnings=(warning, *self.warnings))
 
@@ -284,29 +290,7 @@ class Report:
 
     def json(self) -> str:
         """The report as JSON text."""
-        import json
-
         return json.dumps(self.to_dict(), indent=1)
-
-    def text(self) -> str:
-        """The report for a terminal, at most 100 columns wide."""
-        from grapefx.report.text import render_text
-
-        return render_text(self)
-
-    def html(self) -> str:
-        """The report as one self-contained HTML page."""
-        from grapefx.report.html import render_html
-
-        return render_html(self)
-
-    def _repr_html_(self) -> str:
-        from grapefx.report.html import render_notebook
-
-        return render_notebook(self)
-
-    def __str__(self) -> str:
-        return self.text()
 
 
 def worker_key(workers: int | None) -> str:

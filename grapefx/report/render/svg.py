@@ -1,14 +1,13 @@
-"""The layer graph as inline SVG: forward passes down the left, updates on the right."""
+"""Lays the layer graph out as a picture: forward passes down the left, updates on the right."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from grapefx.analysis.dag import NO_LAYER
-from grapefx.report import units
-from grapefx.report.model import LayerGraph, LayerNode
+from grapefx.report.records import LayerGraph, LayerNode
+from grapefx.report.render import units
 
 WIDTH = 396
 LEFT, FORWARD_WIDTH = 28, 192
@@ -16,23 +15,10 @@ RIGHT, UPDATE_WIDTH = 248, 112
 BUS = 384
 
 
-def _marker(name: str, css: str, size: int) -> str:
-    return (
-        f'<marker id="{name}" viewBox="0 0 8 8" refX="7.4" refY="4" markerWidth="{size}" '
-        f'markerHeight="{size}" markerUnits="userSpaceOnUse" orient="auto">'
-        f'<path d="M0 .6 7.4 4 0 7.4z" class="{css}"/></marker>'
-    )
-
-
-# arrow heads for the page: SVGs refer to them by id
-MARKERS = (
-    '<svg class="defs" width="0" height="0" aria-hidden="true"><defs>'
-    f"{_marker('arrow', 'head', 7)}{_marker('arrow-crit', 'head crit', 9)}</defs></svg>"
-)
-
-
 @dataclass(frozen=True)
-class _Box:
+class Frame:
+    """A rectangle, and the points that arrows start and end at."""
+
     x: float
     y: float
     width: float
@@ -55,8 +41,41 @@ class _Box:
         return self.y + self.height
 
 
-def layer_graph_svg(graph: LayerGraph, title: str) -> str:
-    """An SVG of the graph; rows are layers in topological order, arrows what waits for what.
+@dataclass(frozen=True)
+class Edge:
+    """An arrow as the ``d`` of an SVG path."""
+
+    path: str
+    critical: bool
+
+
+@dataclass(frozen=True)
+class LayerBox:
+    """A drawn box: its frame, the bar of ``fill`` units in it, and its two texts."""
+
+    frame: Frame
+    fill: float
+    css: str
+    tip: str
+    name: str
+    time: str
+
+
+@dataclass(frozen=True)
+class LayerPicture:
+    """The picture in SVG units; edges lie behind boxes, critical edges above the others."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    small: bool
+    edges: tuple[Edge, ...]
+    boxes: tuple[LayerBox, ...]
+
+
+def layer_picture(graph: LayerGraph) -> LayerPicture:
+    """The picture of a graph; rows are layers in topological order, arrows what waits for what.
 
     What only collects the layers' results (a layer-less update) is left out.
     """
@@ -64,17 +83,16 @@ def layer_graph_svg(graph: LayerGraph, title: str) -> str:
     rows = _rows(graph)
     count = max(rows.values(), default=0) + 1
     pitch, height = (36, 26) if count <= 18 else (27, 21) if count <= 48 else (20, 17)
-    boxes = [_box(n, rows[i], pitch, height) for i, n in enumerate(graph.nodes)]
-    peak = max((n.seconds for n in graph.nodes), default=0.0)
-    body = [*_edges(graph, boxes, pitch)]
-    body += [_draw(n, b, peak) for n, b in zip(graph.nodes, boxes, strict=True)]
-    total = count * pitch + 34
-    small = " small" if height < 20 else ""
-    return (
-        f'<svg class="layers{small}" viewBox="0 0 {WIDTH} {total}" role="img" '
-        f'aria-label="{escape(title, quote=True)}">'
-        f'<text class="col" x="{LEFT}" y="16">forward ↓</text>'
-        f'<text class="col" x="{RIGHT}" y="16">update</text>' + "".join(body) + "</svg>"
+    frames = [_box(n, rows[i], pitch, height) for i, n in enumerate(graph.nodes)]
+    longest = max((n.seconds for n in graph.nodes), default=0.0)
+    return LayerPicture(
+        WIDTH,
+        count * pitch + 34,
+        LEFT,
+        RIGHT,
+        height < 20,
+        tuple(_edges(graph, frames, pitch)),
+        tuple(_drawn(n, b, longest) for n, b in zip(graph.nodes, frames, strict=True)),
     )
 
 
@@ -87,11 +105,6 @@ def _without_collectors(graph: LayerGraph) -> LayerGraph:
 
     nodes = tuple(graph.nodes[i] for i in kept)
     return LayerGraph(nodes, edges(graph.edges), edges(graph.critical_edges))
-
-
-def elide(name: str, most: int) -> str:
-    """The end of a long name: that is where layers differ."""
-    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def _rows(graph: LayerGraph) -> dict[int, int]:
@@ -111,47 +124,43 @@ def _rows(graph: LayerGraph) -> dict[int, int]:
     return rows
 
 
-def _box(n: LayerNode, row: int, pitch: int, height: int) -> _Box:
+def _box(n: LayerNode, row: int, pitch: int, height: int) -> Frame:
     y = 26 + row * pitch
     if n.stage == "update":
-        return _Box(RIGHT, y, UPDATE_WIDTH, height)
-    return _Box(LEFT, y, FORWARD_WIDTH, height)
+        return Frame(RIGHT, y, UPDATE_WIDTH, height)
+    return Frame(LEFT, y, FORWARD_WIDTH, height)
 
 
-def _draw(n: LayerNode, b: _Box, peak: float) -> str:
-    name = n.layer if n.stage == "forward" else f"{n.layer} {n.stage}"
-    if n.stage == "error":
-        name = "output error"
-    fill = max(2.0, (b.width - 2) * n.seconds / peak) if peak and n.seconds > 0 else 0
-    css = f"box s-{n.stage}" + (" crit" if n.critical else "")
+def _drawn(n: LayerNode, frame: Frame, longest: float) -> LayerBox:
     tip = f"{n.layer} · {n.stage}|{units.flops(n.flops)}, {units.seconds(n.seconds)}" + (
         "|on the critical path" if n.critical else ""
     )
-    left = "update" if n.stage == "update" else elide(name, 19)
-    return (
-        f'<g class="{css}" data-tip="{escape(tip, quote=True)}">'
-        f'<rect class="frame" x="{b.x}" y="{b.y}" width="{b.width}" height="{b.height}" rx="5"/>'
-        f'<rect class="fill" x="{b.x + 1}" y="{b.bottom - 4}" width="{fill:.1f}" height="3" '
-        'rx="1.5"/>'
-        f'<text x="{b.x + 8}" y="{b.mid_y + 3:.1f}">{escape(left)}</text>'
-        f'<text class="num" x="{b.right - 8}" y="{b.mid_y + 3:.1f}">{units.seconds(n.seconds)}'
-        "</text></g>"
+    bar = max(2.0, (frame.width - 2) * n.seconds / longest) if longest and n.seconds > 0 else 0
+    return LayerBox(
+        frame,
+        bar,
+        f"box s-{n.stage}" + (" crit" if n.critical else ""),
+        tip,
+        "update" if n.stage == "update" else units.elide(_name(n), 19),
+        units.seconds(n.seconds),
     )
 
 
-def _edges(graph: LayerGraph, boxes: list[_Box], pitch: int) -> Iterator[str]:
+def _name(n: LayerNode) -> str:
+    if n.stage == "error":
+        return "output error"
+    return n.layer if n.stage == "forward" else f"{n.layer} {n.stage}"
+
+
+def _edges(graph: LayerGraph, frames: list[Frame], pitch: int) -> Iterator[Edge]:
     critical = set(graph.critical_edges)
     # critical ones last, on top
-    every = [*(e for e in graph.edges if e not in critical), *graph.critical_edges]
-    for a, b in every:
-        d = _path(graph.nodes[a], graph.nodes[b], boxes[a], boxes[b], pitch)
-        crit = (a, b) in critical
-        head = "arrow-crit" if crit else "arrow"
-        css = "edge crit" if crit else "edge"
-        yield f'<path class="{css}" d="{d}" marker-end="url(#{head})"/>'
+    for a, b in [*(e for e in graph.edges if e not in critical), *graph.critical_edges]:
+        path = _path(graph.nodes[a], graph.nodes[b], frames[a], frames[b], pitch)
+        yield Edge(path, (a, b) in critical)
 
 
-def _path(a: LayerNode, b: LayerNode, p: _Box, q: _Box, pitch: int) -> str:
+def _path(a: LayerNode, b: LayerNode, p: Frame, q: Frame, pitch: int) -> str:
     if p.x == q.x:
         return _column(p, q, pitch)
     if b.stage != "update":
@@ -167,7 +176,7 @@ def _path(a: LayerNode, b: LayerNode, p: _Box, q: _Box, pitch: int) -> str:
     return f"M{p.right} {p.mid_y}C{middle} {p.mid_y} {middle} {q.mid_y} {q.x} {q.mid_y}"
 
 
-def _column(p: _Box, q: _Box, pitch: int) -> str:
+def _column(p: Frame, q: Frame, pitch: int) -> str:
     """Between rows of one column: straight to the next row, else an arc around the others."""
     if abs(q.y - p.y) <= pitch:
         start, end = (p.bottom, q.y) if q.y > p.y else (p.y, q.bottom)

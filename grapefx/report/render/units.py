@@ -1,4 +1,4 @@
-"""Numbers for people: three significant digits and a unit."""
+"""Writes numbers for people, with three significant digits and a unit, and shortens names."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def percent(value: float) -> str:
 def workers(value: int | None) -> str:
     """A number of workers; "∞" for unlimited."""
     return "∞" if value is None else str(value)
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """A shape with multiplication signs; "-" for none."""
+    return "\u00d7".join(map(str, sizes)) if sizes else "-"
+
+
+def elide(name: str, most: int) -> str:
+    """The end of a long name: that is where layers differ."""
+    return name if len(name) <= most else "\u2026" + name[1 - most :]
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""One colour a phase, in HTML and graphviz alike, and the phases' names for people."""
+"""Gives every phase of a step one colour, in HTML and graphviz alike, and a name for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The DAG as graphviz source, and its drawing where the ``dot`` program is installed."""
+"""Draws a step's graph by graphviz: its source always, a picture where ``dot`` is installed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import graphviz
 
-from grapefx.analysis.dag import NO_LAYER, Dag, Task, build_dag
+from grapefx.analysis.dag import NO_LAYER, Dag, Task
 from grapefx.errors import GrapefxError
-from grapefx.plan import Plan
-from grapefx.report import units
-from grapefx.report.colours import CRITICAL, colour
+from grapefx.report.render import units
+from grapefx.report.render.colours import CRITICAL, colour
 
 # Above this many nodes a node-level drawing cannot be read: layers and phases are drawn instead.
 MAX_NODES = 300
@@ -115,21 +114,6 @@ def drawn(graph: graphviz.Digraph, form: str) -> str:
             f"the `dot` program of graphviz is not installed\n  {INSTALL}\n"
             "  or: --format dot, or -o FILE.svg, which leaves FILE.dot"
         ) from None
-
-
-def plan_graph(plan: Plan, title: str, device: str, batch: int | None) -> graphviz.Digraph:
-    """The graph of a plan's most frequent step (an aligning one on ties)."""
-    from grapefx.report.build import opened
-    from grapefx.report.from_plan import method_graphs
-
-    kinds = [k for k in plan.kinds() if k != "calibration"] or ["calibration"]
-    align = "align" in kinds and plan.options.align_every == 1
-    kind = "align" if align else kinds[0]
-    gm, loss = opened(plan.graph(kind))
-    size = (batch or plan.batch_size) if plan.captured.batch is not None else None
-    costs = method_graphs(plan).cost(gm, size)
-    text = f"{title}: {plan.method.name}, {kind} step"
-    return dot_source(build_dag(costs, device=device, loss=loss), text)
 
 
 def _nodes(graph: graphviz.Digraph, tasks: list[Task], critical: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The report as plain text for a terminal."""
+"""Renders a report as plain text for a terminal, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TypeVar
 
-from grapefx.report import units
-from grapefx.report.model import MethodReport, Report, StepReport
-from grapefx.report.plan_text import plan_lines
+from grapefx.report.records import MethodReport, ReportData, SegmentRow, StepReport
+from grapefx.report.render import units
+from grapefx.report.render.sentences import PAPER, epochs, notes, plan_facts
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ MAX_LAYERS = 24
 MAX_PATH = 16
 
 
-def render_text(report: Report) -> str:
+def render_text(report: ReportData) -> str:
     """The whole report, at most 100 columns wide."""
     parts = [_head(report), _summary(report), _times(report)]
     points: dict[object, str] = {}
@@ -26,7 +26,7 @@ def render_text(report: Report) -> str:
         if m.plan and m.feedback:
             first = points.setdefault(m.plan.rows, m.method)
             same = first if first != m.method else None
-        parts.append("\n".join([_method(m), *plan_lines(m, same, MAX_LAYERS, WIDTH)]))
+        parts.append("\n".join([_method(m), *_plan(m, same)]))
     if report.warnings:
         parts.append("Warnings\n" + "\n".join(_wrap("! " + w) for w in report.warnings))
     parts.append(_notes(report))
@@ -46,7 +46,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = " 
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def _head(r: Report) -> str:
+def _head(r: ReportData) -> str:
     batch = f", batch {r.batch}" if r.batch is not None else ""
     parameters = f", {units.count(r.parameters)} parameters" if r.parameters else ""
     d = r.device
@@ -54,7 +54,7 @@ def _head(r: Report) -> str:
     return f"{r.model}{batch}{parameters}\n{_wrap(device)}"
 
 
-def _summary(r: Report) -> str:
+def _summary(r: ReportData) -> str:
     rows = [
         [
             m.method,
@@ -69,13 +69,23 @@ def _summary(r: Report) -> str:
         ]
         for m in r.methods
     ]
-    header = ["method", "work", "span", "by layer", "work", "span", "by layer", "001 D", "chain"]
+    header = [
+        "method",
+        "work",
+        "span",
+        "by layer",
+        "work",
+        "span",
+        "by layer",
+        "arithmetic",
+        "chain",
+    ]
     text = table(header, rows)
     top = "".ljust(text.index("by layer") + len("by layer")) + "  | BP's value over the method's"
     return f"Work and span of one step\n{top}\n{text}"
 
 
-def _times(r: Report) -> str:
+def _times(r: ReportData) -> str:
     header = ["method", *(f"P = {units.workers(p)}" for p in r.workers)]
     rows = [
         [
@@ -97,13 +107,13 @@ def _method(m: MethodReport) -> str:
         if c.overhead is None:
             lines.append(
                 f"  calibration: one BP step ({units.flops(c.backward_flops)}) every "
-                f"{_epochs(c.every)}; give the steps an epoch for its share (001 eq. 21)"
+                f"{epochs(c.every)}; give the steps an epoch for its share ({PAPER} eq. 21)"
             )
         else:
             lines.append(
-                f"  calibration: one BP step every {_epochs(c.every)} of "
+                f"  calibration: one BP step every {epochs(c.every)} of "
                 f"{c.steps_per_epoch} steps adds {units.percent(c.overhead)} "
-                "(001 eq. 21)"
+                f"({PAPER} eq. 21)"
             )
     if m.feedback:
         lines.append(f"  feedback maps: {units.size(m.feedback_bytes)} in {len(m.feedback)} layers")
@@ -135,7 +145,7 @@ def _layers(s: StepReport) -> str:
     }
     rows = [
         [
-            r.layer if len(r.layer) <= 28 else "…" + r.layer[-27:],
+            units.elide(r.layer, 28),
             *(units.flops(r.flops.get(p, 0)).replace("FLOP", "") for p in phases),
             units.seconds(r.update_seconds),
             "*" if r.critical else "",
@@ -166,8 +176,50 @@ def _path(s: StepReport) -> str:
     return "\n".join(lines)
 
 
-def _epochs(every: float) -> str:
-    return "epoch" if every == 1 else f"{every:g} epochs"
+def _plan(m: MethodReport, same_as: str | None) -> list[str]:
+    """The plan's lines; ``same_as`` names a method with the same feedback points and maps."""
+    if m.plan is None:
+        return []
+    lines = ["", "  plan"]
+    if same_as:
+        lines.append(f"    feedback points and maps as {same_as}'s")
+    elif m.method != "bp":
+        lines += _feedback_points(m.plan.rows)
+    facts = plan_facts(m, tap="error")
+    pad = max(len(subject) for subject, _ in facts)
+    for subject, text in facts:
+        first = f"    {subject.ljust(pad)}  "
+        rest = " " * (pad + 6)
+        lines.append(textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest))
+    return lines
+
+
+def _feedback_points(rows: Sequence[SegmentRow]) -> list[str]:
+    shown = _ends(list(rows), MAX_LAYERS)
+    cells = [
+        [
+            units.elide(r.layer, 24),
+            units.elide(r.value or "true error", 14),
+            units.shape(r.shape),
+            f"{_parameters(r)} ({units.count(r.parameter_count)})",
+            r.map_kind or "-",
+            units.size(r.map_bytes) if r.map_kind else "-",
+        ]
+        for r in shown
+    ]
+    head = ["layer", "cut behind", "a sample", "parameters", "map", "memory"]
+    lines = [table(head, cells, indent="    ")]
+    if len(shown) < len(rows):
+        lines.append(f"    ... {len(rows) - len(shown)} layers in the middle left out")
+    return lines
+
+
+def _parameters(row: SegmentRow) -> str:
+    """A segment's parameters: the first one's name, and how many more."""
+    if not row.parameters:
+        return "none"
+    more = f" +{len(row.parameters) - 1}" if len(row.parameters) > 1 else ""
+    return f"{units.elide(row.parameters[0], 26)}{more}"
 
 
 def _nodes(n: int) -> str:
@@ -179,29 +231,8 @@ def _ends(rows: list[T], most: int) -> list[T]:
     return rows if len(rows) <= most else rows[: most // 2] + rows[-(most - most // 2) :]
 
 
-def _notes(r: Report) -> str:
+def _notes(r: ReportData) -> str:
     return "\n".join(_wrap(n) for n in notes(r))
-
-
-def notes(r: Report) -> list[str]:
-    """What the numbers mean and assume; shared by text and HTML."""
-    return [
-        "work: all FLOPs of a step; a multiply-add is 2. span: the longest dependency path through "
-        "single ops. by layer: the same when a layer's forward, or its whole update, is one task "
-        "(BP's backward then counts weight and input gradient on the path, as frameworks run it). "
-        "chain: how many layers' updates wait for one another; 1 when all can run at once.",
-        "The loss runs in your code, outside these graphs: it orders the step but costs nothing "
-        "here; neither does the optimizer.",
-        "001 D: the paper's arithmetic ratio (1 + beta) / (1 + alpha), with alpha and beta "
-        "measured on these graphs. It leaves the method's weight gradients out and keeps BP's in; "
-        "the ratios beside it count everything.",
-        "bytes op by op: every operand and result of every op. bytes fused: what is left when "
-        "pointwise ops are computed inside their consumers of the same layer and phase; times "
-        "assume this.",
-        "times: roofline model with pointwise fusion, list scheduling by upward rank, workers "
-        f"that share memory at no cost; one worker is {r.device.worker}. A prediction, "
-        "not a measurement.",
-    ]
 
 
 def _wrap(text: str) -> str:
