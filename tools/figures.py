@@ -1,6 +1,6 @@
 """Draws the papers' claims next to what grapefx measures: docs/img/theory-*.png.
 
-    python tools/figures.py [--out docs/img] [--only NAME]
+    python -m tools.figures [--out docs/img] [--only NAME]
 
 The data are those of ``tests/theory``: every point comes from the function in
 ``tests/theory/measure.py`` that a test calls, every line from ``tests/theory/closed_forms.py``.
@@ -10,7 +10,6 @@ The numbers behind each picture are printed. Bars are two standard errors.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,12 +20,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.theory import closed_forms as theory  # noqa: E402
-from tests.theory import measure  # noqa: E402
-from tests.theory.measure import BATCHES, NS, Mean  # noqa: E402
+from tests.theory import closed_forms as theory
+from tests.theory import measure
+from tests.theory.measure import BATCHES, NS, Mean
+from tools import ROOT
 
 COLOURS = ("#2f6690", "#c8553d", "#3a7d44", "#7d5ba6")
 MARKS = ("o", "s", "^", "D")

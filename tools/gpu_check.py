@@ -1,10 +1,10 @@
 """What only a GPU can say: parity on CUDA, then step times against backpropagation.
 
     make gpu-check                                   # everything that fits into 9 minutes
-    python tools/gpu_check.py --sections parity transformer8 --seconds 300
-    python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md   # the same path, tiny
+    python -m tools.gpu_check --sections parity transformer8 --seconds 300
+    python -m tools.gpu_check --device cpu --smoke --out runs/smoke.md   # the same path, tiny
 
-Sections do not depend on each other: what fails is a row with its error. Rows are kept in --json:
+Sections do not depend on each other: what fails is a row with its error. Rows are kept in --jsonl:
 a second call goes on where the time of the first ran out (--fresh forgets them); the page is
 written after every row. Exit codes: 0; 1, something failed or is not right; 2, no CUDA or usage.
 
@@ -18,10 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
-import random
-import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,18 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import grapefx  # noqa: E402
-import networks  # noqa: E402
-from bench_models import COLOUR, MODELS, SMALL, VARIANTS, Step  # noqa: E402
-from gpu_page import METHODS, PLAIN, Row, page  # noqa: E402
-from parity import difference  # noqa: E402
+import grapefx
+from tools import ROOT
+from tools.bench.models import COLOUR, MODELS, SMALL, VARIANTS, Step
+from tools.common import networks, results
+from tools.common.machine import machine
+from tools.common.process import error_text
+from tools.common.results import Row
+from tools.common.timing import interleaved, median_ms
+from tools.gpu.page import METHODS, PLAIN, page
+from tools.gpu.parity import difference
 
 FORMS = ("off", "graphs", "horizontal", "streams", "auto")
 # every form once on the smallest model; on the others the forms that rewrite the graph
@@ -127,10 +125,10 @@ class Run:
         self.a = a
         self.start = time.monotonic()
         self.device = torch.device(a.device)
-        self.rows: dict[str, Row] = {}
-        if a.json.exists() and not a.fresh:
-            kept = json.loads(a.json.read_text())["rows"]
-            self.rows = {k: r for k, r in kept.items() if r.get("ok")}
+        if a.fresh:
+            a.jsonl.unlink(missing_ok=True)
+        kept = results.latest(a.jsonl, lambda row: str(row["key"]))
+        self.rows: dict[str, Row] = {k: r for k, r in kept.items() if r["ok"]}
 
     @property
     def left(self) -> float:
@@ -138,43 +136,25 @@ class Run:
         return float(self.a.seconds) - (time.monotonic() - self.start)
 
     def add(self, key: str, **row: Any) -> None:
-        """Keep a row; write everything."""
+        """Keep a row; write the page."""
         self.rows[key] = row
+        results.append(self.a.jsonl, {"key": key, "machine": machine(self.device), **row})
         text = ", ".join(
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
             for k, v in row.items()
-            if k not in ("section", "key")
+            if k != "section"
         )
         print(f"[{time.monotonic() - self.start:5.0f} s] {key}: {text}", flush=True)
         self.write()
 
     def write(self) -> None:
-        """The rows and the page."""
-        self.a.json.parent.mkdir(parents=True, exist_ok=True)
-        self.a.json.write_text(json.dumps({"machine": machine(self.device), "rows": self.rows}))
-        self.a.out.parent.mkdir(parents=True, exist_ok=True)
-        self.a.out.write_text(page(self.rows, machine(self.device)))
+        """The page."""
+        results.write(self.a.out, page(self.rows, machine(self.device)))
 
     def sync(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def machine(device: torch.device) -> str:
-    """The device and the versions in words."""
-    if device.type != "cuda":
-        return f"CPU, torch {torch.__version__}"
-    return (
-        f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, "
-        f"torch {torch.__version__}"
-    )
-
-
-def error_text(e: BaseException) -> str:
-    """One line."""
-    lines = str(e).strip().splitlines() or [""]
-    return f"{type(e).__name__}: {lines[0][:200]}"
 
 
 # parity
@@ -358,28 +338,28 @@ def time_case(run: Run, case: Case) -> None:
         ready[variant] = trained
         notes[variant] = {"compile_s": round(time.monotonic() - start, 1), **chosen(trained.net)}
         print(f"[{time.monotonic() - run.start:5.0f} s] {key} built", flush=True)
-    steps: dict[str, list[float]] = {v: [] for v in ready}
-    updates: dict[str, list[float]] = {v: [] for v in ready}
-    rounds, inner = run.a.rounds, run.a.inner
-    for i in range(rounds + 1):
-        for v in random.sample(list(ready), len(ready)):
+
+    def measure(variant: str) -> tuple[float, float]:
+        """Once a variant has failed, it is a row with its error and is not run again."""
+        if variant in ready:
             try:
-                step, update = timed(run, ready[v], inner)
+                return timed(run, ready[variant], run.a.inner)
             except Exception as e:
-                del ready[v]
-                key = f"{case.network}/{case.batch}/{v}"
+                del ready[variant]
+                key = f"{case.network}/{case.batch}/{variant}"
                 run.add(key, section=case.section, ok=False, error=error_text(e))
-                continue
-            if i:
-                steps[v].append(step)
-                updates[v].append(update)
+        return 0.0, 0.0
+
+    measurements = {v: functools.partial(measure, v) for v in ready}
+    found = interleaved(measurements, run.a.rounds, warm_up=1)
     for v in ready:
+        step_ms, update_ms = (median_ms(times) for times in zip(*found[v], strict=True))
         run.add(
             f"{case.network}/{case.batch}/{v}",
             section=case.section,
             ok=True,
-            step_ms=1e3 * statistics.median(steps[v]),
-            update_ms=1e3 * statistics.median(updates[v]),
+            step_ms=step_ms,
+            update_ms=update_ms,
             **notes[v],
         )
 
@@ -412,20 +392,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, default=540, help="start nothing after so long")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--inner", type=int, default=10)
-    p.add_argument("--fresh", action="store_true", help="forget the rows in --json")
-    p.add_argument("--json", type=Path, help="(default: beside --out)")
+    p.add_argument("--fresh", action="store_true", help="forget the rows in --jsonl")
+    p.add_argument("--jsonl", type=Path, help="results, one line a row (default: beside --out)")
     p.add_argument("--out", type=Path, default=ROOT / "docs/results/gpu.md")
     a = p.parse_args(argv)
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         print(
             "no CUDA device is available: run this on a machine with one\n"
-            "  without one: python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md"
+            "  without one: python -m tools.gpu_check --device cpu --smoke --out runs/smoke.md"
         )
         return 2
     if a.device == "cpu" and not a.smoke:
         p.error("on a CPU only --smoke makes sense")
     a.backend = "eager" if a.smoke else "inductor"
-    a.json = a.json or a.out.with_suffix(".json")
+    a.jsonl = a.jsonl or a.out.with_suffix(".jsonl")
     warnings.simplefilter("ignore")
     run = Run(a)
     print(machine(run.device), flush=True)

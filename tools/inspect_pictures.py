@@ -1,6 +1,6 @@
 """Makes docs/img/*.png: what grapefx-inspect shows, in headless Chromium and by graphviz.
 
-python tools/inspect_pictures.py [--only NAME]
+python -m tools.inspect_pictures [--only NAME]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from grapefx.report.cli import main as inspect_main
+from tools import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "img"
 MODEL = f"{ROOT / 'tools' / 'inspect_models.py'}:mlp"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

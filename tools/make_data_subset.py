@@ -1,6 +1,6 @@
 """Cut the small data files in ``examples/data`` from the full data sets.
 
-    python tools/make_data_subset.py DATA_DIR [--out examples/data]
+    python -m tools.make_data_subset DATA_DIR [--out examples/data]
 
 ``DATA_DIR`` holds ``MNIST/raw`` (torchvision's layout) and ``tinyshakespeare/input.txt``. The
 result is the same, byte for byte, on every run with the same numpy and zlib.
@@ -8,15 +8,13 @@ result is the same, byte for byte, on every run with the same numpy and zlib.
 
 import argparse
 import gzip
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from load_data import load_images, load_text  # noqa: E402
+from tools import ROOT
+from tools.common.data import load_images, load_text
 
 
 def first_per_class(labels: np.ndarray, per_class: int) -> np.ndarray:

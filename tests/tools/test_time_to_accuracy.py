@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import time_to_accuracy
-from time_to_accuracy import Runner, main, table
+from tools.bench import time_to_accuracy
+from tools.bench.time_to_accuracy import Runner, main, table
 
 
 def test_a_short_race(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

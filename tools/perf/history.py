@@ -1,6 +1,6 @@
 """Plot the recorded figures over the commits that changed them.
 
-    python tools/perf/history.py --out perf.png [--figure flops kernels]
+    python -m tools.perf.history --out perf.png [--figure flops kernels]
 
 Each commit that touched ``tools/perf/expected`` is one point; a figure is summed over all models
 and methods, relative to its first point.
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import matplotlib
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools import ROOT
+
 FOLDER = "tools/perf/expected"
 FIGURES = (
     "flops", "critical_path_flops", "saved_bytes", "peak_bytes", "kernels", "bytes_moved",
