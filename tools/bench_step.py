@@ -21,20 +21,22 @@ as well.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from grapefx.analysis.device import DeviceModel
 from tools.bench.measure import peaks, run_model
 from tools.bench.models import MODELS, VARIANTS
-from tools.common import results
+from tools.common import cli, results
 from tools.common.machine import machine
 from tools.common.results import Row
 from tools.common.table import Table, fixed
@@ -42,7 +44,19 @@ from tools.common.table import Table, fixed
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
 SWEEP = ("dfa", "grape")
-# (networks, batch sizes, rounds, variants, whether moved bytes and calibration steps count too)
+
+
+class Case(NamedTuple):
+    """A network at one batch size; ``whole``: moved bytes and calibration steps count too."""
+
+    model: str
+    batch: int
+    rounds: int
+    variants: Sequence[str]
+    whole: bool
+
+
+# networks, batch sizes, rounds, variants, whether the cases are whole
 FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] = (
     (("mlp8x1024",), (128,), 40, tuple(VARIANTS), True),
     (("mlp3x1024", "cnn", "lenet", "fdfa_cnn"), (128,), 40, ("bp", *SHORT), True),
@@ -178,11 +192,9 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line, checked."""
+    p = cli.parser("tools.bench_step", __doc__)
     p.add_argument(
         "--models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS])
     )
@@ -210,18 +222,23 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--page", type=Path, help="write all rows here as a markdown page")
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
     a = p.parse_args(argv)
-    warnings.simplefilter("ignore")
     if a.full and (a.models or a.variants or a.batch or a.rounds):
         p.error("--full has networks, variants, batch sizes and rounds of its own")
     if a.go_on and (a.show or not a.jsonl):
         p.error("--go-on goes on with a file that it measures for: --jsonl FILE, no --show")
+    return p, a
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is missing, a network and batch size after the other."""
+    p, a = parse_args(argv)
+    warnings.simplefilter("ignore")
     if a.show:
         write(a, read(p, "--show", a.show))
         return 0
     command = command_of(sys.argv[1:] if argv is None else argv)
     if a.cpu_time:
         torch.set_num_threads(1)
-    clock = time.process_time if a.cpu_time else time.perf_counter
     here = peaks()
     setting = f"{machine()}, {'processor' if a.cpu_time else 'wall'} time"
     where = (
@@ -229,14 +246,6 @@ def main(argv: list[str] | None = None) -> int:
         f"memory {here.bandwidth / 1e9:.0f} GB/s"
     )
     print(where, flush=True)
-    one = (
-        a.models or QUICK,
-        a.batch or (128,),
-        a.rounds or 30,
-        a.variants or (tuple(VARIANTS) if a.models else SHORT),
-        bool(a.models),
-    )
-    plan = FULL if a.full else (one,)
     run = Run([], where, command, 0.0)
     if a.go_on and a.jsonl.exists():
         run = read(p, "--jsonl", a.jsonl)
@@ -246,38 +255,51 @@ def main(argv: list[str] | None = None) -> int:
             p.error(f"--go-on: {a.jsonl} was measured with {run.machine}; here: {setting}")
     elif a.jsonl:
         a.jsonl.unlink(missing_ok=True)
-    done = {(r["model"], r["batch"]) for r in run.rows}
-    order = {c: i for i, c in enumerate((n, b) for ms, bs, *_ in plan for n in ms for b in bs)}
-    for models, batches, rounds, variants, whole in plan:
-        for name in models:
-            for batch in batches:
-                if (name, batch) in done:
-                    continue
-                begin = time.perf_counter()
-                found = run_model(
-                    name,
-                    variants,
-                    batch,
-                    rounds,
-                    clock=clock,
-                    memory=not a.no_memory,
-                    count_bytes=whole and not a.no_bytes,
-                    calibrate=whole,
-                    compile_time=a.compile_time,
-                )
-                for row in found:
-                    row["roofline_ms"] = roofline(row, here)
-                minutes = (time.perf_counter() - begin) / 60
-                run.rows.extend(found)
-                run.minutes += minutes
-                print(table(found))
-                print(f"{run.minutes:.1f} min so far", flush=True)
-                if a.jsonl:
-                    line = {"place": order[name, batch], "rows": found, "machine": run.machine}
-                    results.append(a.jsonl, line | {"command": command, "minutes": minutes})
-    run.rows.sort(key=lambda r: order[r["model"], r["batch"]])
+    measure(a, run, here)
     write(a, run)
     return 0
+
+
+def cases(a: argparse.Namespace) -> Iterator[Case]:
+    """What the command line asks for."""
+    for models, batches, rounds, variants, whole in FULL if a.full else ():
+        for model, batch in itertools.product(models, batches):
+            yield Case(model, batch, rounds, variants, whole)
+    if not a.full:
+        variants = a.variants or (tuple(VARIANTS) if a.models else SHORT)
+        for model, batch in itertools.product(a.models or QUICK, a.batch or (128,)):
+            yield Case(model, batch, a.rounds or 30, variants, bool(a.models))
+
+
+def measure(a: argparse.Namespace, run: Run, here: DeviceModel) -> None:
+    """Add the cases that a run lacks, and put all in their order."""
+    done = {(r["model"], r["batch"]) for r in run.rows}
+    places = {(c.model, c.batch): i for i, c in enumerate(cases(a))}
+    for case in cases(a):
+        if (case.model, case.batch) in done:
+            continue
+        begin = time.perf_counter()
+        found = run_model(
+            case.model,
+            case.variants,
+            case.batch,
+            case.rounds,
+            clock=time.process_time if a.cpu_time else time.perf_counter,
+            memory=not a.no_memory,
+            count_bytes=case.whole and not a.no_bytes,
+            calibrate=case.whole,
+            compile_time=a.compile_time,
+        )
+        for row in found:
+            row["roofline_ms"] = roofline(row, here)
+        minutes = (time.perf_counter() - begin) / 60
+        run.rows.extend(found)
+        run.minutes += minutes
+        print(f"{table(found)}\n{run.minutes:.1f} min so far", flush=True)
+        if a.jsonl:
+            line = {"place": places[case.model, case.batch], "rows": found, "minutes": minutes}
+            results.append(a.jsonl, line | {"machine": run.machine, "command": run.command})
+    run.rows.sort(key=lambda r: places[r["model"], r["batch"]])
 
 
 def read(p: argparse.ArgumentParser, option: str, path: Path) -> Run:

@@ -13,11 +13,11 @@ do it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from grapefx.runtime.parallel import FORMS
 from grapefx.runtime.program import CompiledStep, compile_step, sizes_of
 from grapefx.torch_compat import concrete
 from tools import ROOT
-from tools.bench.models import MODELS, VARIANTS
-from tools.common import networks, process
+from tools.bench.models import MODELS, SMALL, VARIANTS, Benchmark
+from tools.common import cli, networks, process
 from tools.common.table import Table
 from tools.gpu import cuda_standin
 from tools.gpu.cuda_standin import Launches, OnCpu, Unfit, on_cuda
@@ -42,19 +42,15 @@ from tools.gpu.parity import difference
 
 BATCH = 4
 TOLERANCE = 2e-5  # float32; sums in another order
-Made = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
-# what builds the network, a sample's shape (of tokens: their number), options
-NETWORKS: dict[str, Made] = {
-    "mlp": (lambda: networks.mlp((1, 4, 4), 10, 4, 16, "tanh", False), (1, 4, 4), {}),
-    "cnn": (
-        lambda: networks.lenet((1, 28, 28), 10, [2, 3], [8, 8], "relu", False), (1, 28, 28), {}
+NETWORKS = {
+    "mlp": Benchmark(lambda: networks.mlp((1, 4, 4), 10, 4, 16, "tanh", False), (1, 4, 4)),
+    "cnn": Benchmark(lambda: networks.lenet(SMALL, 10, [2, 3], [8, 8], "relu", False), SMALL),
+    "resnet": Benchmark(lambda: networks.resnet((3, 8, 8), 10, 8, True), (3, 8, 8)),
+    "layers": Benchmark(
+        lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), "tokens", (), 11
     ),
-    "resnet": (lambda: networks.resnet((3, 8, 8), 10, 8, True), (3, 8, 8), {}),
-    "layers": (lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), {}),
-    "blocks": (
-        lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), {"granularity": "block"}
-    ),
-}  # fmt: skip
+}
+NETWORKS["blocks"] = replace(NETWORKS["layers"], options=(("granularity", "block"),))
 METHODS = ("grape", "dfa", "fdfa")
 DEPTHS = (2, 4, 8, 16)
 COUNTED = ("bp", "dfa", "grape 1/8")
@@ -111,11 +107,10 @@ def check(names: Sequence[str], methods: Sequence[str]) -> list[dict[str, Any]]:
     """Each form of each kind of step against the uncompiled graphs; one row a comparison."""
     plans: dict[tuple[str, str], Plan] = {}
     for name in names:
-        build, shape, options = NETWORKS[name]
+        network = NETWORKS[name]
         for method in methods:
-            tokens = len(shape) == 1
-            x = torch.randint(0, 11, (BATCH, *shape)) if tokens else torch.randn(BATCH, *shape)
-            plans[name, method] = plan_of(build(), x, {"method": method, **options})
+            options = {"method": method, **dict(network.options)}
+            plans[name, method] = plan_of(network.build(), network.example(BATCH)[0], options)
     cuda_standin.install()
     rows = []
     for (name, method), plan in plans.items():
@@ -198,9 +193,7 @@ def page(found: dict[tuple[str, str], list[tuple[int, int]]], depths: Sequence[i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.parser("tools.cuda_lowering", __doc__)
     p.add_argument("--check", action="store_true", help="values, not launches")
     p.add_argument("--nets", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     p.add_argument("--methods", nargs="+", default=list(METHODS))

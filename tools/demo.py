@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import grapefx
 from tools import ROOT
-from tools.common import results
+from tools.common import cli, results
 from tools.common.data import DATASETS, DataError, ImageData, load_images
 from tools.common.machine import machine
 from tools.common.networks import initialise, mlp
@@ -327,7 +327,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("tools.demo", __doc__)
     parser.add_argument("--quick", action="store_true", help="one epoch, 1,000 images, tiny nets")
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument(
@@ -415,4 +415,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,8 +9,7 @@ The numbers behind each picture are printed. Bars are two standard errors.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +23,7 @@ from tests.theory import closed_forms as theory
 from tests.theory import measure
 from tests.theory.measure import BATCHES, NS, Mean
 from tools import ROOT
+from tools.common import cli
 
 COLOURS = ("#2f6690", "#c8553d", "#3a7d44", "#7d5ba6")
 MARKS = ("o", "s", "^", "D")
@@ -239,12 +239,12 @@ FIGURES: dict[str, Callable[[Axes], None]] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Draw all, or one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = cli.parser("tools.figures", __doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
     parser.add_argument("--only", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9})
     for name, draw in FIGURES.items():
@@ -255,7 +255,8 @@ def main() -> None:
             draw(ax)
             figure.savefig(path, dpi=110, metadata={"Software": None})
             plt.close(figure)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 import grapefx
 from tools import ROOT
-from tools.bench.models import COLOUR, MODELS, SMALL, VARIANTS, Step
-from tools.common import networks, results
+from tools.bench.models import COLOUR, MODELS, SMALL, VARIANTS, Benchmark, Step
+from tools.common import cli, networks, results
 from tools.common.machine import machine
 from tools.common.process import error_text
 from tools.common.results import Row
@@ -55,6 +55,17 @@ SMOKE_PARITY = (
     ("mlp", "grape", "streams", torch.float64),
     ("mlp", "dfa", "horizontal", torch.float64),
 )
+
+
+def small_transformer() -> nn.Module:
+    """Of three blocks, on windows of six tokens."""
+    return networks.Transformer(11, 6, 16, 2, 3, 24, 0.0)
+
+
+SMOKE = {
+    "tokens": Benchmark(small_transformer, (6,), "tokens", (("granularity", "layer"),), 11),
+    "mlp": Benchmark(lambda: networks.mlp(SMALL, 10, 4, 16, "relu", False), SMALL),
+}
 
 
 @dataclass(frozen=True)
@@ -95,24 +106,9 @@ def cases(smoke: bool) -> list[Case]:
     return found
 
 
-def network(name: str) -> tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], dict[str, Any]]:
-    """A model, what makes a batch, and options of grapefx."""
-    if name == "tokens":
-        model = networks.Transformer(11, 6, 8, 2, 2, 12, 0.0)
-
-        def tokens(batch: int) -> tuple[Tensor, Tensor]:
-            t = torch.randint(0, 11, (batch, 7))
-            return t[:, :-1].contiguous(), t[:, 1:].contiguous()
-
-        return model, tokens, {"granularity": "layer"}
-    if name == "mlp":
-        return (
-            networks.mlp(SMALL, 10, 4, 16, "relu", False),
-            lambda b: (torch.randn(b, *SMALL), torch.randint(0, 10, (b,))),
-            {},
-        )
-    benchmark = MODELS[name]
-    return benchmark.build(), benchmark.example, dict(benchmark.options)
+def network(name: str) -> Benchmark:
+    """A network that ``cases`` names."""
+    return SMOKE.get(name) or MODELS[name]
 
 
 # the run
@@ -160,29 +156,21 @@ class Run:
 # parity
 
 
-Made = tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]
+# small models of each sort
+PARITY_MODELS = {
+    "mlp": Benchmark(lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False), SMALL),
+    "micro": Benchmark(small_transformer, (6,), "tokens", (), 11),
+    "macro": Benchmark(small_transformer, (6,), "tokens", (("granularity", "block"),), 11),
+    "resnet": Benchmark(lambda: networks.resnet(COLOUR, 10, 20, True), COLOUR),
+}
 
 
-def parity_models() -> dict[str, Made]:
-    """Small models of each sort, an input, options."""
-
-    def tokens() -> Tensor:
-        return torch.randint(0, 11, (4, 6))
-
-    return {
-        "mlp": (
-            lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False),
-            lambda: torch.randn(6, *SMALL),
-            {},
-        ),
-        "micro": (lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {}),
-        "macro": (
-            lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {"granularity": "block"}
-        ),
-        "resnet": (
-            lambda: networks.resnet(COLOUR, 10, 20, True), lambda: torch.randn(4, *COLOUR), {}
-        ),
-    }  # fmt: skip
+def drawn(run: Run, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, an input and targets, always the same."""
+    torch.manual_seed(0)
+    model = PARITY_MODELS[name].build().to(run.device, dtype)
+    x, y = (t.to(run.device) for t in PARITY_MODELS[name].example(4))
+    return model, x.to(dtype) if x.is_floating_point() else x, y
 
 
 def gradients(net: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> list[Tensor]:
@@ -197,49 +185,33 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> list[Tens
 
 def parity(run: Run) -> Iterator[tuple[str, Callable[[], float], float]]:
     """(what is compared, the comparison, its tolerance)."""
-    smoke = run.a.smoke
-    for name, (build, example, options) in parity_models().items():
-
-        def made(
-            dtype: torch.dtype,
-            build: Callable[[], nn.Module] = build,
-            example: Callable[[], Tensor] = example,
-        ) -> tuple[nn.Module, Tensor, Tensor]:
-            torch.manual_seed(0)
-            model = build().to(run.device, dtype)
-            x = example().to(run.device)
-            x = x.to(dtype) if x.is_floating_point() else x
-            y = torch.randint(0, 10, x.shape if x.ndim == 2 else x.shape[:1], device=run.device)
-            return model, x, y
-
-        def exact(made: Any = made, options: Any = options) -> float:
-            model, x, y = made(torch.float64)
-            twin = copy.deepcopy(model)
-            net = grapefx.compile(model, method="bp", backend=run.a.backend)
-            return difference(gradients(net, x, y), gradients(twin, x, y))
-
-        def same(
-            method: str, form: str, dtype: torch.dtype, made: Any = made, options: Any = options
-        ) -> float:
-            return forms_agree(run, made(dtype), method, form, options)
-
-        if not smoke:
-            yield f"bp = eager, {name}", exact, 1e-8
-        for model, method, form, dtype in SMOKE_PARITY if smoke else PARITY:
+    cases = SMOKE_PARITY if run.a.smoke else PARITY
+    for name in PARITY_MODELS:
+        if not run.a.smoke:
+            yield f"bp = eager, {name}", functools.partial(bp_is_exact, run, name), 1e-8
+        for model, method, form, dtype in cases:
             if model == name:
                 bits = str(dtype).removeprefix("torch.float")
                 yield (
                     f"{method}, {form} = graph by graph, {name}, float{bits}",
-                    functools.partial(same, method, form, dtype),
+                    functools.partial(forms_agree, run, name, method, form, dtype),
                     1e-8 if dtype == torch.float64 else 1e-2,
                 )
 
 
-def forms_agree(run: Run, made: Any, method: str, form: str, options: dict[str, Any]) -> float:
-    """Six steps (CUDA graphs are captured in the third), then sums and two calls in flight."""
-    model, x, y = made
+def bp_is_exact(run: Run, name: str) -> float:
+    """The step with exact gradients against eager PyTorch."""
+    model, x, y = drawn(run, name, torch.float64)
     twin = copy.deepcopy(model)
-    common = {"method": method, "calib_every": None, **options}
+    net = grapefx.compile(model, method="bp", backend=run.a.backend)
+    return difference(gradients(net, x, y), gradients(twin, x, y))
+
+
+def forms_agree(run: Run, name: str, method: str, form: str, dtype: torch.dtype) -> float:
+    """Six steps (CUDA graphs are captured in the third), then sums and two calls in flight."""
+    model, x, y = drawn(run, name, dtype)
+    twin = copy.deepcopy(model)
+    common = {"method": method, "calib_every": None, **dict(PARITY_MODELS[name].options)}
     net = grapefx.compile(model, backend=run.a.backend, parallel=form, **common)
     plain = grapefx.compile(twin, backend="eager", parallel="off", **common)
     worst = 0.0
@@ -283,10 +255,10 @@ class Trained(Step):
 def build(run: Run, case: Case, variant: str) -> Trained:
     """One variant of one network."""
     torch.manual_seed(0)
-    model, example, options = network(case.network)
-    model.to(run.device)
+    found = network(case.network)
+    model = found.build().to(run.device)
     torch.manual_seed(1)
-    x, y = (t.to(run.device) for t in example(case.batch))
+    x, y = (t.to(run.device) for t in found.example(case.batch))
     graphs = variant == "compiled + CUDA graphs" and run.device.type == "cuda"
     if variant in PLAIN:
         net: Any = model
@@ -296,9 +268,8 @@ def build(run: Run, case: Case, variant: str) -> Trained:
             net = torch.compile(model, mode="reduce-overhead" if graphs else "default")
         return Trained(net, x, y, graphs)
     method, form = variant.split(", ")
-    net = grapefx.compile(
-        model, **VARIANTS[method][0], parallel=form, backend=run.a.backend, **options
-    )
+    options = VARIANTS[method][0] | dict(found.options)
+    net = grapefx.compile(model, parallel=form, backend=run.a.backend, **options)
     return Trained(net, x, y, False)
 
 
@@ -382,9 +353,7 @@ def timed(run: Run, step: Trained, inner: int) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.parser("tools.gpu_check", __doc__)
     names = ("parity", *dict.fromkeys(c.section for c in cases(False)))
     p.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu (with --smoke)")
     p.add_argument("--smoke", action="store_true", help="tiny networks, graphs run uncompiled")

@@ -10,7 +10,6 @@ JSON line an operator is written as soon as it is known: a killed run goes on wh
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 import time
@@ -23,7 +22,7 @@ import torch
 
 from grapefx.passes.differentiate.rules import rules_table
 from tools import ROOT
-from tools.common import process, results
+from tools.common import cli, process, results
 from tools.common.results import Row
 from tools.common.table import Table
 
@@ -35,7 +34,7 @@ ORDER = ("rule", "pointwise", "derived")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the table."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.op_rules", __doc__)
     p.add_argument("--only", nargs="+", metavar="NAME", help="these operators only")
     p.add_argument("--again", action="store_true", help="run what has a result once more")
     p.add_argument("--timeout", type=float, default=120, help="seconds an operator may take")
@@ -193,4 +192,4 @@ def _cells(r: Row) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tools import gpu_check
+from tools.bench.models import SMALL, Benchmark
 from tools.common import results
 from tools.gpu.page import best, page, verdicts
 from tools.gpu_check import Case
@@ -94,8 +95,7 @@ def test_a_step_that_breaks_later_is_a_row_too(
             super().__init__()
             self.w = nn.Parameter(torch.ones(10))
 
-    example = gpu_check.network("mlp")[1]
-    monkeypatch.setattr(gpu_check, "network", lambda _: (Breaks(), example, {}))
+    monkeypatch.setitem(gpu_check.SMOKE, "mlp", Benchmark(Breaks, SMALL))
     monkeypatch.setattr(gpu_check, "cases", lambda _: [Case("mlp", "mlp", 4, ("eager",))])
     out = tmp_path / "gpu.md"
     assert gpu_check.main([*SMOKE, "--out", str(out)]) == 1

@@ -24,6 +24,7 @@ from grapefx.choices import resolve
 from grapefx.plan import build_plan
 from tools import ROOT
 from tools.bench.models import PLAIN, VARIANTS, benchmark, make
+from tools.common import cli
 from tools.common.results import Row
 from tools.common.table import Table, fixed
 from tools.common.timing import seconds
@@ -35,7 +36,7 @@ TABLE = Table(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.bench.compile_time", __doc__)
     p.add_argument("--model", default="resnet50", help="of tools.bench.models, or of torchvision")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--depths", type=int, nargs="+", help="MLPs of these depths, 64 wide, instead")

@@ -8,7 +8,6 @@ call overhead, a step that contains the optimizer can only win what a compiled o
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import grapefx
 from tools.bench.models import MODELS
+from tools.common import cli
 from tools.common.table import Table
 from tools.common.timing import interleaved, median_ms
 
@@ -51,7 +51,7 @@ def timed(net: Any, step: Callable[[], object], x: Tensor, y: Tensor) -> tuple[f
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table, two lines as soon as they are known."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.bench.optimizer_share", __doc__)
     p.add_argument(
         "models", nargs="*", choices=list(MODELS), default="mlp8x1024", metavar="MODEL",
         help=f"default: mlp8x1024; of {', '.join(MODELS)}",

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tools.common import cli
 from tools.common.table import Table
 from tools.common.timing import interleaved, median_ms, ratios, seconds
 
@@ -74,12 +75,10 @@ def network(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a markdown table."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.bench.projections", __doc__)
     p.add_argument("--networks", nargs="+", type=network, default=[(2, 1024), (8, 1024), (31, 256)])
-    p.add_argument("--rounds", type=int, default=100)
+    p.add_argument("--rounds", type=cli.count(), default=100)
     a = p.parse_args(argv)
-    if a.rounds < 1:
-        p.error("--rounds: 1 or more")
     print(TABLE.head())
     for layers, width in a.networks:
         with torch.no_grad():

@@ -8,7 +8,6 @@ is the time that a compiled graph spends outside library calls.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import functools
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tools.bench.measure import period
 from tools.bench.models import MODELS, PEERS, PLAIN, VARIANTS, Step, make
+from tools.common import cli
 from tools.common.table import Table
 from tools.common.timing import interleaved
 
@@ -64,15 +64,13 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a markdown table."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.bench.step_profile", __doc__)
     p.add_argument("models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS]))
     every = [*PLAIN, *PEERS, *VARIANTS]
     p.add_argument("--variants", nargs="+", choices=every, default=["compiled", "dfa", "grape"])
-    p.add_argument("--batch", type=int, default=128)
-    p.add_argument("--rounds", type=int, default=10)
+    p.add_argument("--batch", type=cli.count(), default=128)
+    p.add_argument("--rounds", type=cli.count(), default=10)
     a = p.parse_args(argv)
-    if a.batch < 1 or a.rounds < 1:
-        p.error("--batch and --rounds: 1 or more")
     table = Table("network", "variant", *(f"{k}:" for k in KINDS), "all, ms:")
     print(table.head())
     for model in a.models:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import grapefx
 from tools.bench.models import MODELS
+from tools.common import cli
 from tools.common.data import DataError, ImageData, load_images
 from tools.common.table import Table
 from tools.common.timing import interleaved, seconds
@@ -119,22 +120,18 @@ def table(runners: dict[str, Runner], parts: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.parser("tools.bench.time_to_accuracy", __doc__)
     images = sorted(n for n, m in MODELS.items() if m.kind == "image" and m.shape[0] == 1)
     p.add_argument("--model", default="mlp8x1024", choices=images)
     p.add_argument("--data-dir", help="folder with MNIST; default: the bundled subset")
-    p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--epochs", type=cli.count(), default=10)
+    p.add_argument("--batch", type=cli.count(), default=128)
     p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--test", type=int, default=2000, help="test images of an evaluation")
-    p.add_argument("--turn", type=int, default=10, help="steps between evaluations")
+    p.add_argument("--test", type=cli.count(), default=2000, help="test images of an evaluation")
+    p.add_argument("--turn", type=cli.count(), default=10, help="steps between evaluations")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--parts", type=float, nargs="+", default=[0.95, 0.99])
     a = p.parse_args(argv)
-    if min(a.epochs, a.batch, a.test, a.turn) < 1:
-        p.error("--epochs, --batch, --test and --turn are at least 1")
     warnings.simplefilter("ignore")
     torch.set_flush_denormal(True)
     try:

@@ -10,7 +10,6 @@ nothing would be saved (cuts, zero tangents) are not switched off.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import warnings
@@ -24,6 +23,7 @@ import torch
 from tools.bench import models
 from tools.bench.measure import peak_memory, period
 from tools.bench.models import MODELS, VARIANTS, Step, make
+from tools.common import cli
 from tools.common.table import Table
 from tools.common.timing import interleaved, median_ms, ratios, seconds
 
@@ -116,14 +116,12 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table, a line as soon as it is known."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.bench.what_pays", __doc__)
     p.add_argument("--only", nargs="+", choices=list(FEATURES))
     p.add_argument("--models", nargs="+", choices=list(MODELS), metavar="MODEL")
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS))
-    p.add_argument("--rounds", type=int, default=20)
+    p.add_argument("--rounds", type=cli.count(2, "quartiles need "), default=20)
     a = p.parse_args(argv)
-    if a.rounds < 2:
-        p.error("--rounds: quartiles need 2 or more")
     warnings.simplefilter("ignore")
     print(TABLE.head())
     for name in a.only or FEATURES:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from tools import ROOT
-from tools.common import process, results
+from tools.common import cli, process, results
 from tools.common.results import Row
 from tools.coverage.page import document, line, summary
 from tools.coverage.stages import Mismatch, Stages, examine, examine_compiled
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[tuple[str, str], Row]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.coverage", __doc__)
     p.add_argument("--zoo", choices=sorted(ZOOS), help="which models to run")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these models of the zoo only")
     p.add_argument("--again", action="store_true", help="run models with a result once more")
@@ -171,4 +171,4 @@ def reason(stage: str, error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

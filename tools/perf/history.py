@@ -8,7 +8,6 @@ and methods, relative to its first point.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import matplotlib
 
 from tools import ROOT
+from tools.common import cli
 
 FOLDER = "tools/perf/expected"
 FIGURES = (
@@ -47,7 +47,7 @@ def history(root: Path) -> list[tuple[str, dict[str, int]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("tools.perf.history", __doc__)
     parser.add_argument("--out", type=Path, default=Path("perf.png"))
     parser.add_argument("--figure", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--root", type=Path, default=ROOT)

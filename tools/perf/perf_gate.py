@@ -11,7 +11,6 @@ recorded the figures are printed and nothing is compared. Exit codes: 0, 1 (chan
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from tools.bench.measure import paired
+from tools.common import cli
 from tools.common.table import Table
 from tools.perf.perf_measure import MODELS, Figures, measure
 
@@ -113,9 +113,7 @@ def markdown(changes: Sequence[Change]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("tools.perf.perf_gate", __doc__)
     parser.add_argument("--accept", action="store_true", help="record the present figures")
     parser.add_argument("--wall", action="store_true", help="time steps too (report only)")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))

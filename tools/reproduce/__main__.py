@@ -25,7 +25,7 @@ import torch
 import grapefx
 from grapefx.errors import BudgetError, MethodError, PlacementError, TangentError, nearest
 from tools import ROOT
-from tools.common import results
+from tools.common import cli, results
 from tools.common.data import DataError
 from tools.common.machine import machine
 from tools.reproduce.cells import Folder, RunError, read_cells
@@ -140,7 +140,7 @@ def _clock(seconds: float) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("tools.reproduce", __doc__)
     parser.add_argument("config", type=Path, help="a config of tools/reproduce")
     parser.add_argument("--data-dir", help="folder of the full data sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -198,4 +198,4 @@ def _shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

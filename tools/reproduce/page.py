@@ -26,8 +26,13 @@ class Ours(NamedTuple):
         return f"{_value(self.mean, self.sd)} (n = {self.seeds})"
 
 
-def _ours(cells: list[Cell], metric: str) -> Ours | None:
-    """The result of cells of one row; without ``seed``, a line that was taken off an older page."""
+def _ours(cells: list[Cell], metric: str) -> Ours | str | None:
+    """The result of a row's cells, why there can be none, or None where nothing was run.
+
+    A line without ``seed`` was taken off an older page, and holds its mean and deviation.
+    """
+    if undefined := [c["undefined"] for c in cells if "undefined" in c]:
+        return str(undefined[0])
     by_seed = {c["seed"]: c for c in cells}
     older = by_seed.pop(None, None)
     if not by_seed:
@@ -66,15 +71,14 @@ def _compared(config: Config, cells: dict[str, list[Cell]], other: str) -> list[
     rows: list[tuple[object, ...]] = []
     for row in config.rows.values():
         start = row.name, "not published" if row.published is None else _value(*row.published)
-        undefined = [c["undefined"] for c in cells[row.name] if "undefined" in c]
-        ours = None if undefined else _ours(cells[row.name], config.setting["metric"])
-        if undefined:
-            rows.append((*start, f"not defined here: {undefined[0]}"))
-        elif ours is None:
-            rows.append((*start, "not run", "", "", "", "", row.note))
-        else:
+        ours = _ours(cells[row.name], config.setting["metric"])
+        if isinstance(ours, Ours):
             end = fixed(ours.other, 2), fixed(ours.seconds_epoch, 1), row.note
             rows.append((*start, ours, *_verdict(row, ours.mean), *end))
+        elif ours:
+            rows.append((*start, f"not defined here: {ours}"))
+        else:
+            rows.append((*start, "not run", "", "", "", "", row.note))
     return [table.markdown(rows)]
 
 
@@ -82,18 +86,15 @@ def _own(config: Config, cells: dict[str, list[Cell]], other: str) -> list[str]:
     """The table of a config with nothing published: what was run, with its options."""
     table = Table("row", "method, options", "accuracy:", f"{other}:", "s/epoch:", "remark")
     rows: list[tuple[object, ...]] = []
-    missing = 0
     for row in config.rows.values():
         how = " ".join([f"`{row.method}`", *(f"{k}={v!r}" for k, v in row.options.items())])
-        undefined = [c["undefined"] for c in cells[row.name] if "undefined" in c]
-        ours = None if undefined else _ours(cells[row.name], config.setting["metric"])
-        if undefined:
-            rows.append((row.name, how, "not defined", "", "", undefined[0]))
-        elif ours is None:
-            missing += 1
-        else:
+        ours = _ours(cells[row.name], config.setting["metric"])
+        if isinstance(ours, Ours):
             end = fixed(ours.other, 2), fixed(ours.seconds_epoch, 1), row.note
             rows.append((row.name, how, ours, *end))
+        elif ours:
+            rows.append((row.name, how, "not defined", "", "", ours))
+    missing = len(config.rows) - len(rows)
     rest = f"\nRows of the config that have not been run: {missing}."
     return [table.markdown(rows), *([rest] if missing else [])]
 
