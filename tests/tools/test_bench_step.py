@@ -113,7 +113,11 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     measured: list[str] = []
     fails = {"lenet"}
-    with mock.patch.object(bench_step, "run_model", measure):
+    here = DeviceModel("", {"float32": 1e9}, {"float32": 1e9}, 1e9, 0.0)
+    with (
+        mock.patch.object(bench_step, "run_model", measure),
+        mock.patch.object(bench_step, "peaks", lambda: here),
+    ):
         with pytest.raises(KeyboardInterrupt):
             bench_step.main(argv)
         fails.clear()

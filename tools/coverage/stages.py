@@ -31,6 +31,13 @@ OPTIONS: dict[str, Any] = {"backend": "eager", "calib_every": None, "feedback_bu
 MAP_LIMIT = 0.5 * 2**30
 RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p", "attn_drop", "layerdrop")
 
+# what is compiled: method and options
+COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bp": ("bp", {}),
+    "grape": ("grape", {}),
+    "grape on half": ("grape", {"tangent_fraction": 0.5}),
+}
+
 Stages = Iterator[tuple[str, Row]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Outcome = tuple[Tensor, dict[str, Tensor | None]]  # a step's loss and gradients
@@ -79,11 +86,10 @@ def examine_compiled(sample: Sample, depth: int) -> Stages:
     if plan.captured.batch is not None:
         calls.append(_fewer(sample, plan))
     options = OPTIONS | {"granularity": plan.options.granularity}
-    half = options | {"tangent_fraction": 0.5}
-    cases = {"bp": ("bp", options), "grape": ("grape", options), "grape on half": ("grape", half)}
     seen = _points(plan) | {"sizes": len(calls)}
-    for stage, (method, chosen) in cases.items():
+    for stage, (method, own) in COMPILED.items():
         yield stage, seen
+        chosen = options | own
         ours = grapefx.compile(sample.model, method=method, **(chosen | {"backend": "inductor"}))
         plain: Any = sample.model
         if method != "bp":
