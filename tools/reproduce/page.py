@@ -62,41 +62,29 @@ def _verdict(row: Row, mean: float) -> tuple[str, str]:
     return f"{difference:+.2f}", "pass" if abs(difference) <= allowed else "fail"
 
 
-def _compared(config: Config, cells: dict[str, list[Cell]], other: str) -> list[str]:
-    """The table of a config some of whose rows are published."""
-    table = Table(
-        "row", "published:", "ours:", "difference:", "verdict", f"{other}:", "s/epoch:",
-        "what differs",
-    )  # fmt: skip
-    rows: list[tuple[object, ...]] = []
-    for row in config.rows.values():
-        start = row.name, "not published" if row.published is None else _value(*row.published)
-        ours = _ours(cells[row.name], config.setting["metric"])
-        if isinstance(ours, Ours):
-            end = fixed(ours.other, 2), fixed(ours.seconds_epoch, 1), row.note
-            rows.append((*start, ours, *_verdict(row, ours.mean), *end))
-        elif ours:
-            rows.append((*start, f"not defined here: {ours}"))
-        else:
-            rows.append((*start, "not run", "", "", "", "", row.note))
-    return [table.markdown(rows)]
-
-
-def _own(config: Config, cells: dict[str, list[Cell]], other: str) -> list[str]:
-    """The table of a config with nothing published: what was run, with its options."""
-    table = Table("row", "method, options", "accuracy:", f"{other}:", "s/epoch:", "remark")
+def _table(config: Config, cells: dict[str, list[Cell]], other: str, published: bool) -> str:
+    """Every row beside what is published, or else the rows that were run, with their options."""
     rows: list[tuple[object, ...]] = []
     for row in config.rows.values():
         how = " ".join([f"`{row.method}`", *(f"{k}={v!r}" for k, v in row.options.items())])
+        if published:
+            how = "not published" if row.published is None else _value(*row.published)
         ours = _ours(cells[row.name], config.setting["metric"])
         if isinstance(ours, Ours):
+            verdict = _verdict(row, ours.mean) if published else ()
             end = fixed(ours.other, 2), fixed(ours.seconds_epoch, 1), row.note
-            rows.append((row.name, how, ours, *end))
+            rows.append((row.name, how, ours, *verdict, *end))
         elif ours:
-            rows.append((row.name, how, "not defined", "", "", ours))
+            rows.append((row.name, how, f"not defined here: {ours}"))
+        elif published:
+            rows.append((row.name, how, "not run", "", "", "", "", row.note))
+    columns = ["row", "method, options", "accuracy:", f"{other}:", "s/epoch:", "remark"]
+    if published:
+        columns[1:3] = "published:", "ours:", "difference:", "verdict"
+        columns[-1] = "what differs"
     missing = len(config.rows) - len(rows)
-    rest = f"\nRows of the config that have not been run: {missing}."
-    return [table.markdown(rows), *([rest] if missing else [])]
+    rest = f"\n\nRows of the config that have not been run: {missing}." if missing else ""
+    return Table(*columns).markdown(rows) + rest
 
 
 def _alignment(config: Config, cells: dict[str, list[Cell]]) -> list[str]:
@@ -135,7 +123,7 @@ def render(config: Config, cells: list[dict[str, Any]], command: str) -> str:
         "",
         f"Made by `{command}` (config {config.hash}, {s['epochs']} epochs).",
         "",
-        *(_compared if published else _own)(config, by_row, other),
+        _table(config, by_row, other, published),
     ]
     if config.differs:
         lines += ["", "In every row:" if not published else "Differs from the paper in every row:"]
