@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py $(ARGS)
+	$(BIN)/python -m tools.demo $(ARGS)
 
 test: lint types pytest
 
@@ -44,19 +44,19 @@ test-all: lint types
 	$(PYTEST) --durations=10 $(ARGS)
 
 perf: $(STAMP)
-	$(BIN)/python tools/perf/perf_gate.py $(ARGS)
+	$(BIN)/python -m tools.perf.perf_gate $(ARGS)
 
 # where torch is installed already: no environment is made, nothing is downloaded
 gpu-check:
-	$(PYTHON) tools/gpu_check.py $(ARGS)
+	$(PYTHON) -m tools.gpu_check $(ARGS)
 
 figures: $(STAMP)
-	$(BIN)/python tools/figures.py $(ARGS)
+	$(BIN)/python -m tools.figures $(ARGS)
 
 coverage: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[zoo]'
-	for zoo in other transformers timm torchvision; do $(BIN)/python tools/coverage.py --zoo $$zoo; done
-	$(BIN)/python tools/coverage.py --table
+	for zoo in other transformers timm torchvision; do $(BIN)/python -m tools.coverage --zoo $$zoo; done
+	$(BIN)/python -m tools.coverage --table
 
 fuzz: $(STAMP)
 	GRAPEFX_FUZZ_CASES=2000 $(PYTEST) tests/fuzz

@@ -4,13 +4,16 @@ python examples/train_lm.py --method grape
 """
 
 import argparse
+import gzip
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grapefx
-from load_data import load_text
+
+TEXT = Path(__file__).resolve().parent / "data" / "tinyshakespeare.txt.gz"
 
 
 class Block(nn.Module):
@@ -97,14 +100,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=400, help="characters to sample at the end")
     parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--text", help="text file to learn (default: bundled tiny-shakespeare)")
+    parser.add_argument("--text", type=Path, default=TEXT, help="text file to learn, .gz or not")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    text = load_text(args.text)
+    raw = args.text.read_bytes()
+    text = (gzip.decompress(raw) if args.text.suffix == ".gz" else raw).decode()
     letters = sorted(set(text))
     number = {c: i for i, c in enumerate(letters)}
     codes = torch.tensor([number[c] for c in text])

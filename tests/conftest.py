@@ -9,7 +9,7 @@ import pytest
 # Every operator of torch's own database; random models; scripts that train;
 # planted regressions.
 LONG = ("test_rules_opinfo.py", "test_random_models.py", "test_scripts.py", "test_demo.py",
-        "test_experiments.py", "test_reproduce.py", "test_perf_gate.py")  # fmt: skip
+        "test_reproduce.py", "test_perf_gate.py")  # fmt: skip
 
 # Long tests, and of tests with many cases the long ones whose like stays: a pattern of their ids.
 LONG_CASES = {

@@ -1,10 +1,10 @@
 """The benchmark of record: step time against compiled backpropagation, interleaved.
 
-    python tools/bench_step.py                            # quick: four networks, three variants
-    python tools/bench_step.py --full --json bench.json --page bench.md --plot bench.png
-    python tools/bench_step.py --full --json bench.json --go-on               # what a kill left out
-    python tools/bench_step.py --show bench.json --page bench.md              # of an earlier run
-    python tools/bench_step.py --models mlp8x1024 cnn --batch 8 32 128 512 --rounds 30
+    python -m tools.bench_step                            # quick: four networks, three variants
+    python -m tools.bench_step --full --jsonl bench.jsonl --page bench.md --plot bench.png
+    python -m tools.bench_step --full --jsonl bench.jsonl --go-on              # what a kill left
+    python -m tools.bench_step --show bench.jsonl --page bench.md              # of an earlier run
+    python -m tools.bench_step --models mlp8x1024 cnn --batch 8 32 128 512 --rounds 30
 
 Each round runs one step (gradients cleared, forward, loss, backward) of every variant in shuffled
 order; ``ratio`` is the median of the paired ratios to ``torch.compile``d backpropagation, between
@@ -14,37 +14,49 @@ were free), and ``bytes``, that of the bytes which kernels and library calls rea
 both measured at the start; only a step whose data stays in caches can be faster. ``peak`` counts
 what one step allocates at most, from the allocator's events; ``compile`` is the time to the end of
 the first step (+ of the first calibration step, more) in a new process with an empty kernel cache
-(``tools/bench/compile_time.py``). Where the package ``biotorch`` is installed, its DFA is measured
+(``tools.bench.compile_time``). Where the package ``biotorch`` is installed, its DFA is measured
 as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import itertools
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
-
-from bench_measure import Row, peaks, run_model
-from bench_models import MODELS, VARIANTS
 from grapefx.analysis.device import DeviceModel
-from machine import machine
+from tools.bench.measure import peaks, run_model
+from tools.bench.models import MODELS, VARIANTS
+from tools.common import cli, results
+from tools.common.machine import machine
+from tools.common.results import Row
+from tools.common.table import Table, fixed
 
 QUICK = ("mlp8x1024", "mlp3x1024", "cnn", "lenet")
 SHORT = ("dfa", "grape", "grape 1/8")
 SWEEP = ("dfa", "grape")
-# (networks, batch sizes, rounds, variants, whether moved bytes and calibration steps count too)
+
+
+class Case(NamedTuple):
+    """A network at one batch size; ``whole``: moved bytes and calibration steps count too."""
+
+    model: str
+    batch: int
+    rounds: int
+    variants: Sequence[str]
+    whole: bool
+
+
+# networks, batch sizes, rounds, variants, whether the cases are whole
 FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] = (
     (("mlp8x1024",), (128,), 40, tuple(VARIANTS), True),
     (("mlp3x1024", "cnn", "lenet", "fdfa_cnn"), (128,), 40, ("bp", *SHORT), True),
@@ -63,38 +75,41 @@ FULL: tuple[tuple[Sequence[str], Sequence[int], int, Sequence[str], bool], ...] 
 )
 
 
+# title, key of a row, digits
+FIGURES = (
+    ("ms:", "step_ms", 2),
+    ("forward:", "forward_ms", 2),
+    ("update:", "update_ms", 2),
+    ("calibration:", "calibration_ms", 2),
+    ("ratio:", "ratio", 2),
+    ("quartiles:", "", 2),
+    ("FLOPs:", "floor", 2),
+    ("bytes:", "floor_bytes", 2),
+    ("roofline ms:", "roofline_ms", 2),
+    ("peak MiB:", "peak_mib", 1),
+    ("maps MiB:", "maps_mib", 2),
+)
+
+
 def table(rows: list[Row]) -> str:
-    """A markdown table."""
-
-    def text(value: Any, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    out = [
-        "| network | batch | variant | ms | forward | update | calibration | ratio | quartiles "
-        "| FLOPs | bytes | roofline ms | peak MiB | maps MiB | compile s |",
-        "| --- " * 15 + "|",
-    ]
+    """Every row, as Markdown."""
+    found = []
     for r in rows:
+        figures = [
+            fixed(r.get(key), digits) if key else f"{r['low']:.2f}-{r['high']:.2f}"
+            for _, key, digits in FIGURES
+        ]
         parts = [r.get("compile_s", {}).get(k) for k in ("first", "calibration")]
-        seconds = " + ".join(f"{s:.1f}" for s in parts if s) or "-"
-        out.append(
-            f"| {r['model']} | {r['batch']} | {r['variant']} | {text(r['step_ms'], 2)} | "
-            f"{text(r['forward_ms'], 2)} | {text(r['update_ms'], 2)} | "
-            f"{text(r['calibration_ms'], 2)} | {r['ratio']:.2f} | "
-            f"{r['low']:.2f}-{r['high']:.2f} | {text(r['floor'], 2)} | "
-            f"{text(r.get('floor_bytes'), 2)} | {text(r.get('roofline_ms'), 2)} | "
-            f"{text(r.get('peak_mib'), 1)} | {text(r.get('maps_mib'), 2)} | {seconds} |"
-        )
-    return "\n".join(out)
+        compiling = " + ".join(f"{s:.1f}" for s in parts if s) or "-"
+        found.append((r["model"], r["batch"], r["variant"], *figures, compiling))
+    titles = [title for title, _, _ in FIGURES]
+    return Table("network", "batch:", "variant", *titles, "compile s:").markdown(found)
 
 
 def summary(rows: list[Row]) -> str:
     """One line a network: each variant's ratio and, in brackets, its floors of FLOPs and bytes."""
     names = list(dict.fromkeys(r["variant"] for r in rows if r["variant"] != "compiled"))
-    out = [
-        f"| network | batch | compiled, ms | {' | '.join(names)} |",
-        "| --- | ---: | ---: " + "| ---: " * len(names) + "|",
-    ]
+    out = []
     for case in dict.fromkeys((r["model"], r["batch"]) for r in rows):
         mine = {r["variant"]: r for r in rows if (r["model"], r["batch"]) == case}
         cells = []
@@ -103,9 +118,9 @@ def summary(rows: list[Row]) -> str:
             floors = [row[k] for k in ("floor", "floor_bytes") if row.get(k)] if row else []
             inside = f" ({', '.join(f'{f:.2f}' for f in floors)})" if floors else ""
             cells.append(f"{row['ratio']:.2f}{inside}" if row else "")
-        base = mine["compiled"]["step_ms"]
-        out.append(f"| {case[0]} | {case[1]} | {base:.1f} | {' | '.join(cells)} |")
-    return "\n".join(out)
+        out.append((*case, f"{mine['compiled']['step_ms']:.1f}", *cells))
+    columns = [f"{name}:" for name in names]
+    return Table("network", "batch:", "compiled, ms:", *columns).markdown(out)
 
 
 @dataclass
@@ -136,12 +151,12 @@ def page(run: Run) -> str:
 def command_of(argv: Sequence[str]) -> str:
     """The command for a page: without where its results go."""
     given = list(argv)
-    for option in ("--json", "--page", "--plot"):
+    for option in ("--jsonl", "--page", "--plot"):
         if option in given:
             at = given.index(option)
             del given[at : at + 2]
     given = [word for word in given if word != "--go-on"]
-    return shlex.join(["python", "tools/bench_step.py", *given])
+    return shlex.join(["python", "-m", "tools.bench_step", *given])
 
 
 def roofline(row: Row, device: DeviceModel) -> float | None:
@@ -177,11 +192,9 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line, checked."""
+    p = cli.parser("tools.bench_step", __doc__)
     p.add_argument(
         "--models", nargs="+", choices=list(MODELS), metavar="MODEL", help=str([*MODELS])
     )
@@ -199,26 +212,33 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     p.add_argument("--no-bytes", action="store_true", help="leave the count of moved bytes out")
     p.add_argument("--compile-time", action="store_true", help="also compile in a new process")
-    p.add_argument("--json", type=Path, help="write rows here, after every network")
+    p.add_argument("--jsonl", type=Path, help="append results here, one line a network and batch")
     p.add_argument(
-        "--go-on", action="store_true", help="keep what --json holds, measure the networks it lacks"
+        "--go-on",
+        action="store_true",
+        help="keep what --jsonl holds, measure the networks it lacks",
     )
     p.add_argument("--show", type=Path, help="measure nothing: the rows of this file")
     p.add_argument("--page", type=Path, help="write all rows here as a markdown page")
     p.add_argument("--plot", type=Path, help="draw the ratios here (matplotlib)")
     a = p.parse_args(argv)
-    warnings.simplefilter("ignore")
     if a.full and (a.models or a.variants or a.batch or a.rounds):
         p.error("--full has networks, variants, batch sizes and rounds of its own")
-    if a.go_on and (a.show or not a.json):
-        p.error("--go-on goes on with a file that it measures for: --json FILE, no --show")
+    if a.go_on and (a.show or not a.jsonl):
+        p.error("--go-on goes on with a file that it measures for: --jsonl FILE, no --show")
+    return p, a
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is missing, a network and batch size after the other."""
+    p, a = parse_args(argv)
+    warnings.simplefilter("ignore")
     if a.show:
         write(a, read(p, "--show", a.show))
         return 0
     command = command_of(sys.argv[1:] if argv is None else argv)
     if a.cpu_time:
         torch.set_num_threads(1)
-    clock = time.process_time if a.cpu_time else time.perf_counter
     here = peaks()
     setting = f"{machine()}, {'processor' if a.cpu_time else 'wall'} time"
     where = (
@@ -226,62 +246,71 @@ def main(argv: list[str] | None = None) -> int:
         f"memory {here.bandwidth / 1e9:.0f} GB/s"
     )
     print(where, flush=True)
-    one = (
-        a.models or QUICK,
-        a.batch or (128,),
-        a.rounds or 30,
-        a.variants or (tuple(VARIANTS) if a.models else SHORT),
-        bool(a.models),
-    )
-    plan = FULL if a.full else (one,)
     run = Run([], where, command, 0.0)
-    if a.go_on and a.json.exists():
-        run = read(p, "--json", a.json)
+    if a.go_on and a.jsonl.exists():
+        run = read(p, "--jsonl", a.jsonl)
         if run.command != command:
-            p.error(f"--go-on: {a.json} is of another command: {run.command}")
+            p.error(f"--go-on: {a.jsonl} is of another command: {run.command}")
         if not run.machine.startswith(f"{setting}, "):
-            p.error(f"--go-on: {a.json} was measured with {run.machine}; here: {setting}")
-    done = {(r["model"], r["batch"]) for r in run.rows}
-    order = {c: i for i, c in enumerate((n, b) for ms, bs, *_ in plan for n in ms for b in bs)}
-    for models, batches, rounds, variants, whole in plan:
-        for name in models:
-            for batch in batches:
-                if (name, batch) in done:
-                    continue
-                begin = time.perf_counter()
-                found = run_model(
-                    name,
-                    variants,
-                    batch,
-                    rounds,
-                    clock=clock,
-                    memory=not a.no_memory,
-                    count_bytes=whole and not a.no_bytes,
-                    calibrate=whole,
-                    compile_time=a.compile_time,
-                )
-                for row in found:
-                    row["roofline_ms"] = roofline(row, here)
-                run.rows.extend(found)
-                run.minutes += (time.perf_counter() - begin) / 60
-                print(table(found))
-                print(f"{run.minutes:.1f} min so far", flush=True)
-                run.rows.sort(key=lambda r: order.get((r["model"], r["batch"]), len(order)))
-                if a.json:
-                    half = a.json.with_suffix(".half")
-                    half.write_text(json.dumps(dataclasses.asdict(run), indent=1))
-                    half.replace(a.json)  # at once: a kill leaves the old file or the new one
+            p.error(f"--go-on: {a.jsonl} was measured with {run.machine}; here: {setting}")
+    elif a.jsonl:
+        a.jsonl.unlink(missing_ok=True)
+    measure(a, run, here)
     write(a, run)
     return 0
 
 
+def cases(a: argparse.Namespace) -> Iterator[Case]:
+    """What the command line asks for."""
+    for models, batches, rounds, variants, whole in FULL if a.full else ():
+        for model, batch in itertools.product(models, batches):
+            yield Case(model, batch, rounds, variants, whole)
+    if not a.full:
+        variants = a.variants or (tuple(VARIANTS) if a.models else SHORT)
+        for model, batch in itertools.product(a.models or QUICK, a.batch or (128,)):
+            yield Case(model, batch, a.rounds or 30, variants, bool(a.models))
+
+
+def measure(a: argparse.Namespace, run: Run, here: DeviceModel) -> None:
+    """Add the cases that a run lacks, and put all in their order."""
+    done = {(r["model"], r["batch"]) for r in run.rows}
+    places = {(c.model, c.batch): i for i, c in enumerate(cases(a))}
+    for case in cases(a):
+        if (case.model, case.batch) in done:
+            continue
+        begin = time.perf_counter()
+        found = run_model(
+            case.model,
+            case.variants,
+            case.batch,
+            case.rounds,
+            clock=time.process_time if a.cpu_time else time.perf_counter,
+            memory=not a.no_memory,
+            count_bytes=case.whole and not a.no_bytes,
+            calibrate=case.whole,
+            compile_time=a.compile_time,
+        )
+        for row in found:
+            row["roofline_ms"] = roofline(row, here)
+        minutes = (time.perf_counter() - begin) / 60
+        run.rows.extend(found)
+        run.minutes += minutes
+        print(f"{table(found)}\n{run.minutes:.1f} min so far", flush=True)
+        if a.jsonl:
+            line = {"place": places[case.model, case.batch], "rows": found, "minutes": minutes}
+            results.append(a.jsonl, line | {"machine": run.machine, "command": run.command})
+    run.rows.sort(key=lambda r: places[r["model"], r["batch"]])
+
+
 def read(p: argparse.ArgumentParser, option: str, path: Path) -> Run:
-    """What ``--json`` wrote; ends the program where it is something else."""
+    """What ``--jsonl`` wrote; ends the program where it is something else."""
     try:
-        saved = json.loads(path.read_text())
-        return Run(saved["rows"], saved["machine"], saved["command"], saved["minutes"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        p.error(f"{option} {path}: not a file that --json wrote ({type(e).__name__}: {e})")
+        lines = sorted(results.read(path), key=lambda line: line["place"])
+        rows = [row for line in lines for row in line["rows"]]
+        first, minutes = lines[0], sum(line["minutes"] for line in lines)
+        return Run(rows, first["machine"], first["command"], minutes)
+    except (OSError, LookupError, TypeError) as e:
+        p.error(f"{option} {path}: not a file that --jsonl wrote ({type(e).__name__}: {e})")
 
 
 def write(a: argparse.Namespace, run: Run) -> None:

@@ -1,10 +1,10 @@
 """What Inductor makes of our graphs for a CUDA GPU, without one: right values, number of launches.
 
-    TRITON_INTERPRET=1 python tools/cuda_lowering.py --check   # every form against eager graphs
-    TRITON_INTERPRET=1 python tools/cuda_lowering.py           # docs/results/cuda_launches.md
+    TRITON_INTERPRET=1 python -m tools.cuda_lowering --check   # every form against eager graphs
+    TRITON_INTERPRET=1 python -m tools.cuda_lowering           # docs/results/cuda_launches.md
 
 Values: each network, method, kind of step and form on a batch of 4, lowered for CUDA and run by
-Triton's interpreter (``tools/bench/cuda_standin.py``), against the same graphs run uncompiled; a
+Triton's interpreter (``tools/gpu/cuda_standin.py``), against the same graphs run uncompiled; a
 line of JSON each. Launches: Triton kernels and library calls of one forward and one update at batch
 8, the transformer of 001 table 5 by depth. Attention is written out in both, for autograd cannot
 trace CUDA's without a driver. Exit codes: 0; 1, something differs or failed; 2, this machine cannot
@@ -13,49 +13,44 @@ do it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-
-import cuda_standin  # noqa: E402
-import networks  # noqa: E402
-from bench_models import MODELS, VARIANTS  # noqa: E402
-from cuda_standin import Launches, OnCpu, Unfit, on_cuda  # noqa: E402
-from grapefx.errors import GrapefxWarning  # noqa: E402
-from grapefx.ir import StepGraph  # noqa: E402
-from grapefx.plan import Plan, build_plan  # noqa: E402
-from grapefx.runtime import program  # noqa: E402
-from grapefx.runtime.parallel import FORMS  # noqa: E402
-from grapefx.runtime.program import CompiledStep, compile_step, sizes_of  # noqa: E402
-from grapefx.torch_compat import concrete  # noqa: E402
-from parity import difference  # noqa: E402
+from grapefx.errors import GrapefxWarning
+from grapefx.ir import StepGraph
+from grapefx.plan import Plan, build_plan
+from grapefx.runtime import program
+from grapefx.runtime.parallel import FORMS
+from grapefx.runtime.program import CompiledStep, compile_step, sizes_of
+from grapefx.torch_compat import concrete
+from tools import ROOT
+from tools.bench.models import MODELS, SMALL, VARIANTS, Benchmark
+from tools.common import cli, networks, process
+from tools.common.table import Table
+from tools.gpu import cuda_standin
+from tools.gpu.cuda_standin import Launches, OnCpu, Unfit, on_cuda
+from tools.gpu.parity import difference
 
 BATCH = 4
 TOLERANCE = 2e-5  # float32; sums in another order
-Made = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
-# what builds the network, a sample's shape (of tokens: their number), options
-NETWORKS: dict[str, Made] = {
-    "mlp": (lambda: networks.mlp((1, 4, 4), 10, 4, 16, "tanh", False), (1, 4, 4), {}),
-    "cnn": (
-        lambda: networks.lenet((1, 28, 28), 10, [2, 3], [8, 8], "relu", False), (1, 28, 28), {}
+NETWORKS = {
+    "mlp": Benchmark(lambda: networks.mlp((1, 4, 4), 10, 4, 16, "tanh", False), (1, 4, 4)),
+    "cnn": Benchmark(lambda: networks.lenet(SMALL, 10, [2, 3], [8, 8], "relu", False), SMALL),
+    "resnet": Benchmark(lambda: networks.resnet((3, 8, 8), 10, 8, True), (3, 8, 8)),
+    "layers": Benchmark(
+        lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), "tokens", (), 11
     ),
-    "resnet": (lambda: networks.resnet((3, 8, 8), 10, 8, True), (3, 8, 8), {}),
-    "layers": (lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), {}),
-    "blocks": (
-        lambda: networks.Transformer(11, 6, 8, 2, 2, 12, 0.0), (6,), {"granularity": "block"}
-    ),
-}  # fmt: skip
+}
+NETWORKS["blocks"] = replace(NETWORKS["layers"], options=(("granularity", "block"),))
 METHODS = ("grape", "dfa", "fdfa")
 DEPTHS = (2, 4, 8, 16)
 COUNTED = ("bp", "dfa", "grape 1/8")
@@ -113,11 +108,10 @@ def check(names: Sequence[str], methods: Sequence[str]) -> list[dict[str, Any]]:
     """Each form of each kind of step against the uncompiled graphs; one row a comparison."""
     plans: dict[tuple[str, str], Plan] = {}
     for name in names:
-        build, shape, options = NETWORKS[name]
+        network = NETWORKS[name]
         for method in methods:
-            tokens = len(shape) == 1
-            x = torch.randint(0, 11, (BATCH, *shape)) if tokens else torch.randn(BATCH, *shape)
-            plans[name, method] = plan_of(build(), x, {"method": method, **options})
+            options = {"method": method, **dict(network.options)}
+            plans[name, method] = plan_of(network.build(), network.example(BATCH)[0], options)
     cuda_standin.install()
     rows = []
     for (name, method), plan in plans.items():
@@ -137,7 +131,7 @@ def check(names: Sequence[str], methods: Sequence[str]) -> list[dict[str, Any]]:
                     with OnCpu():
                         row["difference"] = difference(run_step(made, step, given), expected)
                 except Exception as e:
-                    row["error"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}"
+                    row["error"] = process.error_text(e)[:300]
                 row["ok"] = row.get("difference", 1.0) <= TOLERANCE
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -174,7 +168,16 @@ def launches(depths: Sequence[int]) -> dict[tuple[str, str], list[tuple[int, int
 
 def page(found: dict[tuple[str, str], list[tuple[int, int]]], depths: Sequence[int]) -> str:
     """The table."""
-    head = " | ".join(f"{d} blocks" for d in depths)
+    blocks = [f"{d} blocks:" for d in depths]
+    table = Table("points", "variant", *blocks, f"update, {depths[-1]} over {depths[0]}:")
+    rows = [
+        (
+            *names,
+            *(f"{forward} + {update}" for forward, update in row),
+            f"{row[-1][1] / row[0][1]:.2f}",
+        )
+        for names, row in found.items()
+    ]
     lines = [
         "# Launches of a step on a CUDA GPU",
         "",
@@ -182,22 +185,16 @@ def page(found: dict[tuple[str, str], list[tuple[int, int]]], depths: Sequence[i
         "the transformer of 001 table 5 (width 128, 64 tokens, batch 8), counted in the code.",
         "No GPU has run it. Attention is written out, not one fused operator.",
         "",
-        f"Made by `TRITON_INTERPRET=1 python tools/cuda_lowering.py`, torch {torch.__version__}.",
+        f"Made by `TRITON_INTERPRET=1 python -m tools.cuda_lowering`, torch {torch.__version__}.",
         "",
-        f"| points | variant | {head} | update, {depths[-1]} over {depths[0]} |",
-        f"| --- | --- |{' ---: |' * (len(depths) + 1)}",
+        table.markdown(rows),
     ]
-    for (points, variant), row in found.items():
-        cells = " | ".join(f"{forward} + {update}" for forward, update in row)
-        lines.append(f"| {points} | {variant} | {cells} | {row[-1][1] / row[0][1]:.2f} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.parser("tools.cuda_lowering", __doc__)
     p.add_argument("--check", action="store_true", help="values, not launches")
     p.add_argument("--nets", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     p.add_argument("--methods", nargs="+", default=list(METHODS))

@@ -1,15 +1,16 @@
 """Train the demo networks with every method in lock-step and compare them in one table.
 
-    python tools/demo.py            the whole demo, a few minutes on 2 cores
-    python tools/demo.py --quick    a minute's look: one epoch, 1,000 images, small networks
+    python -m tools.demo            the whole demo, a few minutes on 2 cores
+    python -m tools.demo --quick    a minute's look: one epoch, 1,000 images, small networks
 
 All variants of a network see the same batches in the same order, one step each in turn, so that
 their times are paired and their accuracies differ by the method alone. Results are appended to
 ``runs/NAME/metrics.jsonl`` after every epoch: a run that is stopped keeps what it had.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import platform
 import shutil
 import statistics
@@ -28,14 +29,15 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT))
-
-import grapefx  # noqa: E402
-from load_data import DATASETS, DataError, ImageData, load_images  # noqa: E402
-from machine import machine  # noqa: E402
-from train_classifier import accuracy, build  # noqa: E402
+import grapefx
+from tools import ROOT
+from tools.common import cli, results
+from tools.common.data import DATASETS, DataError, ImageData, load_images
+from tools.common.machine import machine
+from tools.common.networks import initialise, mlp
+from tools.common.table import Table
+from tools.common.timing import median_ms, ratios
+from tools.common.train import Training, accuracy, adam, cosine, whole_batches
 
 REFERENCE = "torch.compile"
 PLAIN: dict[str, Any] = {"calib_every": None, "calib_init": False}
@@ -73,48 +75,58 @@ QUICK_TASKS = {
 }
 
 
-class Variant:
+def cnn(channels: int, size: int, classes: int, width: int) -> nn.Sequential:
+    """Three blocks of convolution, batch norm, ReLU and pooling, then a linear layer."""
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        channels, width, size = width, 2 * width, size // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes))
+
+
+def build(name: str, data: ImageData, width: int) -> nn.Sequential:
+    """The network of a task, sized for ``data``."""
+    _, channels, size, _ = data.train_x.shape
+    if name == "cnn":
+        return cnn(channels, size, data.classes, width)
+    model = mlp((channels, size, size), data.classes, 8, width, "relu", False)
+    initialise(model, "he_uniform")
+    return model
+
+
+class Variant(Training):
     """One network under training with one method, and what has been measured of it."""
 
     def __init__(self, label: str, model: nn.Module, task: Task, steps: int, backend: str) -> None:
-        self.label = label
-        self.net: Any
+        net: Any
         if label == REFERENCE:
-            self.plain = model
-            self.net = torch.compile(model, backend=backend)
+            net = torch.compile(model, backend=backend)
         else:
             method, options = VARIANTS[label]
-            self.net = grapefx.compile(model, method=method, seed=0, backend=backend, **options)
-            self.plain = self.net
-        self.opt = torch.optim.Adam(self.plain.parameters(), lr=task.lr, fused=True)
-        self.decay = torch.optim.lr_scheduler.LinearLR(self.opt, 1.0, 0.0, total_iters=steps)
+            net = grapefx.compile(model, method=method, seed=0, backend=backend, **options)
+        super().__init__(model, net, *adam(model, task.lr, steps))
+        self.label = label
         self.seconds: list[float] = []  # forward, loss and gradients of each step
-        self.loss = torch.zeros(())
+        self.last_loss = torch.zeros(())
         self.probes: list[dict[str, dict[str, float]]] = []
 
-    def gradients(self, x: Tensor, y: Tensor) -> None:
-        """The timed part of a step: fills ``grad``."""
+    def gradients(self, x: Tensor, y: Tensor) -> Tensor:
+        """The timed part of a step."""
         start = time.perf_counter()
-        loss = F.cross_entropy(self.net(x), y)
-        loss.backward()
+        self.last_loss = super().gradients(x, y)
         self.seconds.append(time.perf_counter() - start)
-        self.loss = loss.detach()
-
-    def update(self) -> None:
-        """The rest of the step."""
-        self.opt.step()
-        self.opt.zero_grad()
-        self.decay.step()
+        return self.last_loss
 
     def probe(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
         """Compare the gradients at hand with those of ``model``, a plain copy of the network."""
-        model.load_state_dict(self.plain.state_dict())
+        model.load_state_dict(self.model.state_dict())
         model.train()
         # The last layer's gradient is exact in every method, and biases say little.
         weights = [(n, p) for n, p in model.named_parameters() if p.ndim > 1][:-1]
         loss = F.cross_entropy(model(x), y)
         true = torch.autograd.grad(loss, [p for _, p in weights])
-        mine = dict(self.plain.named_parameters())
+        mine = dict(self.model.named_parameters())
         gradient = {
             name.removesuffix(".weight"): cosine(mine[name].grad, g)
             for (name, _), g in zip(weights, true, strict=True)
@@ -139,19 +151,13 @@ class Variant:
     def timing(self, reference: Sequence[float]) -> dict[str, float]:
         """Median step, median of the paired ratios to ``reference``, time spent compiling."""
         median = statistics.median(self.seconds)
-        ratio = statistics.median(a / b for a, b in zip(self.seconds, reference, strict=True))
         # Graphs are compiled when first needed, which may be late: such steps stand out.
         compiling = sum(s - median for s in self.seconds if s > max(10 * median, 0.2))
         return {
-            "step_ms": round(1000 * median, 2),
-            "ratio": round(ratio, 3),
+            "step_ms": round(median_ms(self.seconds), 2),
+            "ratio": round(ratios(self.seconds, reference).median, 3),
             "compile_s": round(compiling, 1),
         }
-
-
-def cosine(a: Tensor | None, b: Tensor) -> float:
-    """Cosine of two gradients as vectors; 0 where one is absent."""
-    return 0.0 if a is None else float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
 
 class Progress:
@@ -209,8 +215,7 @@ def train(
         for v in variants:
             if v.label != REFERENCE:
                 v.net.set_epoch(epoch)
-        order = torch.randperm(len(data.train_y), generator=shuffle)
-        batches = order[: per_epoch * args.batch_size].split(args.batch_size)
+        batches = whole_batches(len(data.train_y), args.batch_size, shuffle)
         for step, index in enumerate(batches):
             x, y = data.pixels(data.train_x[index]), data.train_y[index]
             began, done = time.monotonic(), epoch * per_epoch + step
@@ -225,7 +230,7 @@ def train(
                 v.update()
             rounds = [*rounds[-19:], time.monotonic() - began]
             left = statistics.median(rounds) * (total - done - 1)
-            losses = "  ".join(f"{v.label} {v.loss:.2f}" for v in variants)
+            losses = "  ".join(f"{v.label} {v.last_loss:.2f}" for v in variants)
             progress.show(
                 f"{name} {bar(done + 1, total)} epoch {epoch + 1}/{task.epochs}, "
                 f"{left:.0f} s left  loss: {losses}"
@@ -233,28 +238,21 @@ def train(
         progress.show(f"{name} testing ...", force=True)
         shown = []
         for v in variants:
-            scratch.load_state_dict(v.plain.state_dict())
-            percent = round(accuracy(scratch, data), 2)
+            percent = round(accuracy(v.model, data), 2)
             shown.append(f"{v.label} {percent:.1f}")
             record(
                 {"model": name, "method": v.label, "epoch": epoch + 1, "accuracy": percent}
-                | {"loss": round(float(v.loss), 4)}
+                | {"loss": round(float(v.last_loss), 4)}
                 | v.timing(variants[0].seconds)
                 | v.alignment()
             )
         progress.line(f"  epoch {epoch + 1}/{task.epochs}  accuracy: " + "  ".join(shown))
 
 
-HEADER = (
-    "model",
-    "method",
-    "accuracy %",
-    "cos gradient",
-    "cos Jacobian",
-    "ms/step",
-    "x BP",
-    "compile s",
-)
+TABLE = Table(
+    "model", "method", "accuracy %:", "cos gradient:", "cos Jacobian:", "ms/step:", "x BP:",
+    "compile s:",
+)  # fmt: skip
 
 
 def last_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -283,26 +281,6 @@ def table_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def text_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """``rows`` under :data:`HEADER`, aligned."""
-    widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            c.ljust(w) if i < 2 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(HEADER), "  ".join("-" * w for w in widths), *map(line, rows)])
-
-
-def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """``rows`` under :data:`HEADER`, for README."""
-    lines = [HEADER, ("---", "---", *["---:"] * (len(HEADER) - 2)), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def update_readme(path: Path, rows: Sequence[tuple[str, ...]], caption: str) -> None:
     """Put the table between the two markers in ``path``."""
     text = path.read_text(encoding="utf-8")
@@ -310,7 +288,7 @@ def update_readme(path: Path, rows: Sequence[tuple[str, ...]], caption: str) -> 
     _, end, after = rest.partition(END)
     if not start or not end:
         raise SystemExit(f"{path} has no {START} ... {END}")
-    body = f"\n{markdown_table(rows)}\n\n{caption}\n"
+    body = f"\n{TABLE.markdown(rows)}\n\n{caption}\n"
     path.write_text(before + start + body + end + after, encoding="utf-8")
 
 
@@ -349,7 +327,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("tools.demo", __doc__)
     parser.add_argument("--quick", action="store_true", help="one epoch, 1,000 images, tiny nets")
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument(
@@ -403,23 +381,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = Progress()
     progress.line(machine())
     start, status = time.monotonic(), 0
-    with (folder / "metrics.jsonl").open("a", buffering=1) as log:
 
-        def record(result: dict[str, Any]) -> None:
-            records.append(result)
-            log.write(json.dumps(result) + "\n")
+    def record(result: dict[str, Any]) -> None:
+        records.append(result)
+        results.append(folder / "metrics.jsonl", result)
 
-        try:
-            for name in args.models:
-                labels = [REFERENCE, *args.methods]
-                train(name, tasks[name], labels, data, args, record, progress)
-        except KeyboardInterrupt:
-            progress.line("interrupted; what follows is what there is")
-            status = 130
+    try:
+        for name in args.models:
+            labels = [REFERENCE, *args.methods]
+            train(name, tasks[name], labels, data, args, record, progress)
+    except KeyboardInterrupt:
+        progress.line("interrupted; what follows is what there is")
+        status = 130
     if records:
         rows = table_rows(records)
         progress.line()
-        print(text_table(rows))
+        print(TABLE.text(rows))
         print(
             "\ncos gradient: a layer's weight gradient against the true one, mean over the hidden "
             "layers\ncos Jacobian: feedback map against its estimate from tangents (-: none made)"
@@ -438,4 +415,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

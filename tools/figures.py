@@ -1,6 +1,6 @@
 """Draws the papers' claims next to what grapefx measures: docs/img/theory-*.png.
 
-    python tools/figures.py [--out docs/img] [--only NAME]
+    python -m tools.figures [--out docs/img] [--only NAME]
 
 The data are those of ``tests/theory``: every point comes from the function in
 ``tests/theory/measure.py`` that a test calls, every line from ``tests/theory/closed_forms.py``.
@@ -9,9 +9,7 @@ The numbers behind each picture are printed. Bars are two standard errors.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,12 +19,11 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.theory import closed_forms as theory  # noqa: E402
-from tests.theory import measure  # noqa: E402
-from tests.theory.measure import BATCHES, NS, Mean  # noqa: E402
+from tests.theory import closed_forms as theory
+from tests.theory import measure
+from tests.theory.measure import BATCHES, NS, Mean
+from tools import ROOT
+from tools.common import cli
 
 COLOURS = ("#2f6690", "#c8553d", "#3a7d44", "#7d5ba6")
 MARKS = ("o", "s", "^", "D")
@@ -242,12 +239,12 @@ FIGURES: dict[str, Callable[[Axes], None]] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Draw all, or one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = cli.parser("tools.figures", __doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
     parser.add_argument("--only", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9})
     for name, draw in FIGURES.items():
@@ -258,7 +255,8 @@ def main() -> None:
             draw(ax)
             figure.savefig(path, dpi=110, metadata={"Software": None})
             plt.close(figure)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,10 +1,10 @@
 """What only a GPU can say: parity on CUDA, then step times against backpropagation.
 
     make gpu-check                                   # everything that fits into 9 minutes
-    python tools/gpu_check.py --sections parity transformer8 --seconds 300
-    python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md   # the same path, tiny
+    python -m tools.gpu_check --sections parity transformer8 --seconds 300
+    python -m tools.gpu_check --device cpu --smoke --out runs/smoke.md   # the same path, tiny
 
-Sections do not depend on each other: what fails is a row with its error. Rows are kept in --json:
+Sections do not depend on each other: what fails is a row with its error. Rows are kept in --jsonl:
 a second call goes on where the time of the first ran out (--fresh forgets them); the page is
 written after every row. Exit codes: 0; 1, something failed or is not right; 2, no CUDA or usage.
 
@@ -18,10 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
-import random
-import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,18 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import grapefx  # noqa: E402
-import networks  # noqa: E402
-from bench_models import COLOUR, MODELS, SMALL, VARIANTS, Step  # noqa: E402
-from gpu_page import METHODS, PLAIN, Row, page  # noqa: E402
-from parity import difference  # noqa: E402
+import grapefx
+from tools import ROOT
+from tools.bench.models import COLOUR, MODELS, SMALL, VARIANTS, Benchmark, Step
+from tools.common import cli, networks, results
+from tools.common.machine import machine
+from tools.common.process import error_text
+from tools.common.results import Row
+from tools.common.timing import interleaved, median_ms
+from tools.gpu.page import METHODS, PLAIN, page
+from tools.gpu.parity import difference
 
 FORMS = ("off", "graphs", "horizontal", "streams", "auto")
 # every form once on the smallest model; on the others the forms that rewrite the graph
@@ -57,6 +55,17 @@ SMOKE_PARITY = (
     ("mlp", "grape", "streams", torch.float64),
     ("mlp", "dfa", "horizontal", torch.float64),
 )
+
+
+def small_transformer() -> nn.Module:
+    """Of three blocks, on windows of six tokens."""
+    return networks.Transformer(11, 6, 16, 2, 3, 24, 0.0)
+
+
+SMOKE = {
+    "tokens": Benchmark(small_transformer, (6,), "tokens", (("granularity", "layer"),), 11),
+    "mlp": Benchmark(lambda: networks.mlp(SMALL, 10, 4, 16, "relu", False), SMALL),
+}
 
 
 @dataclass(frozen=True)
@@ -97,24 +106,9 @@ def cases(smoke: bool) -> list[Case]:
     return found
 
 
-def network(name: str) -> tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], dict[str, Any]]:
-    """A model, what makes a batch, and options of grapefx."""
-    if name == "tokens":
-        model = networks.Transformer(11, 6, 8, 2, 2, 12, 0.0)
-
-        def tokens(batch: int) -> tuple[Tensor, Tensor]:
-            t = torch.randint(0, 11, (batch, 7))
-            return t[:, :-1].contiguous(), t[:, 1:].contiguous()
-
-        return model, tokens, {"granularity": "layer"}
-    if name == "mlp":
-        return (
-            networks.mlp(SMALL, 10, 4, 16, "relu", False),
-            lambda b: (torch.randn(b, *SMALL), torch.randint(0, 10, (b,))),
-            {},
-        )
-    benchmark = MODELS[name]
-    return benchmark.build(), benchmark.example, dict(benchmark.options)
+def network(name: str) -> Benchmark:
+    """A network that ``cases`` names."""
+    return SMOKE.get(name) or MODELS[name]
 
 
 # the run
@@ -127,10 +121,10 @@ class Run:
         self.a = a
         self.start = time.monotonic()
         self.device = torch.device(a.device)
-        self.rows: dict[str, Row] = {}
-        if a.json.exists() and not a.fresh:
-            kept = json.loads(a.json.read_text())["rows"]
-            self.rows = {k: r for k, r in kept.items() if r.get("ok")}
+        if a.fresh:
+            a.jsonl.unlink(missing_ok=True)
+        kept = results.latest(a.jsonl, lambda row: str(row["key"]))
+        self.rows: dict[str, Row] = {k: r for k, r in kept.items() if r["ok"]}
 
     @property
     def left(self) -> float:
@@ -138,22 +132,20 @@ class Run:
         return float(self.a.seconds) - (time.monotonic() - self.start)
 
     def add(self, key: str, **row: Any) -> None:
-        """Keep a row; write everything."""
+        """Keep a row; write the page."""
         self.rows[key] = row
+        results.append(self.a.jsonl, {"key": key, "machine": machine(self.device), **row})
         text = ", ".join(
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
             for k, v in row.items()
-            if k not in ("section", "key")
+            if k != "section"
         )
         print(f"[{time.monotonic() - self.start:5.0f} s] {key}: {text}", flush=True)
         self.write()
 
     def write(self) -> None:
-        """The rows and the page."""
-        self.a.json.parent.mkdir(parents=True, exist_ok=True)
-        self.a.json.write_text(json.dumps({"machine": machine(self.device), "rows": self.rows}))
-        self.a.out.parent.mkdir(parents=True, exist_ok=True)
-        self.a.out.write_text(page(self.rows, machine(self.device)))
+        """The page."""
+        results.write(self.a.out, page(self.rows, machine(self.device)))
 
     def sync(self) -> None:
         """Wait for the device."""
@@ -161,48 +153,24 @@ class Run:
             torch.cuda.synchronize(self.device)
 
 
-def machine(device: torch.device) -> str:
-    """The device and the versions in words."""
-    if device.type != "cuda":
-        return f"CPU, torch {torch.__version__}"
-    return (
-        f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, "
-        f"torch {torch.__version__}"
-    )
-
-
-def error_text(e: BaseException) -> str:
-    """One line."""
-    lines = str(e).strip().splitlines() or [""]
-    return f"{type(e).__name__}: {lines[0][:200]}"
-
-
 # parity
 
 
-Made = tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]
+# small models of each sort
+PARITY_MODELS = {
+    "mlp": Benchmark(lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False), SMALL),
+    "micro": Benchmark(small_transformer, (6,), "tokens", (), 11),
+    "macro": Benchmark(small_transformer, (6,), "tokens", (("granularity", "block"),), 11),
+    "resnet": Benchmark(lambda: networks.resnet(COLOUR, 10, 20, True), COLOUR),
+}
 
 
-def parity_models() -> dict[str, Made]:
-    """Small models of each sort, an input, options."""
-
-    def tokens() -> Tensor:
-        return torch.randint(0, 11, (4, 6))
-
-    return {
-        "mlp": (
-            lambda: networks.mlp(SMALL, 10, 5, 16, "tanh", False),
-            lambda: torch.randn(6, *SMALL),
-            {},
-        ),
-        "micro": (lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {}),
-        "macro": (
-            lambda: networks.Transformer(11, 6, 16, 2, 3, 24, 0.0), tokens, {"granularity": "block"}
-        ),
-        "resnet": (
-            lambda: networks.resnet(COLOUR, 10, 20, True), lambda: torch.randn(4, *COLOUR), {}
-        ),
-    }  # fmt: skip
+def drawn(run: Run, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, an input and targets, always the same."""
+    torch.manual_seed(0)
+    model = PARITY_MODELS[name].build().to(run.device, dtype)
+    x, y = (t.to(run.device) for t in PARITY_MODELS[name].example(4))
+    return model, x.to(dtype) if x.is_floating_point() else x, y
 
 
 def gradients(net: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> list[Tensor]:
@@ -217,49 +185,33 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> list[Tens
 
 def parity(run: Run) -> Iterator[tuple[str, Callable[[], float], float]]:
     """(what is compared, the comparison, its tolerance)."""
-    smoke = run.a.smoke
-    for name, (build, example, options) in parity_models().items():
-
-        def made(
-            dtype: torch.dtype,
-            build: Callable[[], nn.Module] = build,
-            example: Callable[[], Tensor] = example,
-        ) -> tuple[nn.Module, Tensor, Tensor]:
-            torch.manual_seed(0)
-            model = build().to(run.device, dtype)
-            x = example().to(run.device)
-            x = x.to(dtype) if x.is_floating_point() else x
-            y = torch.randint(0, 10, x.shape if x.ndim == 2 else x.shape[:1], device=run.device)
-            return model, x, y
-
-        def exact(made: Any = made, options: Any = options) -> float:
-            model, x, y = made(torch.float64)
-            twin = copy.deepcopy(model)
-            net = grapefx.compile(model, method="bp", backend=run.a.backend)
-            return difference(gradients(net, x, y), gradients(twin, x, y))
-
-        def same(
-            method: str, form: str, dtype: torch.dtype, made: Any = made, options: Any = options
-        ) -> float:
-            return forms_agree(run, made(dtype), method, form, options)
-
-        if not smoke:
-            yield f"bp = eager, {name}", exact, 1e-8
-        for model, method, form, dtype in SMOKE_PARITY if smoke else PARITY:
+    cases = SMOKE_PARITY if run.a.smoke else PARITY
+    for name in PARITY_MODELS:
+        if not run.a.smoke:
+            yield f"bp = eager, {name}", functools.partial(bp_is_exact, run, name), 1e-8
+        for model, method, form, dtype in cases:
             if model == name:
                 bits = str(dtype).removeprefix("torch.float")
                 yield (
                     f"{method}, {form} = graph by graph, {name}, float{bits}",
-                    functools.partial(same, method, form, dtype),
+                    functools.partial(forms_agree, run, name, method, form, dtype),
                     1e-8 if dtype == torch.float64 else 1e-2,
                 )
 
 
-def forms_agree(run: Run, made: Any, method: str, form: str, options: dict[str, Any]) -> float:
-    """Six steps (CUDA graphs are captured in the third), then sums and two calls in flight."""
-    model, x, y = made
+def bp_is_exact(run: Run, name: str) -> float:
+    """The step with exact gradients against eager PyTorch."""
+    model, x, y = drawn(run, name, torch.float64)
     twin = copy.deepcopy(model)
-    common = {"method": method, "calib_every": None, **options}
+    net = grapefx.compile(model, method="bp", backend=run.a.backend)
+    return difference(gradients(net, x, y), gradients(twin, x, y))
+
+
+def forms_agree(run: Run, name: str, method: str, form: str, dtype: torch.dtype) -> float:
+    """Six steps (CUDA graphs are captured in the third), then sums and two calls in flight."""
+    model, x, y = drawn(run, name, dtype)
+    twin = copy.deepcopy(model)
+    common = {"method": method, "calib_every": None, **dict(PARITY_MODELS[name].options)}
     net = grapefx.compile(model, backend=run.a.backend, parallel=form, **common)
     plain = grapefx.compile(twin, backend="eager", parallel="off", **common)
     worst = 0.0
@@ -303,10 +255,10 @@ class Trained(Step):
 def build(run: Run, case: Case, variant: str) -> Trained:
     """One variant of one network."""
     torch.manual_seed(0)
-    model, example, options = network(case.network)
-    model.to(run.device)
+    found = network(case.network)
+    model = found.build().to(run.device)
     torch.manual_seed(1)
-    x, y = (t.to(run.device) for t in example(case.batch))
+    x, y = (t.to(run.device) for t in found.example(case.batch))
     graphs = variant == "compiled + CUDA graphs" and run.device.type == "cuda"
     if variant in PLAIN:
         net: Any = model
@@ -316,9 +268,8 @@ def build(run: Run, case: Case, variant: str) -> Trained:
             net = torch.compile(model, mode="reduce-overhead" if graphs else "default")
         return Trained(net, x, y, graphs)
     method, form = variant.split(", ")
-    net = grapefx.compile(
-        model, **VARIANTS[method][0], parallel=form, backend=run.a.backend, **options
-    )
+    options = VARIANTS[method][0] | dict(found.options)
+    net = grapefx.compile(model, parallel=form, backend=run.a.backend, **options)
     return Trained(net, x, y, False)
 
 
@@ -358,28 +309,28 @@ def time_case(run: Run, case: Case) -> None:
         ready[variant] = trained
         notes[variant] = {"compile_s": round(time.monotonic() - start, 1), **chosen(trained.net)}
         print(f"[{time.monotonic() - run.start:5.0f} s] {key} built", flush=True)
-    steps: dict[str, list[float]] = {v: [] for v in ready}
-    updates: dict[str, list[float]] = {v: [] for v in ready}
-    rounds, inner = run.a.rounds, run.a.inner
-    for i in range(rounds + 1):
-        for v in random.sample(list(ready), len(ready)):
+
+    def measure(variant: str) -> tuple[float, float]:
+        """Once a variant has failed, it is a row with its error and is not run again."""
+        if variant in ready:
             try:
-                step, update = timed(run, ready[v], inner)
+                return timed(run, ready[variant], run.a.inner)
             except Exception as e:
-                del ready[v]
-                key = f"{case.network}/{case.batch}/{v}"
+                del ready[variant]
+                key = f"{case.network}/{case.batch}/{variant}"
                 run.add(key, section=case.section, ok=False, error=error_text(e))
-                continue
-            if i:
-                steps[v].append(step)
-                updates[v].append(update)
+        return 0.0, 0.0
+
+    measurements = {v: functools.partial(measure, v) for v in ready}
+    found = interleaved(measurements, run.a.rounds, warm_up=1)
     for v in ready:
+        step_ms, update_ms = (median_ms(times) for times in zip(*found[v], strict=True))
         run.add(
             f"{case.network}/{case.batch}/{v}",
             section=case.section,
             ok=True,
-            step_ms=1e3 * statistics.median(steps[v]),
-            update_ms=1e3 * statistics.median(updates[v]),
+            step_ms=step_ms,
+            update_ms=update_ms,
             **notes[v],
         )
 
@@ -402,9 +353,7 @@ def timed(run: Run, step: Trained, inner: int) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.parser("tools.gpu_check", __doc__)
     names = ("parity", *dict.fromkeys(c.section for c in cases(False)))
     p.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu (with --smoke)")
     p.add_argument("--smoke", action="store_true", help="tiny networks, graphs run uncompiled")
@@ -412,20 +361,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, default=540, help="start nothing after so long")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--inner", type=int, default=10)
-    p.add_argument("--fresh", action="store_true", help="forget the rows in --json")
-    p.add_argument("--json", type=Path, help="(default: beside --out)")
+    p.add_argument("--fresh", action="store_true", help="forget the rows in --jsonl")
+    p.add_argument("--jsonl", type=Path, help="results, one line a row (default: beside --out)")
     p.add_argument("--out", type=Path, default=ROOT / "docs/results/gpu.md")
     a = p.parse_args(argv)
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         print(
             "no CUDA device is available: run this on a machine with one\n"
-            "  without one: python tools/gpu_check.py --device cpu --smoke --out runs/smoke.md"
+            "  without one: python -m tools.gpu_check --device cpu --smoke --out runs/smoke.md"
         )
         return 2
     if a.device == "cpu" and not a.smoke:
         p.error("on a CPU only --smoke makes sense")
     a.backend = "eager" if a.smoke else "inductor"
-    a.json = a.json or a.out.with_suffix(".json")
+    a.jsonl = a.jsonl or a.out.with_suffix(".jsonl")
     warnings.simplefilter("ignore")
     run = Run(a)
     print(machine(run.device), flush=True)

@@ -1,20 +1,21 @@
 """Makes docs/img/*.png: what grapefx-inspect shows, in headless Chromium and by graphviz.
 
-python tools/inspect_pictures.py [--only NAME]
+python -m tools.inspect_pictures [--only NAME]
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from grapefx.report.cli import main as inspect_main
+from tools import ROOT
+from tools.common import cli
 
-ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "img"
 MODEL = f"{ROOT / 'tools' / 'inspect_models.py'}:mlp"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -90,11 +91,11 @@ def _inspect(*arguments: str) -> None:
         raise SystemExit(f"grapefx-inspect {' '.join(arguments)} failed")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write every picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser("tools.inspect_pictures", __doc__)
     parser.add_argument("--only", choices=[*SHOTS, "inspect-graph"])
-    only = parser.parse_args().only
+    only = parser.parse_args(argv).only
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         pages = {"mlp": Path(folder) / "mlp.html", "resnet18": Path(folder) / "resnet18.html"}
@@ -112,7 +113,8 @@ def main() -> None:
             _inspect(MODEL, "--method", "dfa", "-o", str(IMAGES / "inspect-graph.png"))
     for path in sorted(IMAGES.glob("inspect-*.png")):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1024} KiB", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

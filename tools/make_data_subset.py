@@ -1,22 +1,21 @@
 """Cut the small data files in ``examples/data`` from the full data sets.
 
-    python tools/make_data_subset.py DATA_DIR [--out examples/data]
+    python -m tools.make_data_subset DATA_DIR [--out examples/data]
 
 ``DATA_DIR`` holds ``MNIST/raw`` (torchvision's layout) and ``tinyshakespeare/input.txt``. The
 result is the same, byte for byte, on every run with the same numpy and zlib.
 """
 
-import argparse
 import gzip
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from load_data import load_images, load_text  # noqa: E402
+from tools import ROOT
+from tools.common import cli
+from tools.common.data import load_images, load_text
 
 
 def first_per_class(labels: np.ndarray, per_class: int) -> np.ndarray:
@@ -25,12 +24,12 @@ def first_per_class(labels: np.ndarray, per_class: int) -> np.ndarray:
     return np.sort(np.concatenate(picks))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write ``mnist_subset.npz`` and ``tinyshakespeare.txt.gz``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = cli.parser("tools.make_data_subset", __doc__)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "examples" / "data")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     full = load_images("mnist", args.data_dir)
     arrays: dict[str, Any] = {}
     for split, per_class in (("train", 1000), ("test", 200)):
@@ -41,7 +40,8 @@ def main() -> None:
     np.savez_compressed(args.out / "mnist_subset.npz", **arrays)
     text = load_text(args.data_dir / "tinyshakespeare" / "input.txt").encode()
     (args.out / "tinyshakespeare.txt.gz").write_bytes(gzip.compress(text, 9, mtime=0))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import sympy
-from step_graphs import Mlp
 
 from grapefx.analysis import build_dag, graph_cost, size_symbols
 from grapefx.errors import InputError
+from tests.analysis.step_graphs import Mlp
 
 DEPTH, WIDTH, CLASSES, BATCH = 5, 32, 10, 8
 

@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 import torchvision
-from step_graphs import Builder
 from torch import nn
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from grapefx.analysis import Price, build_dag, graph_cost, register_cost
 from grapefx.torch_compat import FakeTensorMode
+from tests.analysis.step_graphs import Builder
 
 aten = torch.ops.aten
 

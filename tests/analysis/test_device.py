@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_graphs import Builder
 
 from grapefx.analysis import (
     amortised_calibration,
@@ -14,6 +13,7 @@ from grapefx.analysis import (
     load_device,
 )
 from grapefx.errors import OptionError
+from tests.analysis.step_graphs import Builder
 
 aten = torch.ops.aten
 

@@ -17,7 +17,6 @@ from grapefx.ir import StepGraph
 from grapefx.methods import BUILTIN, Method, get_method
 from grapefx.plan import Plan
 from grapefx.runtime.module import FeedbackModule
-from load_data import load_images
 from tests.zoo import (
     MLP,
     assert_same_gradients,
@@ -29,6 +28,7 @@ from tests.zoo import (
     step_inputs,
     train_step,
 )
+from tools.common.data import load_images
 
 NAMES = list(BUILTIN)
 # one of each kind of model that the core must train

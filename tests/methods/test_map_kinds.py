@@ -252,7 +252,7 @@ def test_large_networks_plan_under_the_default_budget(name: str) -> None:
         models = pytest.importorskip("torchvision").models
         model, x = models.resnet50(weights=None), torch.randn(2, 3, 224, 224)
     else:
-        from inspect_models import gpt
+        from tools.inspect_models import gpt
 
         model = gpt(12, 768, heads=12, vocabulary=50257)
         x = torch.randint(0, 50257, (2, 64))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-import networks
 from grapefx.lowering import prepare
 from grapefx.passes.divide import families, horizontal
 from grapefx.passes.divide.horizontal import WORTH, batch_layers
@@ -20,6 +19,7 @@ from grapefx.passes.divide.partition import Split, split
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.program import sizes_of
 from tests.zoo import MLP, Masked, Residual, make, plan_of, step_inputs
+from tools.common import networks
 
 ANY = 2**60  # every group pays
 

@@ -14,13 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import history
-import perf_gate
-import perf_measure
 from grapefx.methods.base import Rows
 from grapefx.methods.dfa import DFA
-from perf_gate import Change, compare
-from perf_measure import Figures, Form, measure
+from tools.perf import history, perf_gate, perf_measure
+from tools.perf.perf_gate import Change, compare
+from tools.perf.perf_measure import Figures, Form, measure
 
 DFA_FORM = {"dfa": Form("dfa", "update")}
 

@@ -1,19 +1,13 @@
 """The MLP step graphs of the analysis' tests, as a report."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
 
 @pytest.fixture(scope="session")
 def mlp_methods():
     """BP, DFA and GrAPE steps of a small MLP, by hand."""
-    from step_graphs import Mlp
-
     from grapefx.report import LayerInfo, MethodGraphs
+    from tests.analysis.step_graphs import Mlp
 
     mlp = Mlp(depth=5, n=64, c=10, batch=32)
     maps = [LayerInfo(mlp.name(i), 64 * 65, "dense", (10, 64), 2560) for i in range(1, 5)]

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from inspect_pictures import FLAGS, browser, screenshot
+from tools.inspect_pictures import FLAGS, browser, screenshot
 
 PROBE = """
 <script>

@@ -144,7 +144,7 @@ def test_from_plans():
 
 
 def test_from_plans_rejects_a_fixed_batch(mlp_methods):
-    from step_graphs import Mlp
+    from tests.analysis.step_graphs import Mlp
 
     fixed = MethodGraphs("bp", {"calibration": Mlp(3, 8, 4, 2, dynamic=False).bp()})
     with pytest.raises(InputError, match="one batch size"):

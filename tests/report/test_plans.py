@@ -104,7 +104,7 @@ def test_a_leak_across_a_cut_is_seen():
 
 
 def gpt(layers=3, width=64):
-    from inspect_models import gpt
+    from tools.inspect_models import gpt
 
     return gpt(layers, width, heads=4, vocabulary=200)
 
@@ -261,7 +261,7 @@ def test_big_models_in_a_minute(name):
     start = time.process_time()
     with torch.device("meta"):
         if name == "gpt":
-            from inspect_models import gpt
+            from tools.inspect_models import gpt
 
             model = gpt()
             x = model.example_inputs

@@ -1,4 +1,4 @@
-"""Our graphs lowered for CUDA, on a machine without a GPU: tools/cuda_lowering.py."""
+"""Our graphs lowered for CUDA, on a machine without a GPU: ``tools.cuda_lowering``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "cuda_lowering.py"
+ROOT = Path(__file__).resolve().parents[2]
 LONG = [("cnn", "fdfa"), ("resnet", "grape"), ("layers", "dfa"), ("blocks", "grape"), ("mlp", "bp")]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The tool in a process of its own; skips where it cannot work."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TOOL), *arguments],
+        [sys.executable, "-W", "ignore", "-m", "tools.cuda_lowering", *arguments],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

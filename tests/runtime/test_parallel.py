@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import networks
 from grapefx.errors import GrapefxWarning, OptionError
 from grapefx.lowering import PARALLEL, lower_tasks
 from grapefx.options import Options
@@ -25,6 +24,7 @@ from grapefx.runtime.cudagraph import CAPTURES, MISSES, WARM, Graphed
 from grapefx.runtime.parallel import ON_CPU, ON_CUDA, Fastest, StreamRunner, assign, forms_of
 from tests.passes.test_horizontal import case, kind_of, parts_of, real_inputs
 from tests.zoo import MLP, assert_same_gradients, compiled, eager_twin, train_step
+from tools.common import networks
 
 # the option
 

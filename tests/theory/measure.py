@@ -1,6 +1,6 @@
 """What grapefx does, measured: every number comes from ``grapefx.compile`` in float64.
 
-The tests and ``tools/figures.py`` call these functions with the same arguments. A two-layer net
+The tests and ``tools.figures`` call these functions with the same arguments. A two-layer net
 with a linear output has J = W^(2) at its only feedback point, for every sample: any J can be
 dialled in. J^ is read from fdfa at alpha = 1 (B is then J^ of the step), cosines of samples from
 grape with ``order="cosine-then-mean"``.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench_measure import peak_memory
-from bench_models import Step
+from tools.bench.measure import peak_memory
+from tools.bench.models import Step
 
 MIB = 2**18  # float32 values
 

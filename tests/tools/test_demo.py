@@ -14,8 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-import demo
-from load_data import load_images
+from tools import demo
+from tools.common.data import load_images
 
 QUICK = ["--quick", "--backend", "eager", "--models", "mlp"]
 TASK = demo.QUICK_TASKS["mlp"]
@@ -85,10 +85,10 @@ def test_interrupt_shows_what_there_is(
 
 
 def test_results_survive_a_kill(tmp_path: Path) -> None:
-    command = [sys.executable, demo.__file__, "--quick", "--backend", "eager"]
+    command = [sys.executable, "-m", "tools.demo", "--quick", "--backend", "eager"]
     command += ["--methods", "dfa", "--out", str(tmp_path), "--name", "a"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=demo.ROOT, env=env)
     metrics, deadline = tmp_path / "a" / "metrics.jsonl", time.monotonic() + 120
     try:
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -134,9 +134,9 @@ def test_table_shows_the_last_epoch_of_each_variant() -> None:
     rows = demo.table_rows(records)
     assert [row[1] for row in rows] == ["dfa", "grape"]
     assert rows[0][2] == "61.0" and rows[0][3] == "0.60" and rows[0][4] == "-"
-    lines = demo.text_table(rows).splitlines()
+    lines = demo.TABLE.text(rows).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    markdown = demo.markdown_table(rows).splitlines()
+    markdown = demo.TABLE.markdown(rows).splitlines()
     assert len(markdown) == 4 and len({line.count("|") for line in markdown}) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gpu_check
-from gpu_check import Case
-from gpu_page import best, page, verdicts
+from tools import gpu_check
+from tools.bench.models import SMALL, Benchmark
+from tools.common import results
+from tools.gpu.page import best, page, verdicts
+from tools.gpu_check import Case
 
 SMOKE = ["--device", "cpu", "--smoke", "--rounds", "1", "--inner", "1", "--seconds", "90000"]
 
@@ -31,7 +32,7 @@ def test_without_cuda_it_says_so(
 def test_smoke_goes_through_everything_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"
     assert gpu_check.main([*SMOKE, "--out", str(out)]) == 0
-    kept = json.loads(out.with_suffix(".json").read_text())["rows"]
+    kept = results.latest(out.with_suffix(".jsonl"), lambda r: r["key"])
     assert all(r["ok"] for r in kept.values())
     assert {r["section"] for r in kept.values()} == {"parity", "transformer8", "mlp"}
     text = out.read_text()
@@ -74,7 +75,7 @@ def test_what_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     text = out.read_text()
     assert "Parity: 0 of 2 comparisons hold." in text and "- a: 0.5" in text
     assert "- b: RuntimeError: CUDA error: out of luck" in text
-    assert "| dfa, off | | | | | | ValueError: cannot compile this |" in text
+    assert "| dfa, off |  |  |  |  |  | ValueError: cannot compile this |" in text
     assert "| eager | " in text
 
 
@@ -94,12 +95,11 @@ def test_a_step_that_breaks_later_is_a_row_too(
             super().__init__()
             self.w = nn.Parameter(torch.ones(10))
 
-    example = gpu_check.network("mlp")[1]
-    monkeypatch.setattr(gpu_check, "network", lambda _: (Breaks(), example, {}))
+    monkeypatch.setitem(gpu_check.SMOKE, "mlp", Benchmark(Breaks, SMALL))
     monkeypatch.setattr(gpu_check, "cases", lambda _: [Case("mlp", "mlp", 4, ("eager",))])
     out = tmp_path / "gpu.md"
     assert gpu_check.main([*SMOKE, "--out", str(out)]) == 1
-    assert "| eager | | | | | | AssertionError: late |" in out.read_text()
+    assert "| eager |  |  |  |  |  | AssertionError: late |" in out.read_text()
 
 
 @pytest.mark.usefixtures("small")

@@ -10,7 +10,7 @@ import torch
 from grapefx.passes.differentiate.rules import rules
 
 pytest.importorskip("expecttest", reason="torch's operator samples import it")
-import op_rules
+from tools import op_rules
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-import projections
 from grapefx.torch_compat import pytree
+from tools.bench import projections
 
 
 def test_the_forms_agree(capsys: pytest.CaptureFixture[str]) -> None:

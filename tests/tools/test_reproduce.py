@@ -1,4 +1,4 @@
-"""tools/reproduce.py: what it refuses, how it goes on after a kill, what its table says."""
+"""The reproduction of tables: what it refuses, how it goes on after a kill, what its table says."""
 
 import fcntl
 import json
@@ -8,35 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-import reproduce
-from load_data import load_images
-from reproduce import ConfigError, load_config
-
-CONFIGS = sorted((Path(reproduce.__file__).parent / "reproduce").glob("*.yaml"))
-SMALL = """
-title: small
-source: nobody
-dataset: mnist
-train: 256
-test: 100
-normalise: half
-model: {kind: mlp, depth: 3, width: 16, activation: relu, batch_norm: true}
-init: he_uniform
-epochs: 3
-batch_size: 64
-optimizer: {name: adam, lr: 1.0e-3, betas: [0.9, 0.999], eps: 1.0e-8, weight_decay: 0.0}
-schedule: {name: exponential, gamma: 0.95}
-metric: last
-alignment_batches: 1
-differs: [it is small]
-methods:
-  bp: {method: bp, options: {calib_every: null}, published: [50.0, 0.1]}
-  fdfa: {method: fdfa, options: {optimizer: adam, calib_every: null}, published: [50.0, 40.0]}
-  dfa: {method: dfa, options: {calib_every: null}}
-  drtp: {method: drtp, options: {calib_every: null}}
-  pepita: {method: pepita, options: {calib_every: null}, published: [1.0, null]}
-  grape+calibration: {method: grape, options: {calib_every: 1}, note: ours}
-"""
+from tests.tools.test_reproduce_config import SMALL
+from tools.common.data import load_images
+from tools.reproduce import __main__ as reproduce
+from tools.reproduce import data
+from tools.reproduce.config import load_config
+from tools.reproduce.data import load_data
+from tools.reproduce.trainer import Trainer
 
 
 class Killed(Exception):
@@ -46,7 +24,7 @@ class Killed(Exception):
 @pytest.fixture(autouse=True)
 def bundled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled subset stands for every image set."""
-    monkeypatch.setattr(reproduce, "load_images", lambda *_: load_images())
+    monkeypatch.setattr(data, "load_images", lambda *_: load_images())
 
 
 @pytest.fixture
@@ -66,57 +44,6 @@ def cells(tmp_path: Path, runs: str = "runs") -> dict[str, dict[str, Any]]:
     return {c["row"]: c for c in map(json.loads, text.splitlines())}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_is_valid(path: Path) -> None:
-    config = load_config(path)
-    assert config.rows and config.differs and config.name == path.stem
-    if "subset" in path.stem:  # a subset's numbers cannot be judged by the full set's
-        assert not any(r.published for r in config.rows.values())
-
-
-def test_the_started_configs_keep_their_hashes() -> None:
-    """Long runs were made under these: another hash would refuse to go on."""
-    known = {
-        "b6_mnist": "e9412d9b6a0d",
-        "b6_fashion": "594fa23b01a9",
-        "t1_mnist_mlp": "e67825af77a1",
-        "t1_mnist_cnn": "62017e3fa9b5",
-        "cifar10_subset_cnn": "ea85cd74eeca",
-    }
-    assert {p.stem: load_config(p).hash for p in CONFIGS if p.stem in known} == known
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("epochs: 3", "epoch: 3", "unknown key 'epoch'. Did you mean 'epochs'?"),
-        ("width: 16", "widht: 16", "unknown key 'widht'. Did you mean 'width'?"),
-        ("method: fdfa", "method: fdaf", "Did you mean 'fdfa'?"),
-        ("options: {optimizer: adam,", "options: {optimiser: adam,", "Did you mean 'optimizer'?"),
-        ("metric: last", "metric: lats", "Did you mean 'last'?"),
-        ("metric: last", "metric: last\nloss: bec", "Did you mean 'bce'?"),
-        ("batch_size: 64\n", "", "'batch_size' is missing"),
-        ("metric: last", "metric: last\nbp_epoch_every: 0", "bp_epoch_every=0 must be a positive"),
-    ],
-)
-def test_unknown_keys_name_the_nearest(small: Path, old: str, new: str, message: str) -> None:
-    assert old in SMALL
-    small.write_text(SMALL.replace(old, new, 1))
-    with pytest.raises(ConfigError) as caught:
-        load_config(small)
-    assert message in str(caught.value)
-
-
-def test_a_base_is_inherited_and_set_changes_the_name(small: Path) -> None:
-    child = small.with_name("child.yaml")
-    child.write_text("base: small.yaml\nmodel: {width: 8}\nmethods: {bp: null, fdfa: {note: x}}\n")
-    config = load_config(child)
-    assert config.setting["model"]["width"] == 8 and config.setting["model"]["depth"] == 3
-    assert "bp" not in config.rows and config.rows["fdfa"].options["calib_every"] is None
-    other = load_config(child, ("model.width=16",))
-    assert other.name == "child+model.width=16" and other.hash == load_config(small).hash
-
-
 def test_the_loss_of_a_row(small: Path, tmp_path: Path) -> None:
     """Sigmoid outputs and BCE, as DRTP's authors train."""
     row = "  own: {method: bp, options: {calib_every: null}, loss: bce}\n"
@@ -132,8 +59,8 @@ def test_whole_epochs_of_bp(small: Path) -> None:
     row = f"  own: {{method: dfa, options: {options}, bp_epoch_every: 2}}\n"
     small.write_text(SMALL + row)
     config = load_config(small)
-    data = reproduce.load_data({**config.setting, "train": 256, "test": 100}, None, "cpu")
-    trainer = reproduce.Trainer(config.rows["own"], 0, data, "eager", "cpu")
+    found = load_data({**config.setting, "train": 256, "test": 100}, None, "cpu")
+    trainer = Trainer(config.rows["own"], 0, found, "eager", "cpu")
     counts = []
     for _ in range(4):
         trainer.train_epoch()
@@ -145,7 +72,7 @@ def test_whole_epochs_of_bp(small: Path) -> None:
 def test_missing_data_folder(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reproduce, "load_images", load_images)
+    monkeypatch.setattr(data, "load_images", load_images)
     assert call(small, tmp_path, "--data-dir", str(tmp_path / "nowhere")) == 2
     assert "no such data folder" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "small" / "results.jsonl").exists()

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-import step_profile
+from tools.bench import step_profile
 
 
 def test_the_kinds() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
+import torch
 
-import time_to_accuracy
-from time_to_accuracy import Runner, main, table
+from tools.bench import time_to_accuracy
+from tools.bench.time_to_accuracy import Runner, main, table
 
 
 def test_a_short_race(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     options = {"method": "grape", "backend": "eager"}
     monkeypatch.setattr(time_to_accuracy, "VARIANTS", {"compiled": None, "grape": options})
     assert main(["--model", "tiny", "--epochs", "1", "--parts", "0.5"]) == 0

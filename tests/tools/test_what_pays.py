@@ -9,10 +9,10 @@ from unittest import mock
 
 import pytest
 
-import bench_models
-import what_pays
 from grapefx.options import Options
 from grapefx.torch_compat import inductor_counts
+from tools.bench import models as bench_models
+from tools.bench import what_pays
 
 
 def test_what_is_switched_off_is_otherwise_called() -> None:

@@ -1,7 +1,7 @@
 """Time from the model to the end of its first step, and how it grows with depth.
 
-    python tools/bench/compile_time.py                  # ResNet-50, 224x224, 1000 classes
-    python tools/bench/compile_time.py --depths 10 20 40 80 160 320 --no-kernels
+    python -m tools.bench.compile_time                  # ResNet-50, 224x224, 1000 classes
+    python -m tools.bench.compile_time --depths 10 20 40 80 160 320 --no-kernels
 
 Each row is a process of its own with an empty kernel cache. ``plan`` is the capture and all passes
 for every kind of step; ``first step`` everything from the model to the first gradients, kernels
@@ -18,24 +18,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / p) for p in ("tools/bench", "tools", "")]
+from grapefx.choices import resolve
+from grapefx.plan import build_plan
+from tools import ROOT
+from tools.bench.models import PLAIN, VARIANTS, benchmark, make
+from tools.common import cli
+from tools.common.results import Row
+from tools.common.table import Table, fixed
+from tools.common.timing import seconds
 
-from bench_models import PLAIN, VARIANTS, benchmark, make  # noqa: E402
-from grapefx.choices import resolve  # noqa: E402
-from grapefx.plan import build_plan  # noqa: E402
-
-Row = dict[str, Any]
+TABLE = Table(
+    "network", "variant", "plan s:", "first step s:", "calibration s:", "processor s:", "nodes:"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--model", default="resnet50", help="of bench_models.py, or of torchvision")
+    p = cli.parser("tools.bench.compile_time", __doc__)
+    p.add_argument("--model", default="resnet50", help="of tools.bench.models, or of torchvision")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--depths", type=int, nargs="+", help="MLPs of these depths, 64 wide, instead")
     p.add_argument(
@@ -50,18 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one:
         print(json.dumps(measure(*args.one, batch=args.batch, kernels=not args.no_kernels)))
         return 0
-    print(
-        "| network | variant | plan s | first step s | calibration s | processor s | nodes |\n"
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    )
+    print(TABLE.head())
     for name in [f"depth{d}" for d in args.depths] if args.depths else [args.model]:
         for variant in args.variants:
             row = compile_seconds(
                 name, variant, args.batch, workers=not args.depths, kernels=not args.no_kernels
             )
-            cells = [row["plan"], row["first"], row["calibration"], row["processor"]]
-            text = " | ".join("" if c is None else f"{c:.1f}" for c in cells)
-            print(f"| {name} | {variant} | {text} | {row['nodes'] or ''} |", flush=True)
+            parts = [row[k] for k in ("plan", "first", "calibration", "processor")]
+            cells = [fixed(part, 1, "") for part in parts]
+            print(TABLE.line(name, variant, *cells, row["nodes"] or ""), flush=True)
     return 0
 
 
@@ -73,9 +72,12 @@ def compile_seconds(
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         if not workers:
             env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", name, variant, "--batch", str(batch)]
+        command = [sys.executable, "-m", "tools.bench.compile_time", "--one", name, variant]
+        command += ["--batch", str(batch)]
         command += [] if kernels else ["--no-kernels"]
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True, text=True
+        )
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -87,7 +89,7 @@ def measure(name: str, variant: str, *, batch: int, kernels: bool) -> Row:
         row |= _planned(name, variant, batch)
     step = make(name, variant, batch, "inductor" if kernels else "eager")
     cpu = time.process_time()
-    row["first"] = _seconds(step)
+    row["first"] = seconds(step)
     row["processor"] = time.process_time() - cpu
     if variant in (*PLAIN, "bp"):
         return row
@@ -96,7 +98,7 @@ def measure(name: str, variant: str, *, batch: int, kernels: bool) -> Row:
         with step.net.calibration():  # type: ignore[operator]
             step()
 
-    row["calibration"] = _seconds(calibrate)
+    row["calibration"] = seconds(calibrate)
     return row
 
 
@@ -110,12 +112,6 @@ def _planned(name: str, variant: str, batch: int) -> Row:
     for kind in plan.kinds():
         plan.graph(kind)
     return {"plan": time.perf_counter() - start, "nodes": len(plan.joint.gm.graph.nodes)}
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What compiling the optimizer into the step could bring: its share of a step, fused and compiled.
 
-    python tools/bench/optimizer_share.py mlp8x1024 mlp3x1024
+    python -m tools.bench.optimizer_share mlp8x1024 mlp3x1024
 
 Weight gradients are results of library products, which no compiler fuses with an optimizer: beside
 call overhead, a step that contains the optimizer can only win what a compiled optimizer wins.
@@ -8,23 +8,22 @@ call overhead, a step that contains the optimizer can only win what a compiled o
 
 from __future__ import annotations
 
-import statistics
-import sys
+import functools
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools" / "bench"), str(ROOT / "tools"), str(ROOT)]
+import grapefx
+from tools.bench.models import MODELS
+from tools.common import cli
+from tools.common.table import Table
+from tools.common.timing import interleaved, median_ms
 
-import grapefx  # noqa: E402
-from bench_models import MODELS  # noqa: E402
-
-ROUNDS, WARM = 25, 4
+TABLE = Table("network", "optimizer", "", "step ms:", "of it the optimizer:")
 
 
 def stepper(net: nn.Module, name: str, compiled: bool) -> Callable[[], object]:
@@ -39,31 +38,42 @@ def stepper(net: nn.Module, name: str, compiled: bool) -> Callable[[], object]:
     return torch.compile(opt.step) if compiled else opt.step
 
 
-def main() -> None:
-    """Print a markdown table."""
-    print("| network | optimizer | | step ms | of it the optimizer |\n" + "| --- " * 5 + "|")
-    for model in sys.argv[1:] or ["mlp8x1024"]:
+def timed(net: Any, step: Callable[[], object], x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Seconds of a step, and of the optimizer's part of it."""
+    start = time.perf_counter()
+    F.cross_entropy(net(x), y).backward()
+    middle = time.perf_counter()
+    step()
+    net.zero_grad()
+    end = time.perf_counter()
+    return end - start, end - middle
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a Markdown table, two lines as soon as they are known."""
+    p = cli.parser("tools.bench.optimizer_share", __doc__)
+    p.add_argument(
+        "models", nargs="*", choices=list(MODELS), default="mlp8x1024", metavar="MODEL",
+        help=f"default: mlp8x1024; of {', '.join(MODELS)}",
+    )  # fmt: skip
+    p.add_argument("--rounds", type=int, default=21)
+    a = p.parse_args(argv)
+    print(TABLE.head())
+    for model in [a.models] if isinstance(a.models, str) else a.models:
         x, y = MODELS[model].example(128)
         for name in ("Adam", "SGD"):
-            nets, whole, part = [], [[], []], [[], []]  # type: ignore[var-annotated]
+            steps = {}
             for compiled in (False, True):
                 net = grapefx.compile(MODELS[model].build(), method="dfa", calib_every=None)
-                nets.append((net, stepper(net, name, compiled)))
-            for r in range(ROUNDS):
-                for k, (net, step) in enumerate(nets):
-                    start = time.perf_counter()
-                    F.cross_entropy(net(x), y).backward()
-                    middle = time.perf_counter()
-                    step()
-                    net.zero_grad()
-                    end = time.perf_counter()
-                    if r >= WARM:
-                        whole[k].append(end - start)
-                        part[k].append(end - middle)
-            for k, label in enumerate(("fused", "compiled")):
-                a, b = (1e3 * statistics.median(t[k]) for t in (whole, part))
-                print(f"| {model} | {name} | {label} | {a:.2f} | {b:.2f} |", flush=True)
+                step = stepper(net, name, compiled)
+                steps["compiled" if compiled else "fused"] = functools.partial(
+                    timed, net, step, x, y
+                )
+            for label, found in interleaved(steps, a.rounds, warm_up=4).items():
+                whole, part = (f"{median_ms(times):.2f}" for times in zip(*found, strict=True))
+                print(TABLE.line(model, name, label, whole, part), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Feedback projections of L layers as products of their own, as one, or written out.
 
-    python tools/bench/projections.py
+    python -m tools.bench.projections
 
 The updates of L Linear layers n wide behind ReLUs, batch 128, 10 classes, compiled by Inductor in
 three forms: ``e @ B_l`` for each layer; one product ``e @ [B_1 ... B_L]`` whose columns the layers
@@ -11,16 +11,18 @@ Milliseconds are medians of interleaved runs; ratios, of the paired ones to the 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
-import sys
-import time
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from tools.common import cli
+from tools.common.table import Table
+from tools.common.timing import interleaved, median_ms, ratios, seconds
+
 CLASSES, BATCH = 10, 128
+TABLE = Table("layers x width", "form", "ms:", "over the first:")
 Update = Callable[[], object]
 
 
@@ -73,31 +75,21 @@ def network(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a markdown table."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p = cli.parser("tools.bench.projections", __doc__)
     p.add_argument("--networks", nargs="+", type=network, default=[(2, 1024), (8, 1024), (31, 256)])
-    p.add_argument("--rounds", type=int, default=100)
+    p.add_argument("--rounds", type=cli.count(), default=100)
     a = p.parse_args(argv)
-    if a.rounds < 1:
-        p.error("--rounds: 1 or more")
-    print("| layers x width | form | ms | over the first |\n| --- | --- | ---: | ---: |")
+    print(TABLE.head())
     for layers, width in a.networks:
         with torch.no_grad():
-            calls = forms(layers, width)
-            times: dict[str, list[float]] = {k: [] for k in calls}
-            for call in calls.values():
-                call()
-            for _ in range(a.rounds):
-                for name in random.sample(list(calls), len(calls)):
-                    start = time.perf_counter()
-                    calls[name]()
-                    times[name].append(time.perf_counter() - start)
+            calls = {k: functools.partial(seconds, f) for k, f in forms(layers, width).items()}
+            times = interleaved(calls, a.rounds, warm_up=1)
         first = times["a product a layer"]
         for name, found in times.items():
-            ratio = statistics.median(t / s for t, s in zip(found, first, strict=True))
-            median = 1e3 * statistics.median(found)
-            print(f"| {layers}x{width} | {name} | {median:.2f} | {ratio:.2f} |", flush=True)
+            cells = f"{median_ms(found):.2f}", f"{ratios(found, first).median:.2f}"
+            print(TABLE.line(f"{layers}x{width}", name, *cells), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """What each pass that exists for speed brings: steps with it and without it, interleaved.
 
-    python tools/bench/what_pays.py                          # every pass, where it works
-    python tools/bench/what_pays.py --only order --models resnet20 vgg16 --variants dfa
+    python -m tools.bench.what_pays                          # every pass, where it works
+    python -m tools.bench.what_pays --only order --models resnet20 vgg16 --variants dfa
 
 ``ratio`` is the median of the paired ratios of a step with the pass to one without, between its
 quartiles; ``MiB`` is what one step allocates at most, with and without. Passes without which
@@ -10,27 +10,26 @@ nothing would be saved (cuts, zero tangents) are not switched off.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import random
-import statistics
-import sys
-import time
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools" / "bench"), str(ROOT / "tools"), str(ROOT)]
+from tools.bench import models
+from tools.bench.measure import peak_memory, period
+from tools.bench.models import MODELS, VARIANTS, Step, make
+from tools.common import cli
+from tools.common.table import Table
+from tools.common.timing import interleaved, median_ms, ratios, seconds
 
-import bench_models  # noqa: E402
-from bench_measure import peak_memory  # noqa: E402
-from bench_models import MODELS, VARIANTS, Step, make  # noqa: E402
+TABLE = Table(
+    "what", "network", "variant", "with, ms:", "without, ms:", "ratio:", "quartiles", "MiB"
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Feature:
     @contextlib.contextmanager
     def without(self, variant: str) -> Iterator[None]:
         """Networks compiled inside do without it."""
-        options, period = VARIANTS[variant]
+        options, steps = VARIANTS[variant]
         with contextlib.ExitStack() as stack:
             for name, instead in self.off.items():
                 stack.enter_context(mock.patch(name, instead))
-            changed = {variant: (options | self.options, period)}
-            stack.enter_context(mock.patch.dict(bench_models.VARIANTS, changed))
+            changed = {variant: (options | self.options, steps)}
+            stack.enter_context(mock.patch.dict(models.VARIANTS, changed))
             yield
 
 
@@ -99,58 +98,44 @@ FEATURES: dict[str, Feature] = {
 }  # fmt: skip
 
 
-Pair = tuple[float, float]
-
-
-def compare(feature: Feature, model: str, variant: str, rounds: int) -> tuple[list[Pair], Pair]:
-    """Seconds of a step with the feature and without, by round; MiB with and without."""
+def compare(
+    feature: Feature, model: str, variant: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of a step by round and MiB, "with" the feature and "without" it."""
     batch = 32 if model == "vgg16" else 128
     torch.compiler.reset()
-    steps: list[Step] = []
-    for off in (False, True):
-        with feature.without(variant) if off else contextlib.nullcontext():
-            steps.append(make(model, variant, batch))
-            for _ in range(2 * VARIANTS[variant][1] + 1):
-                steps[-1]()
-    found = []
-    for _ in range(rounds):
-        seconds = [0.0, 0.0]
-        for k in random.sample((0, 1), 2):
-            start = time.perf_counter()
-            steps[k]()
-            seconds[k] = time.perf_counter() - start
-        found.append((seconds[0], seconds[1]))
-    most = [peak_memory(step, VARIANTS[variant][1]) for step in steps]
-    return found, (most[0], most[1])
+    steps: dict[str, Step] = {}
+    for how in ("with", "without"):
+        with feature.without(variant) if how == "without" else contextlib.nullcontext():
+            steps[how] = make(model, variant, batch)
+            for _ in range(2 * period(variant) + 1):
+                steps[how]()
+    times = interleaved({k: functools.partial(seconds, s) for k, s in steps.items()}, rounds)
+    return times, {k: peak_memory(step, period(variant)) for k, step in steps.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print a markdown table, a line as soon as it is known."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a Markdown table, a line as soon as it is known."""
+    p = cli.parser("tools.bench.what_pays", __doc__)
     p.add_argument("--only", nargs="+", choices=list(FEATURES))
     p.add_argument("--models", nargs="+", choices=list(MODELS), metavar="MODEL")
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS))
-    p.add_argument("--rounds", type=int, default=20)
+    p.add_argument("--rounds", type=cli.count(2, "quartiles need "), default=20)
     a = p.parse_args(argv)
-    if a.rounds < 2:
-        p.error("--rounds: quartiles need 2 or more")
     warnings.simplefilter("ignore")
-    print("| what | network | variant | with, ms | without, ms | ratio | quartiles | MiB |")
-    print("| --- | --- | --- | ---: | ---: | ---: | --- | --- |")
+    print(TABLE.head())
     for name in a.only or FEATURES:
         feature = FEATURES[name]
         for model in a.models or feature.models:
             for variant in a.variants or feature.variants:
-                found, peaks = compare(feature, model, variant, a.rounds)
-                on, off = (1e3 * statistics.median(s) for s in zip(*found, strict=True))
-                low, middle, high = statistics.quantiles([x / y for x, y in found], n=4)
-                print(
-                    f"| {feature.what} | {model} | {variant} | {on:.1f} | {off:.1f} "
-                    f"| {middle:.2f} | {low:.2f}-{high:.2f} | {peaks[0]:.1f}, {peaks[1]:.1f} |",
-                    flush=True,
-                )
+                times, peaks = compare(feature, model, variant, a.rounds)
+                low, middle, high = ratios(times["with"], times["without"])
+                cells = [f"{median_ms(t):.1f}" for t in times.values()]
+                cells += [f"{middle:.2f}", f"{low:.2f}-{high:.2f}"]
+                cells += [", ".join(f"{p:.1f}" for p in peaks.values())]
+                print(TABLE.line(feature.what, model, variant, *cells), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Plot the recorded figures over the commits that changed them.
 
-    python tools/perf/history.py --out perf.png [--figure flops kernels]
+    python -m tools.perf.history --out perf.png [--figure flops kernels]
 
 Each commit that touched ``tools/perf/expected`` is one point; a figure is summed over all models
 and methods, relative to its first point.
@@ -8,7 +8,6 @@ and methods, relative to its first point.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ from pathlib import Path
 
 import matplotlib
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools import ROOT
+from tools.common import cli
+
 FOLDER = "tools/perf/expected"
 FIGURES = (
     "flops", "critical_path_flops", "saved_bytes", "peak_bytes", "kernels", "bytes_moved",
@@ -46,7 +47,7 @@ def history(root: Path) -> list[tuple[str, dict[str, int]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("tools.perf.history", __doc__)
     parser.add_argument("--out", type=Path, default=Path("perf.png"))
     parser.add_argument("--figure", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--root", type=Path, default=ROOT)

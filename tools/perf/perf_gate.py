@@ -11,25 +11,23 @@ recorded the figures are printed and nothing is compared. Exit codes: 0, 1 (chan
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
+import torch
 
-import torch  # noqa: E402
+from tools.bench.measure import paired
+from tools.common import cli
+from tools.common.table import Table
+from tools.perf.perf_measure import MODELS, Figures, measure
 
-from bench_measure import paired  # noqa: E402
-from perf_measure import MODELS, Figures, measure  # noqa: E402
-
+EXPECTED = Path(__file__).resolve().parent / "expected"
 MARGINS = {"pass_calls": 0.05}  # everything else must be equal
 ALARM = 1.10  # wall time: the whole interval above the recorded ratio by so much
 
@@ -104,24 +102,22 @@ def markdown(changes: Sequence[Change]) -> str:
     """A table for a pull request."""
     if not changes:
         return "No deterministic figure changed."
-    rows = ["| | where | figure | before | after |", "| --- | --- | --- | ---: | ---: |"]
-    for c in changes[:60]:
-        sign = "worse" if c.worse else "better"
-        rows.append(f"| {sign} | {c.where} | `{c.figure}` | {c.before} | {c.after} |")
+    rows: list[tuple[object, ...]] = [
+        ("worse" if c.worse else "better", c.where, f"`{c.figure}`", c.before, c.after)
+        for c in changes[:60]
+    ]
     if len(changes) > 60:
-        rows.append(f"| | and {len(changes) - 60} more | | | |")
-    return "\n".join(rows)
+        rows.append(("", f"and {len(changes) - 60} more"))
+    return Table("", "where", "figure", "before:", "after:").markdown(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("tools.perf.perf_gate", __doc__)
     parser.add_argument("--accept", action="store_true", help="record the present figures")
     parser.add_argument("--wall", action="store_true", help="time steps too (report only)")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--expected", type=Path, default=HERE / "expected")
+    parser.add_argument("--expected", type=Path, default=EXPECTED)
     parser.add_argument("--replacement", type=Path, help="write the new file here when it differs")
     parser.add_argument("--markdown", type=Path, help="write the changes as a table")
     args = parser.parse_args(argv)

@@ -1,0 +1,1 @@
+"""Benchmarks beside ``tools.bench_step``, and what is timed in all of them."""

@@ -1,0 +1,1 @@
+"""What several commands share: data, networks, training, timing, results files and tables."""

@@ -1,0 +1,1 @@
+"""Which published architectures work: ``python -m tools.coverage``."""

@@ -1,0 +1,1 @@
+"""What ``tools.gpu_check`` and ``tools.cuda_lowering`` are made of."""

@@ -1,0 +1,1 @@
+"""The performance gate: deterministic figures of the compiler, against those recorded."""

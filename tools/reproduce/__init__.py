@@ -1,0 +1,1 @@
+"""The papers' tables, and our own, trained from configs: ``python -m tools.reproduce``."""
