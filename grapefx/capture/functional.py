@@ -108,7 +108,7 @@ def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Fun
     rank = {"parameter": 0, "buffer": 1, "constant": 2, "input": 3}
     key = [(rank[s.role], int(s.name) if s.role == "input" else i) for i, s in enumerate(slots)]
     order = sorted(range(len(slots)), key=key.__getitem__)
-    slots = _renumbered([slots[i] for i in order])
+    slots = [slots[i] for i in order]
     first = next(n for n in gm.graph.nodes if n.op != "placeholder")
     for i in order:
         first.prepend(tensors[i])
@@ -360,23 +360,22 @@ def _keeps_type(user: Node) -> bool:
 
 
 def _names(model: nn.Module, real: list[Tensor], call: Sequence[Any]) -> list[Slot]:
-    """What each tensor is: a parameter or buffer by name, or an input: arguments, then others."""
+    """What each tensor is: a parameter or buffer by name, or an input by number.
+
+    An argument's number is its place among the tensors of the call; others follow.
+    """
     own: dict[int, Slot] = {}
     for name, b in nn.Module.named_buffers(model):
         own[id(b)] = Slot("buffer", name)
     for name, p in nn.Module.named_parameters(model):
         own[id(p)] = Slot("parameter", name)
-    arguments = {id(leaf): i for i, leaf in reversed(list(enumerate(call)))}
+    given = [leaf for leaf in call if isinstance(leaf, Tensor)]
+    arguments = {id(leaf): i for i, leaf in reversed(list(enumerate(given)))}
     slots = []
     for i, tensor in enumerate(real):
-        number = arguments.get(id(tensor), len(call) + i)
+        number = arguments.get(id(tensor), len(given) + i)
         slots.append(own.get(id(tensor)) or Slot("input", str(number)))
     return slots
-
-
-def _renumbered(slots: list[Slot]) -> list[Slot]:
-    count = iter(range(len(slots)))
-    return [Slot("input", str(next(count))) if s.role == "input" else s for s in slots]
 
 
 def _with_constants(

@@ -125,7 +125,8 @@ def _fewer(sample: Sample, plan: Plan) -> Call:
     """The same call with one sample less."""
     leaves, spec = pytree.tree_flatten((sample.args, sample.kwargs))
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    for k in plan.captured.dynamic:
+    numbers = [int(s.name) for s in plan.captured.inputs if s.role == "input"]
+    for k in (numbers[i] for i in plan.captured.dynamic):
         leaves[tensors[k]] = leaves[tensors[k]][:-1].contiguous()
     call: Call = pytree.tree_unflatten(leaves, spec)
     return call
@@ -242,19 +243,18 @@ def tangent(model: nn.Module, sample: Sample, plan: Plan) -> dict[str, Any]:
         return {"tangent": "skipped: no feedback point"}
     leaves, _ = flatten_call(sample.args, sample.kwargs)
     inputs = tuple(x for x in leaves if isinstance(x, Tensor))
-    made = {s.name: e for s, e in zip(plan.captured.inputs, plan.capture.examples, strict=True)}
+    traced = {s.name: e for s, e in zip(plan.captured.inputs, plan.capture.examples, strict=True)}
     values = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
-        **made,
+        **traced,
     }
     case = oracle.Case(plan.captured, plan.placement, values, inputs, 0, plan.joint, {})
     probe = oracle._Noisy(case.cap, case.placed, {})
-    it = iter(inputs)
     with torch.no_grad():
         probe.run(
             *[
-                next(it) if s.role == "input" else values[s.name].clone()
+                inputs[int(s.name)] if s.role == "input" else values[s.name].clone()
                 for s in plan.captured.inputs
             ]
         )
