@@ -7,7 +7,7 @@ from html import escape
 
 from grapefx.report import units
 from grapefx.report.model import MethodReport, PlanReport, SegmentRow
-from grapefx.report.plan_text import derived, error_tap, proof, shape
+from grapefx.report.plan_text import derived, error_tap, exact_part, proof, shape
 from grapefx.report.svg import elide
 
 
@@ -31,6 +31,8 @@ def _facts(m: MethodReport, p: PlanReport) -> Iterator[tuple[str, str]]:
     yield from p.runs
     yield "output error", error_tap(p)
     if m.method != "bp":
+        if exact := exact_part(p):
+            yield "exact", exact
         yield "updates", proof(p)
     if any(kind == "align" for kind, _ in p.runs):
         yield "tangents", derived(p)

@@ -34,6 +34,12 @@ def error_tap(p: PlanReport) -> str:
     return f"gradient at {p.tap or 'the output'}; the graphs hold for {batch}"
 
 
+def exact_part(p: PlanReport) -> str:
+    """Where the part begins whose gradients are true, in words; empty where there is none."""
+    shown = [*p.exact_from[:3], *(["..."] if len(p.exact_from) > 3 else [])]
+    return f"true gradients from {', '.join(shown)} on" if shown else ""
+
+
 def parameters(row: SegmentRow) -> str:
     """A segment's parameters: the first one's name, how many more, how many numbers."""
     if not row.parameters:
@@ -79,6 +85,7 @@ def plan_lines(m: MethodReport, same_as: str | None, most: int, width: int) -> l
             lines.append(f"    ... {len(rows) - len(shown)} layers in the middle left out")
     facts = [*p.runs, ("error", error_tap(p))]
     if m.method != "bp":
+        facts += [("exact", exact)] if (exact := exact_part(p)) else []
         facts += [("updates", proof(p))]
         if any(kind == "align" for kind, _ in p.runs):
             facts += [("tangents", derived(p))]
