@@ -8,7 +8,7 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -36,6 +37,7 @@ __all__ = [
     "copy_all",
     "decomposed",
     "decompositions",
+    "dual",
     "facts_of",
     "fake_mode_of",
     "fake_tensor",
@@ -436,6 +438,19 @@ def clear_saved_tensors(ctx: Any) -> None:
     clear = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+
+
+def dual(tensors: Iterable[Any]) -> bool:
+    """Whether one of these carries a forward-mode tangent; one comparison outside ``dual_level``.
+
+    Inside, ``tensors`` (an iterable, so that it can be made then only) is gone through.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )
 
 
 def holders(value: torch.Tensor) -> int:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from grapefx.errors import BackwardError
 from grapefx.runtime.program import CompiledStep
-from grapefx.torch_compat import clear_saved_tensors
+from grapefx.torch_compat import clear_saved_tensors, dual
+
+DUAL = (
+    "forward-mode derivatives (torch.autograd.forward_ad, a dual tensor) cannot pass through a "
+    "grapefx module: the tangent would be lost\n  remedy: use the plain model for it (net.original)"
+)
 
 
 class Step(torch.autograd.Function):
@@ -45,6 +50,8 @@ class Step(torch.autograd.Function):
                 "double backward (create_graph=True) has no meaning for a grapefx module: its "
                 "gradients are not the derivative of a graph. Use the plain model for it."
             )
+        if dual(grads):
+            raise BackwardError(DUAL)
         if ctx.used:
             raise BackwardError(
                 "backward was called twice on one forward: its saved values are gone, and feedback "

@@ -8,25 +8,27 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from grapefx import tree
 from grapefx.capture import flatten_call, unflatten_outputs
 from grapefx.errors import BackwardError, InputError, StateError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
-from grapefx.runtime import distributed, inplace
+from grapefx.runtime import distributed, inplace, names
 from grapefx.runtime.captures import Captures
-from grapefx.runtime.function import Step
+from grapefx.runtime.function import DUAL, Step
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.owner import Owner, autocast_off
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
-from grapefx.torch_compat import transforming
+from grapefx.torch_compat import dual, transforming
 
 if TYPE_CHECKING:
     from grapefx.report import Report
@@ -51,7 +53,8 @@ class FeedbackModule(nn.Module):
 
     It shares parameters, buffers and children with the wrapped module, so ``state_dict()`` has the
     plain model's keys, inside a parent module too. Attributes and methods of the wrapped module are
-    reachable through it.
+    reachable through it. Where a name is grapefx's (``runtime.names``), ``original`` has the
+    model's.
     """
 
     def __new__(cls, model: nn.Module, *_: Any) -> FeedbackModule:
@@ -138,19 +141,33 @@ class FeedbackModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = self.__dict__.get("_original")
-        # a new forward (accelerate puts autocast around it) is one of the wrapper
-        own = name.startswith("_") or name in ("training", "forward") or name in self.__dict__
-        if original is None or own:
+        if original is None or self._keeps(name):
             super().__setattr__(name, value)
         else:
             setattr(original, name, value)
 
     def __delattr__(self, name: str) -> None:
         original = self.__dict__.get("_original")
-        if original is None or name.startswith("_") or name in self.__dict__:
+        if original is None or self._keeps(name):
             super().__delattr__(name)
         else:
             delattr(original, name)
+
+    def _keeps(self, name: str) -> bool:
+        """Whether an attribute is written on the wrapper, not on the model."""
+        original = self.__dict__["_original"]
+        if name in names.public(FeedbackModule) or (
+            name in self.__dict__.get("_begun", ()) and names.has(original, name)
+        ):
+            raise AttributeError(
+                f"{name!r} is grapefx's own on the compiled module and cannot be set or deleted\n"
+                f"  remedy: net.original.{name} is the model's"
+            )
+        # a new forward (accelerate puts autocast around it) is one of the wrapper
+        if name in ("training", "forward") or name in self.__dict__:
+            return True
+        # trainers leave notes under private names; those that the model has are the model's
+        return name.startswith("_") and not names.has(original, name)
 
     def _get_name(self) -> str:
         return "FeedbackModule"
@@ -204,6 +221,8 @@ class FeedbackModule(nn.Module):
                 "gradients are not the derivative of a graph. Use the plain model for it."
             )
         leaves, spec = flatten_call(args, kwargs)
+        if dual(chain(leaves, self._original_tensors())):
+            raise BackwardError(DUAL)
         training = torch.is_grad_enabled()
         program = self._captures.program(args, kwargs, leaves, spec, training, self._feedback)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -214,6 +233,11 @@ class FeedbackModule(nn.Module):
         return unflatten_outputs(
             program.out_spec, found, self._captures.batch_size(program, inputs)
         )
+
+    def _original_tensors(self) -> Iterator[Any]:
+        for module in tree.modules(self._original):
+            yield from module._parameters.values()
+            yield from module._buffers.values()
 
     def _infer(self, program: Program, inputs: list[Tensor]) -> Any:
         captures = self._captures
@@ -321,9 +345,15 @@ class FeedbackModule(nn.Module):
         return self._skipped
 
     def set_epoch(self, epoch: int) -> None:
-        """Announce the epoch that begins (as ``DistributedSampler.set_epoch``)."""
+        """Announce the epoch that begins (as ``DistributedSampler.set_epoch``).
+
+        A model's own ``set_epoch`` is called as well.
+        """
         self._read_flags()
         self._schedule.set_epoch(epoch)
+        own = getattr(self._original, "set_epoch", None)
+        if callable(own) and not self._installed:
+            own(epoch)  # in place, the model's own is where it was
 
     def targets(self, y: Tensor) -> None:
         """Give the class targets of the next ``backward``, for methods that read them.
@@ -427,6 +457,11 @@ class FeedbackModule(nn.Module):
         return inplace.uninstall(self._original)
 
     @property
+    def original(self) -> nn.Module:
+        """The model that was compiled: for those of its attributes that a name here hides."""
+        return self._original
+
+    @property
     def plan(self) -> Plan | None:
         """The plan of the last training capture; None before the first training call."""
         return self._captures.plan
@@ -465,7 +500,8 @@ def _class_for(model: type[nn.Module]) -> type[FeedbackModule]:
     with contextlib.suppress(TypeError, ValueError):
         forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     forward.__doc__ = plain.__doc__
-    members = {name: _delegated(name) for name in _CONTAINER if hasattr(model, name)}
+    members = names.delegated(model, FeedbackModule)
+    members |= {name: _delegated(name) for name in _CONTAINER if hasattr(model, name)}
     members["forward"] = torch.compiler.disable(forward, reason="grapefx compiles it by itself")
     return type(f"Feedback{model.__name__}", (FeedbackModule,), members)
 
