@@ -11,6 +11,7 @@ from grapefx.batch_facts import holds, same_graph
 from grapefx.capture import capture
 from grapefx.constants import tensor_attributes
 from grapefx.errors import InputError, tell
+from grapefx.layout import contiguous
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan, build_forward, build_plan
@@ -114,7 +115,7 @@ class Captures:
         """An argument of a program's graphs: an input, a constant, a parameter or a buffer."""
         if role == "input":
             x = inputs[ref]
-            if x.is_contiguous() or (
+            if contiguous(x) or (
                 x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
             ):
                 return x

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx.layout import contiguous, described, strided
 from grapefx.torch_compat import pytree
 
 _SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
@@ -208,7 +209,7 @@ def _number(item: Any) -> bool:
 
 
 def _layout(p: torch.Tensor) -> Any:
-    return (p.requires_grad, p.dtype, p.device, p.shape, p.stride())
+    return (p.requires_grad, p.dtype, p.device, p.shape, described(p))
 
 
 def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
@@ -219,10 +220,11 @@ def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
             shape = (*shape[:batch_dim], None, *shape[batch_dim + 1 :])
         channels_last = (
             len(shape) == 4
-            and not leaf.is_contiguous()
+            and not contiguous(leaf)
             and leaf.is_contiguous(memory_format=torch.channels_last)
         )
-        return (shape, leaf.dtype, leaf.device, leaf.requires_grad, channels_last)
+        layout = channels_last if strided(leaf) else described(leaf)
+        return (shape, leaf.dtype, leaf.device, leaf.requires_grad, layout)
     if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # NumPy: a long repr is cut
         return (leaf.shape, str(leaf.dtype), leaf.tobytes())
     try:
