@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx import tree
 from grapefx.capture import capture, flatten_call, pick_hint
 from grapefx.choices import check_together, resolve
-from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
+from grapefx.errors import BudgetError, CaptureError, InputError, PlacementError, tell
 from grapefx.ir import Captured, Layer, StepGraph
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
@@ -291,11 +292,11 @@ def build_plan(
     kwargs = kwargs or {}
     leaves, _ = flatten_call(args, kwargs)
     examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    captured = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    captured = _captured(model, args, kwargs, options, fixed)
+    parameters = dict(tree.named_parameters(model, remove_duplicate=False))
     values = {
         **parameters,
-        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(tree.named_buffers(model, remove_duplicate=False)),
         **captured.constants,
     }
     trainable = {n for n, p in parameters.items() if p.requires_grad}
@@ -363,6 +364,26 @@ def build_plan(
     return plan
 
 
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, fixed: bool
+) -> Captured:
+    """The capture; ``InputError`` where it fails on a sparse layout that torch cannot trace."""
+    try:
+        return capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
+    except CaptureError as e:
+        named = {f"argument {k!r}": v for k, v in [*enumerate(args), *kwargs.items()]}
+        named |= {f"buffer {n!r}": b for n, b in tree.named_buffers(model)}
+        for name, value in named.items():
+            layout = getattr(value, "layout", torch.strided)
+            if layout not in (torch.strided, torch.sparse_coo, torch.sparse_csr):
+                raise InputError(
+                    f"the {name} is sparse in the layout {layout}, with which torch cannot trace "
+                    f"what the model does: {str(e).splitlines()[0]}\n"
+                    "  remedy: pass it as .to_sparse_csr() or .to_sparse_coo()"
+                ) from e
+        raise
+
+
 def build_forward(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -375,10 +396,10 @@ def build_forward(
     leaves, _ = flatten_call(args, kwargs)
     examples = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     with torch.no_grad():
-        captured = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
+        captured = _captured(model, args, kwargs, options, fixed)
     values = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(tree.named_parameters(model, remove_duplicate=False)),
+        **dict(tree.named_buffers(model, remove_duplicate=False)),
         **captured.constants,
     }
     step = trace_joint(

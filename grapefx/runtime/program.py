@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grapefx.errors import tell
 from grapefx.ir import Captured, StepGraph
+from grapefx.layout import strided
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.passes.divide.partition import forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
@@ -90,6 +92,10 @@ class Program:
     def __init__(self, plan: Plan | None, inference: StepGraph | None, out_spec: Any,
                  constants: dict[str, Tensor], backend: str, options: dict[str, Any] | None,
                  dynamic: bool | None, parallel: str = "off") -> None:  # fmt: skip
+        sparse = _sparse(plan.joint if plan is not None else inference)
+        if sparse and (backend != "eager" or parallel != "off"):
+            tell(f"{sparse} is sparse, which Inductor has no code for: its graphs run uncompiled")
+            backend, parallel = "eager", "off"
         self.plan = plan
         self.inference = inference
         self.out_spec = out_spec
@@ -182,6 +188,23 @@ class Program:
         found = CompiledForward(fn, sources, time.perf_counter() - start)
         self.forwards[variant] = found
         return found
+
+
+def _sparse(step: StepGraph | None) -> str:
+    """The first tensor of a graph without strides, in words; empty where there is none."""
+    if step is None:
+        return ""
+    slots = dict(zip(step.placeholders(), step.inputs, strict=True))
+    for node in step.gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor) and not strided(val):
+            slot = slots.get(node)
+            if slot is None:
+                return f"the value {node.name!r}"
+            if slot.role == "input":
+                return f"tensor {int(slot.name) + 1} of the arguments"
+            return f"the {slot.role} {slot.name!r}"
+    return ""
 
 
 def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:

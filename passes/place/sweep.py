@@ -41,6 +41,7 @@ aten = torch.ops.aten
 
 HEAVY = {
     "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum", "bilinear", "addmv", "mv",
+    "_sparse_addmm", "_sparse_mm",
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "convolution", "embedding", "embedding_bag", "_embedding_bag",
     "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
