@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grapefx import tree
+
 _OWN = frozenset(nn.Module().__dict__)
 _COMMON = frozenset((int, float, bool, str, tuple, list, dict, type(None), MethodType))
 _FOREIGN = frozenset(
@@ -23,7 +25,7 @@ _FOREIGN = frozenset(
 @contextlib.contextmanager
 def recording(model: nn.Module, found: dict[tuple[str, str], None]) -> Iterator[None]:
     """What runs inside adds (path of the module, attribute) to ``found``."""
-    paths = {id(m): name for name, m in model.named_modules()}
+    paths = {id(m): name for name, m in tree.named_modules(model)}
 
     def read(self: nn.Module, name: str) -> Any:
         value = object.__getattribute__(self, name)

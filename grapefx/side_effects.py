@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grapefx import tree
 from grapefx.attribute_reads import recording
 
 
@@ -62,7 +63,7 @@ class Watch:
 
 
 def _attributes(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]]:
-    return [(n, m, dict(m.__dict__), dict(m._buffers)) for n, m in model.named_modules()]
+    return [(n, m, dict(m.__dict__), dict(m._buffers)) for n, m in tree.named_modules(model)]
 
 
 def _add(notes: list[str], note: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grapefx import tree
 from grapefx.batch_facts import holds, same_graph
 from grapefx.capture import capture
 from grapefx.constants import tensor_attributes
@@ -233,7 +234,7 @@ class Captures:
         specs = plan.state_specs()
         if not specs:
             return {}
-        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        parameter = next(p for p in tree.parameters(self.model) if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
         return feedback.ensure(specs, dtype, parameter.device)
 
@@ -246,7 +247,7 @@ class Captures:
                 tell(note)
 
     def _check_devices(self, leaves: list[Any]) -> None:
-        parameter = next(self.model.parameters(), None)
+        parameter = next(tree.parameters(self.model), None)
         if parameter is None:
             return
         self.device_type = parameter.device.type

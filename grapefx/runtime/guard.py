@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx import tree
 from grapefx.layout import contiguous, described, strided
 from grapefx.torch_compat import pytree
 
@@ -41,7 +42,7 @@ class Fingerprint:
     def refresh(self) -> None:
         """Walk the module tree again."""
         self._identity: list[int] | None = None  # set last: an interrupted walk is done again
-        self.modules = list(self.model.modules())
+        self.modules = list(tree.modules(self.model))
         self._dicts = [m.__dict__ for m in self.modules]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [d[name] for d in self._dicts for name in _HOOKS]
@@ -69,7 +70,9 @@ class Fingerprint:
         first: dict[int, int] = {}
         ties = tuple([first.setdefault(id(d[n]), k) for k, (d, n) in enumerate(self._parameters)])
         # which modules and hooks there are under which names, what is tied, how buffers lie
-        paths = tuple([(n, type(m)) for n, m in self.model.named_modules(remove_duplicate=False)])
+        paths = tuple(
+            [(n, type(m)) for n, m in tree.named_modules(self.model, remove_duplicate=False)]
+        )
         token = (paths, tuple(self._hooked), ties, tuple([_layout(b) for b in buffers]))
         self.structure = self._tokens.setdefault(token, len(self._tokens))
         self._identity = list(map(id, self._held))
@@ -101,7 +104,7 @@ class Fingerprint:
 
     def watch(self, read: tuple[tuple[str, str], ...]) -> tuple[Any, ...]:
         """Read these (module, attribute) too; returns what each reading ends in from now on."""
-        modules = dict(self.model.named_modules())
+        modules = dict(tree.named_modules(self.model))
         known = {(id(d), k) for d, k in self._more}
         held = {id(d.get(k)) for d, k in self._more if _holder(d.get(k))}
         new = []
@@ -124,7 +127,7 @@ class Fingerprint:
         watched = [*self._scalars, *self._others, *self._more]
         for (store, key), a, b in zip(watched, last[3], reading[3], strict=True):
             if a != b:
-                path = next(n for n, m in self.model.named_modules() if m.__dict__ is store)
+                path = next(n for n, m in tree.named_modules(self.model) if m.__dict__ is store)
                 name = f"{path}.{key}".lstrip(".")
                 self._counts[name] = self._counts.get(name, 0) + 1
                 return name if self._counts[name] == _RESTLESS else ""
