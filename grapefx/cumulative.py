@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grapefx import tree
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -22,7 +24,7 @@ def cumulative_norms(model: nn.Module) -> Iterator[None]:
     """A trace inside: such layers count and average in the graph."""
     found = [
         m
-        for m in model.modules()
+        for m in tree.modules(model)
         if isinstance(m, _NORMS)
         and type(m).forward is nn.BatchNorm1d.forward  # not one of the user's
         and "forward" not in m.__dict__

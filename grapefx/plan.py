@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from grapefx import tree
+from grapefx.advice import advised
 from grapefx.capture import capture, flatten_call, pick_hint
 from grapefx.choices import check_together, resolve
-from grapefx.errors import BudgetError, CaptureError, InputError, PlacementError, tell
+from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
 from grapefx.ir import Captured, Layer, StepGraph
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
@@ -29,6 +30,7 @@ from grapefx.passes.feedback.update import Feedback, build_update
 from grapefx.passes.feedback.weights import stand_in, weight_shapes
 from grapefx.passes.graph import markers
 from grapefx.passes.graph.annotate import annotate, mark_forward
+from grapefx.passes.graph.branches import inline_branches
 from grapefx.passes.graph.custom_functions import expand
 from grapefx.passes.graph.folds import batch_folds
 from grapefx.passes.graph.order import dead_code
@@ -40,7 +42,7 @@ from grapefx.passes.place.placement import (
 )
 from grapefx.passes.place.sweep import HEAVY, sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
-from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
+from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode, release
 
 KINDS = ("update", "align", "calibration")
 
@@ -367,21 +369,16 @@ def build_plan(
 def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, fixed: bool
 ) -> Captured:
-    """The capture; ``InputError`` where it fails on a sparse layout that torch cannot trace."""
+    """The capture, without branches in graphs of their own; an error says what to do."""
     try:
-        return capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
+        found = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
+        release(n.meta.get("val") for n in found.gm.graph.nodes)
+        return inline_branches(found)
     except CaptureError as e:
-        named = {f"argument {k!r}": v for k, v in [*enumerate(args), *kwargs.items()]}
-        named |= {f"buffer {n!r}": b for n, b in tree.named_buffers(model)}
-        for name, value in named.items():
-            layout = getattr(value, "layout", torch.strided)
-            if layout not in (torch.strided, torch.sparse_coo, torch.sparse_csr):
-                raise InputError(
-                    f"the {name} is sparse in the layout {layout}, with which torch cannot trace "
-                    f"what the model does: {str(e).splitlines()[0]}\n"
-                    "  remedy: pass it as .to_sparse_csr() or .to_sparse_coo()"
-                ) from e
-        raise
+        better = advised(e, model, args, kwargs)
+        if better is e:
+            raise
+        raise better from e
 
 
 def build_forward(

@@ -27,6 +27,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from grapefx import tree
+
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
@@ -59,6 +61,7 @@ __all__ = [
     "python_dispatcher",
     "pytree",
     "quiet_export",
+    "release",
     "restrided",
     "retrace",
     "set_call",
@@ -106,6 +109,18 @@ def fake_mode_of(value: Any) -> FakeTensorMode:
     """The mode that a fake tensor belongs to."""
     assert isinstance(value, FakeTensor)
     return value.fake_mode
+
+
+def release(values: Iterable[Any]) -> None:
+    """Let the modes of fake tensors forget the real ones that they were made from.
+
+    They hold weak references, with which torch cannot swap a parameter (``swap_tensors``).
+    """
+    modes = {v.fake_mode for v in values if isinstance(v, FakeTensor)}
+    for mode in modes:
+        converter = mode.fake_tensor_converter.meta_converter
+        for memo in (converter.describer.lookup_tensor, converter.tensor_memo):
+            memo.clear()
 
 
 def batch_symbol(size: Any) -> Any:
@@ -490,7 +505,7 @@ def plain_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 def plain_calls(model: torch.nn.Module) -> Iterator[None]:
     """Every module inside runs its own forward: a capture must not meet another compiler."""
     name = "_compiled_call_impl"
-    held = [(m.__dict__, m.__dict__.pop(name)) for m in model.modules() if m.__dict__.get(name)]
+    held = [(m.__dict__, m.__dict__.pop(name)) for m in tree.modules(model) if m.__dict__.get(name)]
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grapefx import tree
 from grapefx.capture import flatten_call, unflatten_outputs
 from grapefx.errors import BackwardError, InputError, StateError, tell
+from grapefx.layout import distributed_tensor
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
@@ -221,6 +222,13 @@ class FeedbackModule(nn.Module):
                 "gradients are not the derivative of a graph. Use the plain model for it."
             )
         leaves, spec = flatten_call(args, kwargs)
+        if distributed_tensor(leaves):
+            raise InputError(
+                "an argument is a DTensor, and the model's graph is one of local tensors\n"
+                "  remedy: pass x.to_local()"
+            )
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise InputError(_no_tensor(self._original, args, kwargs))
         if dual(chain(leaves, self._original_tensors())):
             raise BackwardError(DUAL)
         training = torch.is_grad_enabled()
@@ -478,6 +486,21 @@ def _refuse_scaled(device: str) -> None:
             "calib_update='sgd' steps by itself, with gradients that a GradScaler would have "
             "scaled\n  remedy: calib_update='grad', or autocast to bfloat16 without a GradScaler"
         )
+
+
+def _no_tensor(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a call without a tensor cannot be captured: an argument is missing, or there is none."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as e:
+        return f"the call does not fit {type(model).__name__}.forward: {e}"
+    except ValueError:  # no signature
+        pass
+    return (
+        "the call has no tensor argument, and without one there is no batch to learn from\n"
+        "  remedy: pass what the model starts from as a tensor with the batch in its first "
+        "dimension (batch_dim= names another one)"
+    )
 
 
 def _rebuild(

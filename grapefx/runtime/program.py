@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grapefx import tree
 from grapefx.errors import tell
 from grapefx.ir import Captured, StepGraph
 from grapefx.layout import strided
@@ -343,7 +344,7 @@ def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
 def module_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each parameter and buffer lives: (dict, key) by full name."""
     slots: dict[str, tuple[dict[str, Any], str]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in tree.named_modules(model, remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for store in (module._parameters, module._buffers):
             for key in store:
