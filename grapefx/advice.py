@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -55,6 +56,21 @@ def advised(
     lines = said.splitlines()
     kept = lines[:-1] if len(lines) > 1 else lines
     return CaptureError("\n".join([*kept, f"  remedy: {remedy}"]))
+
+
+def no_tensor(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a call without a tensor cannot be captured: an argument is missing, or there is none."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as e:
+        return f"the call does not fit {type(model).__name__}.forward: {e}"
+    except ValueError:  # no signature
+        pass
+    return (
+        "the call has no tensor argument, and without one there is no batch to learn from\n"
+        "  remedy: pass what the model starts from as a tensor with the batch in its first "
+        "dimension (batch_dim= names another one)"
+    )
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from grapefx import tree
-from grapefx.advice import advised
+from grapefx.advice import advised, no_tensor
 from grapefx.capture import capture, flatten_call, pick_hint
 from grapefx.choices import check_together, resolve
-from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
+from grapefx.errors import BudgetError, CaptureError, InputError, PlacementError, tell
 from grapefx.ir import Captured, Layer, StepGraph
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
@@ -370,6 +370,9 @@ def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, fixed: bool
 ) -> Captured:
     """The capture, without branches in graphs of their own; an error says what to do."""
+    leaves, _ = flatten_call(args, kwargs)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise InputError(no_tensor(model, args, kwargs))
     try:
         found = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
         release(n.meta.get("val") for n in found.gm.graph.nodes)

@@ -455,16 +455,16 @@ def clear_saved_tensors(ctx: Any) -> None:
         clear()
 
 
-def dual(tensors: Iterable[Any]) -> bool:
+def dual(tensors: Iterable[Any], more: Callable[[], Iterable[Any]] = tuple) -> bool:
     """Whether one of these carries a forward-mode tangent; one comparison outside ``dual_level``.
 
-    Inside, ``tensors`` (an iterable, so that it can be made then only) is gone through.
+    ``more`` is called for the rest inside one.
     """
     if forward_ad._current_level < 0:
         return False
     return any(
         isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None
-        for t in tensors
+        for t in (*tensors, *more())
     )
 
 

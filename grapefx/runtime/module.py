@@ -8,7 +8,6 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,9 +226,7 @@ class FeedbackModule(nn.Module):
                 "an argument is a DTensor, and the model's graph is one of local tensors\n"
                 "  remedy: pass x.to_local()"
             )
-        if not any(isinstance(leaf, Tensor) for leaf in leaves):
-            raise InputError(_no_tensor(self._original, args, kwargs))
-        if dual(chain(leaves, self._original_tensors())):
+        if dual(leaves, self._original_tensors):
             raise BackwardError(DUAL)
         training = torch.is_grad_enabled()
         program = self._captures.program(args, kwargs, leaves, spec, training, self._feedback)
@@ -486,21 +483,6 @@ def _refuse_scaled(device: str) -> None:
             "calib_update='sgd' steps by itself, with gradients that a GradScaler would have "
             "scaled\n  remedy: calib_update='grad', or autocast to bfloat16 without a GradScaler"
         )
-
-
-def _no_tensor(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Why a call without a tensor cannot be captured: an argument is missing, or there is none."""
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as e:
-        return f"the call does not fit {type(model).__name__}.forward: {e}"
-    except ValueError:  # no signature
-        pass
-    return (
-        "the call has no tensor argument, and without one there is no batch to learn from\n"
-        "  remedy: pass what the model starts from as a tensor with the batch in its first "
-        "dimension (batch_dim= names another one)"
-    )
 
 
 def _rebuild(
