@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeVar, overload
 from torch import nn
 
 from grapefx.choices import resolve
-from grapefx.errors import OptionError
+from grapefx.errors import OptionError, tell
 from grapefx.methods import Method
 from grapefx.runtime import inplace as in_place
+from grapefx.runtime import names
 from grapefx.runtime.module import FeedbackModule
 from grapefx.untraceable import refuse_untraceable
 
@@ -141,6 +142,8 @@ def compile(
     if not isinstance(inplace, bool):
         raise OptionError(f"inplace={inplace!r} must be True or False")
     if not inplace:
+        if said := names.note(model, net):
+            tell(said)
         return net
     in_place.install(model, net)
     return model

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from grapefx.errors import OptionError, nearest
 from grapefx.ir import StepGraph
+from grapefx.layout import described
 from grapefx.passes.divide.tasks import Tasks
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import dead_code
@@ -161,7 +162,7 @@ def _restrided(examples: list[Any], strides: list[Any]) -> list[Any]:
 def _description(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+    return (tuple(value.shape), described(value), value.dtype, value.device)
 
 
 def _examples(gm: GraphModule) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx import tree
 from grapefx.capture import Capture, Scope, capture
 from grapefx.choices import check_together, resolve
 from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
@@ -39,7 +40,7 @@ from grapefx.passes.place.placement import (
 )
 from grapefx.passes.place.sweep import sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
-from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode
+from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode, release
 
 KINDS = ("update", "align", "calibration")
 
@@ -319,7 +320,7 @@ class _SizedError(Exception):
 
 def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) -> Plan:
     captured = found.captured
-    parameters = dict(nn.Module.named_parameters(model, remove_duplicate=False))
+    parameters = dict(tree.named_parameters(model, remove_duplicate=False))
     trainable = {n for n, p in parameters.items() if p.requires_grad}
     inputs = [e for e, s in zip(found.examples, captured.inputs, strict=True) if s.role == "input"]
     frozen = not trainable and any(e.requires_grad for e in inputs)
@@ -341,6 +342,7 @@ def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) ->
         raise _SizedError(
             "a derivative of torch's cannot have a symbolic batch size (affine_grid)"
         ) from e
+    release(n.meta.get("val") for n in captured.gm.graph.nodes)
     layers = tuple(c.layer for c in placement.cuts)
     mark_forward(joint, layers)
     check(joint, "joint")

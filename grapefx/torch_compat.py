@@ -12,7 +12,7 @@ import random
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -29,6 +30,8 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from grapefx import tree
 
 __all__ = [
     "FakeTensor",
@@ -40,6 +43,7 @@ __all__ = [
     "copy_all",
     "decomposed",
     "decompositions",
+    "dual",
     "dynamo_refusal",
     "dynamo_trace",
     "facts_of",
@@ -51,6 +55,7 @@ __all__ = [
     "functional_graph",
     "functionalized",
     "holders",
+    "in_dual_level",
     "inductor_compile",
     "inductor_counts",
     "inductor_options",
@@ -65,6 +70,7 @@ __all__ = [
     "python_dispatcher",
     "pytree",
     "quiet_export",
+    "release",
     "restrided",
     "retrace",
     "set_call",
@@ -112,6 +118,18 @@ def fake_mode_of(value: Any) -> FakeTensorMode:
     """The mode that a fake tensor belongs to."""
     assert isinstance(value, FakeTensor)
     return value.fake_mode
+
+
+def release(values: Iterable[Any]) -> None:
+    """Let the modes of fake tensors forget the real ones that they were made from.
+
+    They hold weak references, with which torch cannot swap a parameter (``swap_tensors``).
+    """
+    modes = {v.fake_mode for v in values if isinstance(v, FakeTensor)}
+    for mode in modes:
+        converter = mode.fake_tensor_converter.meta_converter
+        for memo in (converter.describer.lookup_tensor, converter.tensor_memo):
+            memo.clear()
 
 
 def batch_symbol(size: Any) -> Any:
@@ -449,6 +467,20 @@ def clear_saved_tensors(ctx: Any) -> None:
         clear()
 
 
+def in_dual_level() -> bool:
+    """Whether forward-mode differentiation is on (``torch.autograd.forward_ad.dual_level``)."""
+    return forward_ad._current_level >= 0
+
+
+def dual(*groups: Iterable[Any]) -> bool:
+    """Whether a tensor in one of these groups carries a forward-mode tangent."""
+    return any(
+        isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None
+        for group in groups
+        for t in group
+    )
+
+
 def holders(value: torch.Tensor) -> int:
     """How many tensors and handles share the memory of ``value``; to be compared with itself."""
     return int(torch._C._storage_Use_Count(value.untyped_storage()._cdata))
@@ -486,7 +518,7 @@ def plain_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 def plain_calls(model: torch.nn.Module) -> Iterator[None]:
     """Every module inside runs its own forward: a capture must not meet another compiler."""
     name = "_compiled_call_impl"
-    held = [(m.__dict__, m.__dict__.pop(name)) for m in model.modules() if m.__dict__.get(name)]
+    held = [(m.__dict__, m.__dict__.pop(name)) for m in tree.modules(model) if m.__dict__.get(name)]
     try:
         yield
     finally:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from grapefx import tree
 from grapefx.errors import OptionError
+from grapefx.layout import distributed_tensor
 
 
 def refuse_untraceable(model: nn.Module) -> None:
     """Raise ``OptionError`` naming a part that is compiled already, TorchScript or lazy."""
-    for name, part in model.named_modules():
+    for name, part in tree.named_modules(model):
         found = _untraceable(part)
         if found is not None:
             raise OptionError(f"{f'{name!r} of the model' if name else 'the model'} {found}")
@@ -26,6 +28,12 @@ def _untraceable(part: nn.Module) -> str | None:
         return "is a TorchScript module, which cannot be traced: use the Python module"
     if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):
         return "was compiled by torch.compile: use the module inside (._orig_mod)"
+    if distributed_tensor([*part._parameters.values(), *part._buffers.values()]):
+        return (
+            "holds parameters that are spread over processes (DTensor, from fully_shard or "
+            "distribute_tensor), which no capture can follow: compile first and shard the result, "
+            "fully_shard(grapefx.compile(model)), or use DistributedDataParallel"
+        )
     own = [*part._parameters.values(), *part._buffers.values()]
     if any(nn.parameter.is_lazy(t) for t in own if t is not None):
         return "has no sizes yet (a lazy module): run the model once before compiling it"

@@ -6,10 +6,14 @@ explicit alternative; ``record`` says what both return.
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from grapefx.capture.advice import advised, no_tensor
 from grapefx.capture.call import dense, flatten_call
 from grapefx.capture.dynamo import capture_dynamo
 from grapefx.capture.exported import capture_exported
 from grapefx.capture.record import Capture, Scope
+from grapefx.errors import CaptureError, InputError
 
 FRONT_ENDS = ("dynamo", "export")
 
@@ -27,10 +31,21 @@ def capture(
 
     Raises:
         CaptureError: the model cannot be traced; the message names the user's line.
+        InputError: the call has no tensor, or one that torch cannot trace.
     """
-    if front_end == "export":
-        return capture_exported(scope, batch_dim=batch_dim, fixed=fixed)
-    return capture_dynamo(scope, batch_dim=batch_dim, fixed=fixed, others=others, numbers=numbers)
+    if not any(isinstance(x, Tensor) for x in flatten_call(scope.args, scope.kwargs)[0]):
+        raise InputError(no_tensor(scope.model, scope.args, scope.kwargs))
+    try:
+        if front_end == "export":
+            return capture_exported(scope, batch_dim=batch_dim, fixed=fixed)
+        return capture_dynamo(
+            scope, batch_dim=batch_dim, fixed=fixed, others=others, numbers=numbers
+        )
+    except CaptureError as e:
+        better = advised(e, scope.model, scope.args, scope.kwargs)
+        if better is e:
+            raise
+        raise better from e
 
 
 __all__ = ["FRONT_ENDS", "Capture", "Scope", "capture", "dense", "flatten_call"]

@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from grapefx import tree
 from grapefx.capture.call import Symbolic, choices, examples, flatten_call
 from grapefx.capture.cumulative import cumulative_norms
 from grapefx.capture.functional import Computed, Functional, Given, NumberError, Size, functional
@@ -90,7 +91,7 @@ def _capture(
     code = (_forward if scope.inner else _call).__code__
     own = {"__builtins__": __builtins__, "__name__": __name__, "torch": torch}
     fn = types.FunctionType(code, own, "grapefx_call")
-    known = {d for p in nn.Module.parameters(scope.model) for d in p.shape}
+    known = {d for p in tree.parameters(scope.model) for d in p.shape}
     reduced: Capture | None = None
     why = ""
     last: Exception | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from grapefx import tree
 from grapefx.capture.around_trace import as_parameters, custom_functions
 from grapefx.capture.call import Symbolic, choices, dense, examples, flatten, flatten_call
 from grapefx.capture.constants import refuse_unregistered, tensor_attributes
@@ -27,6 +28,7 @@ from grapefx.capture.record import Capture, Run, Scope, fixed_lead, keeps_batch
 from grapefx.capture.tidy import keep_no_grad, passes_gradient, tidy
 from grapefx.errors import CaptureError, tell
 from grapefx.ir import Captured, Slot
+from grapefx.passes.graph.branches import inline_branches
 from grapefx.torch_compat import (
     batch_symbol,
     facts_of,
@@ -83,7 +85,7 @@ def capture_exported(scope: Scope, *, batch_dim: int = 0, fixed: bool = False) -
         raise CaptureError("the call has no tensor argument; grapefx needs a batch to trace")
     model = scope.model
     flat = _Flat(scope, spec, [TENSOR if isinstance(x, Tensor) else x for x in leaves])
-    known = {d for p in nn.Module.parameters(model) for d in p.shape}
+    known = {d for p in tree.parameters(model) for d in p.shape}
     failure: Exception | None = None
     reduced: Capture | None = None
     tries = [Symbolic()] if fixed else choices(leaves, batch_dim, frozenset())
@@ -163,9 +165,7 @@ def _export(flat: _Flat, tensors: list[Tensor], dims: Any, model: nn.Module) -> 
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """What a forward assigns while it is traced (values of the trace) is taken back."""
-    held = [
-        (store, dict(store)) for m in nn.Module.modules(model) for store in (m.__dict__, m._buffers)
-    ]
+    held = [(store, dict(store)) for m in tree.modules(model) for store in (m.__dict__, m._buffers)]
     try:
         yield
     finally:
@@ -217,7 +217,9 @@ def _read(
     else:
         results = [n.meta.get("val") for n in _output(gm)[len(mutated) :]]
         lead = fixed_lead(tensors, results, batch_dim)
-    captured = Captured(gm, tuple(slots), tuple(mutated), tuple(outputs), batch, lead, tuple(notes))
+    captured = inline_branches(
+        Captured(gm, tuple(slots), tuple(mutated), tuple(outputs), batch, lead, tuple(notes))
+    )
     first = leaves[tensor_at[lead]]
     size = first.shape[batch_dim] if first.ndim > batch_dim else 1
     watch = _Watch(model, leaves, facts, batch, tensor_at[lead], batch_dim, flat._call_spec)
@@ -244,10 +246,10 @@ def _output(gm: torch.fx.GraphModule) -> Any:
 def _slots(
     program: Any, model: nn.Module, notes: list[str]
 ) -> tuple[list[Slot], dict[str, Tensor]]:
-    buffers = dict(nn.Module.named_buffers(model, remove_duplicate=False))
+    buffers = dict(tree.named_buffers(model, remove_duplicate=False))
     # tied parameters go by the name that named_parameters() gives them
-    first = {id(p): n for n, p in nn.Module.named_parameters(model)}
-    named = nn.Module.named_parameters(model, remove_duplicate=False)
+    first = {id(p): n for n, p in tree.named_parameters(model)}
+    named = tree.named_parameters(model, remove_duplicate=False)
     tied = {n: first[id(p)] for n, p in named}
     held: dict[str, Tensor] = {}
     slots: list[Slot] = []
@@ -299,7 +301,7 @@ def _outputs(program: Any) -> tuple[list[str], list[str]]:
 def _stores(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each parameter and buffer lives: (dict, key) by full name."""
     slots: dict[str, tuple[dict[str, Any], str]] = {}
-    for prefix, module in nn.Module.named_modules(model, remove_duplicate=False):
+    for prefix, module in tree.named_modules(model, remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for store in (module._parameters, module._buffers):
             for key in store:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx import tree
+from grapefx.layout import contiguous, described, strided
+
 _SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SHORT = 64
@@ -32,7 +35,7 @@ class Fingerprint:
     def refresh(self) -> None:
         """Walk the module tree again."""
         self._identity: list[int] | None = None  # set last: an interrupted walk is done again
-        self.modules = list(self.model.modules())
+        self.modules = list(tree.modules(self.model))
         self._dicts = [m.__dict__ for m in self.modules]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [d[name] for d in self._dicts for name in _HOOKS]
@@ -60,7 +63,9 @@ class Fingerprint:
         first: dict[int, int] = {}
         ties = tuple([first.setdefault(id(d[n]), k) for k, (d, n) in enumerate(self._parameters)])
         # which modules and hooks there are under which names, what is tied, how buffers lie
-        paths = tuple([(n, type(m)) for n, m in self.model.named_modules(remove_duplicate=False)])
+        paths = tuple(
+            [(n, type(m)) for n, m in tree.named_modules(self.model, remove_duplicate=False)]
+        )
         token = (paths, tuple(self._hooked), ties, tuple([_layout(b) for b in buffers]))
         self.structure = self._tokens.setdefault(token, len(self._tokens))
         self._identity = list(map(id, self._held))
@@ -110,7 +115,7 @@ def _number(item: Any) -> bool:
 
 
 def _layout(p: torch.Tensor) -> Any:
-    return (p.requires_grad, p.dtype, p.device, p.shape, p.stride())
+    return (p.requires_grad, p.dtype, p.device, p.shape, described(p))
 
 
 def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
@@ -121,10 +126,11 @@ def describe_leaf(leaf: Any, batch: int | None, batch_dim: int) -> Any:
             shape = (*shape[:batch_dim], None, *shape[batch_dim + 1 :])
         channels_last = (
             len(shape) == 4
-            and not leaf.is_contiguous()
+            and not contiguous(leaf)
             and leaf.is_contiguous(memory_format=torch.channels_last)
         )
-        return (shape, leaf.dtype, leaf.device, leaf.requires_grad, channels_last)
+        layout = channels_last if strided(leaf) else described(leaf)
+        return (shape, leaf.dtype, leaf.device, leaf.requires_grad, layout)
     if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # NumPy: a long repr is cut
         return (leaf.shape, str(leaf.dtype), leaf.tobytes())
     try:

@@ -2,8 +2,7 @@
 
 Composite operators (``linear``, ``layer_norm``, ``lstm``) stay whole, since feedback points are
 placed behind them. What plain tracing would lose is put back first: values that enter a ``no_grad``
-region are detached there, a custom ``autograd.Function`` stays one node with its own derivative,
-and ``torch.cond`` becomes both branches with a choice between them.
+region are detached there, a custom ``autograd.Function`` stays one node with its own derivative.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from grapefx import tree
 from grapefx.capture.tidy import passes_gradient, tidy
 from grapefx.errors import CaptureError
 from grapefx.ir import Captured, Slot
 from grapefx.passes.graph import custom_functions
+from grapefx.passes.graph.branches import inline_branches
 from grapefx.passes.graph.source import quoted
 from grapefx.torch_compat import (
     DynamoTrace,
@@ -123,7 +124,7 @@ def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Fun
         notes=tuple(notes),
     )
     return Functional(
-        captured,
+        inline_branches(captured),
         tuple(places[i] for i in order),
         tuple(real[i] for i in order),
         tuple(_number(o) for o in runner.outputs),
@@ -213,28 +214,6 @@ def _checkpointed(node: Node, args: Any, kwargs: Any) -> Any:
     return _Interpreter(_detached(args[0])).run(*args[1:])
 
 
-def _cond(node: Node, args: Any, kwargs: Any) -> Any:
-    """Both branches, and a choice. What enters the other branch is detached by the same choice, so
-    that an infinite derivative there is never multiplied by zero.
-    """
-    condition, yes, no, operands = args
-    if not isinstance(condition, Tensor):
-        return _Interpreter(yes if condition else no).run(*operands)
-    condition = condition.reshape(())
-
-    def branch(gm: GraphModule, taken: Tensor) -> list[Tensor]:
-        gated = [
-            torch.where(taken, t, t.detach())
-            if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad
-            else t
-            for t in operands
-        ]
-        return list(_Interpreter(_detached(gm)).run(*gated))
-
-    pairs = zip(branch(yes, condition), branch(no, ~condition), strict=True)
-    return tuple(torch.where(condition, a, b) for a, b in pairs)
-
-
 def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     """A user's autograd function, of which Dynamo has made two graphs."""
     forward, backward, *operands = args
@@ -265,7 +244,6 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
 
 _SPECIAL: dict[str, Any] = {
     "tag_activation_checkpoint": _checkpointed,
-    "cond": _cond,
     "autograd_function_apply": _custom_function,
 }
 
@@ -365,9 +343,9 @@ def _names(model: nn.Module, real: list[Tensor], call: Sequence[Any]) -> list[Sl
     An argument's number is its place among the tensors of the call; others follow.
     """
     own: dict[int, Slot] = {}
-    for name, b in nn.Module.named_buffers(model):
+    for name, b in tree.named_buffers(model):
         own[id(b)] = Slot("buffer", name)
-    for name, p in nn.Module.named_parameters(model):
+    for name, p in tree.named_parameters(model):
         own[id(p)] = Slot("parameter", name)
     given = [leaf for leaf in call if isinstance(leaf, Tensor)]
     arguments = {id(leaf): i for i, leaf in reversed(list(enumerate(given)))}

@@ -95,6 +95,7 @@ def plan_report(plan: Plan) -> PlanReport:
         exact=len(plan.independent) - len(own),
         symbolic_batch=plan.captured.batch is not None,
         tap=", ".join(str(n.name) for n in plan.placement.taps),
+        exact_from=plan.placement.exact,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grapefx import tree
 from grapefx.analysis import Dag, DeviceModel, build_dag
 from grapefx.errors import CaptureError, GrapefxWarning, InputError, OptionError, nearest
 from grapefx.methods import Method, get_method, names, option_names
@@ -94,7 +95,7 @@ def build_plans(
     chosen = _methods(asked, options)
     opts = Options(**{k: v for k, v in options.items() if k in OPTION_NAMES})
     args, kwargs = call_of(example)
-    if not any(p.requires_grad for p in model.parameters()):
+    if not any(p.requires_grad for p in tree.parameters(model)):
         raise InputError("the model has no trainable parameter: there is no backward to inspect")
     try:
         with warnings.catch_warnings():
@@ -206,7 +207,7 @@ def locate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
     inside: list[tuple[str, nn.Module, Any]] = []
     deepest: list[tuple[str, nn.Module, Any]] = []
     handles = []
-    for path, module in model.named_modules():
+    for path, module in tree.named_modules(model):
 
         def enter(m: nn.Module, a: Any, k: Any, path: str = path) -> None:
             inside.append((path, m, (a, k)))

@@ -188,7 +188,8 @@ class PlanReport:
     ``runs`` pairs each kind of step with when it runs. ``derived`` are the operators whose tangent
     comes from torch's own forward AD. ``proved`` counts the parameter gradients of which the graph
     shows that they depend on their own segment's cotangent alone (None: nothing was proved, the
-    method is sequential or its graph was not built), ``exact`` those that no feedback reaches.
+    method is sequential or its graph was not built), ``exact`` those that no feedback reaches;
+    ``exact_from`` says where the part with true gradients begins.
     """
 
     rows: tuple[SegmentRow, ...]
@@ -199,6 +200,7 @@ class PlanReport:
     exact: int
     symbolic_batch: bool
     tap: str
+    exact_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grapefx import tree
 from grapefx.capture import Scope, dense, flatten_call
 from grapefx.errors import InputError, tell
+from grapefx.layout import distributed_tensor
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan, build_forward, plan_call
@@ -87,9 +89,14 @@ class Captures:
 
     def _capture(self, scope: Scope, feedback: FeedbackState) -> Program:
         leaves, spec = flatten_call(scope.args, scope.kwargs)
+        if distributed_tensor(leaves):
+            raise InputError(
+                "an argument is a DTensor, and the model's graph is one of local tensors\n"
+                "  remedy: pass x.to_local()"
+            )
         self._check_devices(leaves)
         training = torch.is_grad_enabled() and (
-            any(p.requires_grad for p in nn.Module.parameters(self.model))
+            any(p.requires_grad for p in tree.parameters(self.model))
             or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
         )
         self._check_batch(leaves, training)
@@ -140,7 +147,7 @@ class Captures:
         specs = plan.state_specs()
         if not specs:
             return {}
-        parameter = next(p for p in nn.Module.parameters(self.model) if p.requires_grad)
+        parameter = next(p for p in tree.parameters(self.model) if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
         return feedback.ensure(specs, dtype, parameter.device)
 
@@ -163,7 +170,7 @@ class Captures:
                 tell(note)
 
     def _check_devices(self, leaves: Sequence[Any]) -> None:
-        parameter = next(nn.Module.parameters(self.model), None)
+        parameter = next(tree.parameters(self.model), None)
         if parameter is None:
             return
         self.device_type = parameter.device.type

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from grapefx.errors import BackwardError
+from grapefx.layout import contiguous
 from grapefx.runtime.program import CompiledStep
-from grapefx.torch_compat import clear_saved_tensors
+from grapefx.torch_compat import clear_saved_tensors, dual
+
+DUAL = (
+    "forward-mode derivatives (torch.autograd.forward_ad, a dual tensor) cannot pass through a "
+    "grapefx module: the tangent would be lost\n  remedy: use the plain model for it (net.original)"
+)
 
 
 class Step(torch.autograd.Function):
@@ -30,7 +36,7 @@ class Step(torch.autograd.Function):
         ctx.step = step
         ctx.used = False
         ctx.set_materialize_grads(False)  # which outputs the loss uses shows in what is None
-        ctx.outputs = [(o.shape, None if o.is_contiguous() else o.stride(), o.dtype, o.device)
+        ctx.outputs = [(o.shape, None if contiguous(o) else o.stride(), o.dtype, o.device)
                        for o in outs]  # fmt: skip
         fixed = [o for o, keep in zip(outs, owner.differentiable, strict=True) if not keep]
         if fixed:
@@ -45,6 +51,8 @@ class Step(torch.autograd.Function):
                 "double backward (create_graph=True) has no meaning for a grapefx module: its "
                 "gradients are not the derivative of a graph. Use the plain model for it."
             )
+        if dual(grads):
+            raise BackwardError(DUAL)
         if ctx.used:
             raise BackwardError(
                 "backward was called twice on one forward: its saved values are gone, and feedback "
@@ -87,7 +95,7 @@ def _laid_out(
         zeros = torch.zeros(shape, dtype=dtype, device=device)
         return zeros if layout is None else _laid_out(zeros, shape, layout, dtype, device)
     if layout is None:
-        return grad.contiguous()
+        return grad if grad.layout is not torch.strided else grad.contiguous()
     if grad.stride() == layout:
         return grad
     return torch.empty_strided(grad.shape, layout, dtype=grad.dtype, device=grad.device).copy_(grad)

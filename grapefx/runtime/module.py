@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grapefx.capture import Scope
+from grapefx.capture import Scope, flatten_call
 from grapefx.errors import BackwardError, InputError, StateError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
-from grapefx.runtime import distributed, inplace
+from grapefx.runtime import distributed, inplace, names
 from grapefx.runtime.captures import Captures
-from grapefx.runtime.function import Step
+from grapefx.runtime.function import DUAL, Step
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.owner import Owner, autocast_off, kept_buffers
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.schedule import CalibrationSchedule
 from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
-from grapefx.torch_compat import transforming
+from grapefx.torch_compat import dual, in_dual_level, transforming
 
 if TYPE_CHECKING:
     from grapefx.report import Report
@@ -51,7 +51,8 @@ class FeedbackModule(nn.Module):
 
     It shares parameters, buffers and children with the wrapped module, so ``state_dict()`` has the
     plain model's keys, inside a parent module too. Attributes and methods of the wrapped module are
-    reachable through it.
+    reachable through it. Where a name is grapefx's (``runtime.names``), ``original`` has the
+    model's.
     """
 
     def __new__(cls, model: nn.Module, *_: Any) -> FeedbackModule:
@@ -137,19 +138,33 @@ class FeedbackModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = self.__dict__.get("_original")
-        # a new forward (accelerate puts autocast around it) is one of the wrapper
-        own = name.startswith("_") or name in ("training", "forward") or name in self.__dict__
-        if original is None or own:
+        if original is None or self._keeps(name):
             super().__setattr__(name, value)
         else:
             setattr(original, name, value)
 
     def __delattr__(self, name: str) -> None:
         original = self.__dict__.get("_original")
-        if original is None or name.startswith("_") or name in self.__dict__:
+        if original is None or self._keeps(name):
             super().__delattr__(name)
         else:
             delattr(original, name)
+
+    def _keeps(self, name: str) -> bool:
+        """Whether an attribute is written on the wrapper, not on the model."""
+        original = self.__dict__["_original"]
+        if name in names.public(FeedbackModule) or (
+            name in self.__dict__.get("_begun", ()) and names.has(original, name)
+        ):
+            raise AttributeError(
+                f"{name!r} is grapefx's own on the compiled module and cannot be set or deleted\n"
+                f"  remedy: net.original.{name} is the model's"
+            )
+        # a new forward (accelerate puts autocast around it) is one of the wrapper
+        if name in ("training", "forward") or name in self.__dict__:
+            return True
+        # trainers leave notes under private names; those that the model has are the model's
+        return name.startswith("_") and not names.has(original, name)
 
     def _get_name(self) -> str:
         return "FeedbackModule"
@@ -202,6 +217,8 @@ class FeedbackModule(nn.Module):
                 "torch.func transforms (grad, vmap, jvp) cannot pass through a grapefx module: its "
                 "gradients are not the derivative of a graph. Use the plain model for it."
             )
+        if in_dual_level() and dual(flatten_call(args, kwargs)[0], self._original_tensors()):
+            raise BackwardError(DUAL)
         scope = Scope(self._original, args, kwargs, self._installed)
         return self._captures.call(scope, self._feedback)
 
@@ -293,9 +310,15 @@ class FeedbackModule(nn.Module):
         return self._skipped
 
     def set_epoch(self, epoch: int) -> None:
-        """Announce the epoch that begins (as ``DistributedSampler.set_epoch``)."""
+        """Announce the epoch that begins (as ``DistributedSampler.set_epoch``).
+
+        A model's own ``set_epoch`` is called as well.
+        """
         self._read_flags()
         self._schedule.set_epoch(epoch)
+        own = getattr(self._original, "set_epoch", None)
+        if callable(own) and not self._installed:
+            own(epoch)  # in place, the model's own is where it was
 
     def targets(self, y: Tensor) -> None:
         """Give the class targets of the next ``backward``, for methods that read them.
@@ -382,7 +405,7 @@ class FeedbackModule(nn.Module):
         Raises:
             InputError: there is no plan yet, because no training batch has come.
         """
-        from grapefx.inspection import explain
+        from grapefx.report.inspect import explain
 
         if self.plan is None:
             raise InputError(
@@ -397,6 +420,11 @@ class FeedbackModule(nn.Module):
         Returns it. The learning state stays here. Raises ``OptionError`` for a wrapper.
         """
         return inplace.uninstall(self._original)
+
+    @property
+    def original(self) -> nn.Module:
+        """The model that was compiled: for those of its attributes that a name here hides."""
+        return self._original
 
     @property
     def plan(self) -> Plan | None:
@@ -437,7 +465,8 @@ def _class_for(model: type[nn.Module]) -> type[FeedbackModule]:
     with contextlib.suppress(TypeError, ValueError):
         forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     forward.__doc__ = plain.__doc__
-    members = {name: _delegated(name) for name in _CONTAINER if hasattr(model, name)}
+    members = names.delegated(model, FeedbackModule)
+    members |= {name: _delegated(name) for name in _CONTAINER if hasattr(model, name)}
     members["forward"] = torch.compiler.disable(forward, reason="grapefx compiles it by itself")
     return type(f"Feedback{model.__name__}", (FeedbackModule,), members)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grapefx.capture import Capture
+from grapefx.errors import tell
 from grapefx.ir import Role, StepGraph
+from grapefx.layout import strided
 from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
 from grapefx.options import Options
 from grapefx.passes.divide.partition import forward_only, split
@@ -111,6 +113,10 @@ class Program:
         options: Options,
         renamed: dict[str, str],
     ) -> None:
+        sparse = _sparse(plan.joint if plan is not None else inference)
+        if sparse and (options.backend != "eager" or options.parallel != "off"):
+            tell(f"{sparse} is sparse, which Inductor has no code for: its graphs run uncompiled")
+            options = replace(options, backend="eager", parallel="off")
         self.capture = capture
         self.plan = plan
         self.inference = inference
@@ -223,6 +229,23 @@ class Program:
         found = CompiledForward(fn, sources, time.perf_counter() - start)
         self.forwards[variant] = found
         return found
+
+
+def _sparse(step: StepGraph | None) -> str:
+    """The first tensor of a graph without strides, in words; empty where there is none."""
+    if step is None:
+        return ""
+    slots = dict(zip(step.placeholders(), step.inputs, strict=True))
+    for node in step.gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor) and not strided(val):
+            slot = slots.get(node)
+            if slot is None:
+                return f"the value {node.name!r}"
+            if slot.role == "input":
+                return f"tensor {int(slot.name) + 1} of the arguments"
+            return f"the {slot.role} {slot.name!r}"
+    return ""
 
 
 def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:

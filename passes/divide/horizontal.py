@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from grapefx.layout import strides
 from grapefx.passes.divide.families import Family, find_families, operands, places_of
 from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import dead_code
@@ -68,7 +69,7 @@ def batch_layers(
 
 
 def _symbolic(val: Any) -> bool:
-    sizes = (*val.shape, *val.stride()) if isinstance(val, Tensor) else (val,)
+    sizes = (*val.shape, *strides(val)) if isinstance(val, Tensor) else (val,)
     return any(isinstance(s, torch.SymInt) for s in sizes)
 
 
@@ -276,7 +277,7 @@ def _each(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 def _like(value: Any, val: Any) -> Any:
     """An output in the strides that it had."""
-    if not isinstance(value, Tensor) or value.stride() == val.stride():
+    if not isinstance(value, Tensor) or strides(value) == strides(val):
         return value
     for layout in (torch.contiguous_format, torch.channels_last):
         if (layout is torch.contiguous_format or val.ndim == 4) and val.is_contiguous(

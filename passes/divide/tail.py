@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
+from grapefx.layout import strided
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import ancestors, dead_code
 from grapefx.torch_compat import size_hint
@@ -101,6 +102,8 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _order(val: torch.Tensor) -> tuple[int, ...]:
+    if not strided(val):
+        return ()
     strides = [size_hint(s) for s in val.stride()]
     return tuple(sorted(range(val.ndim), key=lambda d: -strides[d]))
 
@@ -110,6 +113,8 @@ def _laid(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
     Backward operators of ATen, called directly, take some strides for granted.
     """
+    if not strided(value):
+        return value
     back = [order.index(d) for d in range(len(order))]
     return value.permute(order).contiguous().permute(back)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from grapefx.layout import strides
+
 _LIB = torch.library.Library("grapefx", "DEF")
 for _name in ("cut", "cut_backward", "tap", "tap_backward"):
     _LIB.define(f"{_name}(Tensor x, int index) -> Tensor")
@@ -80,7 +82,7 @@ def erase(graph: Graph) -> list[Node]:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in ALL:
             source: Node = node.args[0]  # type: ignore[assignment]
-            if source.meta["val"].stride() != node.meta["val"].stride():
+            if strides(source.meta["val"]) != strides(node.meta["val"]):
                 moved.append(source)
             node.replace_all_uses_with(source)
             graph.erase_node(node)

@@ -37,7 +37,7 @@ LINEAR = frozenset({"linear", "addmm", "mm", "matmul"})
 HEAVY = LINEAR | {
     "bmm", "baddbmm", "einsum", "bilinear", "addmv", "mv",
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "convolution", "embedding", "embedding_bag", "_embedding_bag",
+    "_sparse_addmm", "_sparse_mm", "convolution", "embedding", "embedding_bag", "_embedding_bag",
     "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
     "rnn_relu_cell",
 }  # fmt: skip

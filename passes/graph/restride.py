@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Graph, Node
 
+from grapefx.layout import strides
 from grapefx.passes.graph.emit import graph_mode, values
 from grapefx.torch_compat import python_dispatcher
 
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 def differs(old: Node, new: Node) -> bool:
     """Whether ``new`` has other strides than ``old``, whose place it takes."""
     a, b = old.meta.get("val"), new.meta.get("val")
-    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.stride() != b.stride()
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and strides(a) != strides(b)
 
 
 def restride(graph: Graph, moved: Iterable[Node]) -> int:
@@ -43,6 +44,6 @@ def restride(graph: Graph, moved: Iterable[Node]) -> int:
                 count += 1
                 val = node.target(*args, **kwargs)
             old, node.meta["val"] = node.meta["val"], val
-            if not isinstance(val, torch.Tensor) or val.stride() != old.stride():
+            if not isinstance(val, torch.Tensor) or strides(val) != strides(old):
                 pending |= set(node.users)
     return count

@@ -50,6 +50,7 @@ class Placement:
     head: tuple[str, ...]
     note: str = ""  # what was decided for the user
     refusal: str = ""  # why there is no cut at all
+    exact: tuple[str, ...] = ()  # where the part begins that gets its true gradient
 
 
 def place(
@@ -88,10 +89,8 @@ def place(
     cut_segments = [
         s for s in cut_segments if s.closed in before_tap and (s.params or points is not None)
     ]
-    if points is None and granularity == "block":
-        cut_segments = blocks(cut_segments, sweep, taps)
-    elif points is None and granularity == "sublayer":
-        cut_segments = sublayers(cut_segments, sweep, taps)
+    if points is None:
+        cut_segments = _thinned(cut_segments, sweep, taps, granularity)
     # the segment in front of the tap may have been closed at the tap itself: that is the head
     cut_segments = [s for s in cut_segments if s.closed not in taps]
     if points is not None or granularity != "layer" or sweep.stuck:
@@ -100,7 +99,49 @@ def place(
     cuts = _name_layers(cut_segments, sweep)
     covered = {p for c in cuts for p in c.layer.parameters}
     head = tuple(sorted(sweep.all_params() - covered))
-    return Placement(cuts, tuple(taps), head, note, "" if cuts else _refusal(sweep, points))
+    refusal = "" if cuts else _refusal(sweep, points)
+    exact = _exact_from(cuts, sweep, taps)
+    return Placement(cuts, tuple(taps), head, note, refusal, exact)
+
+
+def _thinned(
+    segments: list[Segment], sweep: Sweep, taps: list[Node], granularity: str
+) -> list[Segment]:
+    """The default points of a granularity that have a trainable parameter behind them.
+
+    Between another value and the taps lies no parameter: what is in front of it, the output layer,
+    learns from the error itself, whatever the model computes from its value.
+    """
+    weighty = sweep.before_weights(taps)
+    behind = [s for s in segments if s.closed in weighty]
+    if granularity == "layer":
+        return behind
+    if granularity == "block":
+        chosen = [s for s in blocks(segments, sweep, taps) if s.closed in weighty]
+        if chosen:
+            return chosen
+    return sublayers(behind, sweep, taps)
+
+
+def _exact_from(cuts: tuple[CutPoint, ...], sweep: Sweep, taps: list[Node]) -> tuple[str, ...]:
+    """Where the exact part begins: the first operators with parameters that lead to no cut.
+
+    Each as its module (or node) with its source line.
+    """
+    leading = sweep.ancestors([c.node for c in cuts]) | {c.node for c in cuts}
+    within = (sweep.ancestors(sweep.user_outputs) | set(sweep.user_outputs)) - leading
+    seen: set[Node] = set()
+    found: dict[str, None] = {}
+    for n in sweep.nodes:
+        if n not in within or n not in sweep.live or n not in sweep.data:
+            continue
+        if any(a in seen for a in n.all_input_nodes):
+            seen.add(n)
+        elif names := sweep.params_in(n):
+            seen.add(n)
+            at = source_of(n)
+            found[_owner(min(names)) + (f" ({at})" if at else "")] = None
+    return tuple(found)
 
 
 def _refusal(sweep: Sweep, points: Any) -> str:

@@ -15,7 +15,9 @@ joins two segments' weights without crossing a cut:
 4. To close is to cut at the narrowest value after the segment's last parameter and last merge,
    the latest of equals. Where no value can be cut (a tuple, a value without the batch), each value
    behind takes the segment's parameters over: both states of an LSTM cell become points.
-5. The segment that reaches the error tap unclosed is the head: it gets the true error.
+5. The segment that reaches the error tap unclosed is the head: it gets the true error. So does one
+   that was closed, if no trainable parameter lies between its cut and the tap (``placement``): code
+   without parameters behind the output layer is exact, whatever it returns.
 """
 
 from __future__ import annotations
@@ -150,6 +152,23 @@ class Sweep:
                 stack.extend(n.all_input_nodes)
         return seen
 
+    def before_weights(self, ends: Iterable[Node]) -> set[Node]:
+        """Nodes with a trainable parameter on a differentiable path from them to one of ``ends``.
+
+        Behind the others, and at them, nothing is left to train: what they lead to is a tail.
+        """
+        ends = list(ends)
+        toward = self.ancestors(ends) | set(ends)
+        found: set[Node] = set()
+        for n in reversed(self.nodes):
+            if n not in toward or n not in self.live or n in self.param_of:
+                continue
+            if n.op != "call_function" or n.target is aten.detach.default:
+                continue
+            if n in found or self.params_in(n):
+                found.update(n.all_input_nodes)
+        return found
+
     def all_params(self) -> set[str]:
         return {p for names in self.param_of.values() for p in names}
 
@@ -172,7 +191,7 @@ class Sweep:
                     self.data.add(node)
             elif self._data_in(node) or isinstance(value(node), torch.SymInt):
                 self.data.add(node)
-            elif params := self._params_in(node):
+            elif params := self.params_in(node):
                 self.param_of[node] = params
             elif any(a in self.frozen for a in inputs):
                 self.frozen.add(node)
@@ -184,7 +203,8 @@ class Sweep:
             if a in self.data and not isinstance(value(a), torch.SymInt)
         ]
 
-    def _params_in(self, node: Node) -> set[str]:
+    def params_in(self, node: Node) -> set[str]:
+        """The trainable parameters among a node's arguments."""
         found = [self.param_of.get(a, set()) for a in node.all_input_nodes if a not in self.data]
         return set().union(*found)
 
@@ -193,7 +213,7 @@ class Sweep:
             return
         if not is_float(node) and not isinstance(value(node), (tuple, list)):
             return
-        params = self._params_in(node)
+        params = self.params_in(node)
         data_in = self._data_in(node)
         opens = self._open_inputs(data_in, node)
         name = op_name(node)

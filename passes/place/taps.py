@@ -86,20 +86,64 @@ def _outer(sweep: Sweep) -> list[Node]:
     outputs = [n for n in outputs if n in trained] or outputs
     inner = sweep.ancestors(outputs)
     last = [n for n in outputs if n not in inner]
-    taps = {n: [n] for n in last if n in sweep.folds}
-    reduced = [n for n in last if n not in sweep.folds]
+    weighty = sweep.before_weights(outputs)
+    tails = [n for n in outputs if n in inner and n not in weighty and n in sweep.folds]
+    return _last(last, tails, sweep) or _last(last, [], sweep)
+
+
+def _last(last: list[Node], tails: list[Node], sweep: Sweep) -> list[Node]:
+    """The taps for outputs that lead to no other one.
+
+    ``tails``: outputs that lead to one of ``last`` by code without parameters (logits beside their
+    softmax). The loss may read them: no tap lies behind one, so that the error holds its gradient
+    too. Returns nothing where that cannot be.
+    """
+    taps = {n: _first(n, tails, sweep) for n in last if n in sweep.folds}
+    reduced = [n for n in last if n not in sweep.folds or not taps[n]]
     moved = set(reduced)
     while moved:  # a tap of one output may lead to those of another: it moves on
         for n in moved:
             others = [t for m in taps if m is not n for t in taps[m]]
-            taps[n] = _before_reduction(n, others, sweep)
+            try:
+                taps[n] = _before_reduction(n, others, sweep, join=not tails)
+            except UncuttableError:
+                if tails:
+                    return []
+                raise
         every = sweep.ancestors([t for found in taps.values() for t in found])
         moved = {n for n in reduced if any(t in every for t in taps[n])}
     found = {t for ts in taps.values() for t in ts}
+    before = sweep.ancestors(found)
+    if tails and (before & found or before & set(tails)):
+        return []
     return sorted(found, key=lambda t: (t not in last, sweep.order[t]))
 
 
-def _before_reduction(out: Node, others: list[Node], sweep: Sweep) -> list[Node]:
+def _first(out: Node, tails: list[Node], sweep: Sweep) -> list[Node]:
+    """The first of the outputs that lead to ``out`` by a tail, if they cross every path to it.
+
+    ``out`` itself where there are none; nothing where a path passes them.
+    """
+    before = sweep.ancestors([out])
+    found = [n for n in tails if n in before]
+    if not found:
+        return [out]
+    found = [n for n in found if not sweep.ancestors([n]) & set(found)]
+    trained, seen = sweep.trained(), set(found)
+    stack = [out]
+    while stack:
+        n = stack.pop()
+        if n in sweep.param_of:
+            return []
+        if n not in seen and n in trained:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return found
+
+
+def _before_reduction(
+    out: Node, others: list[Node], sweep: Sweep, *, join: bool = True
+) -> list[Node]:
     """Error taps for an output that is reduced over the batch, or that pairs its samples.
 
     They are the first values behind the last weights that keep the batch, that together cross
@@ -125,7 +169,8 @@ def _before_reduction(out: Node, others: list[Node], sweep: Sweep) -> list[Node]
             "it, or all that does leads to other outputs as well\n  remedy: name the value whose "
             "gradient is the error with error_at=, or return what this output is computed from"
         )
-    return _joined(sorted(taps, key=sweep.order.__getitem__), tail, sweep)
+    ordered = sorted(taps, key=sweep.order.__getitem__)
+    return _joined(ordered, tail, sweep) if join else ordered
 
 
 def _joined(taps: list[Node], tail: set[Node], sweep: Sweep) -> list[Node]:

@@ -39,6 +39,8 @@ def plan_facts(method: MethodReport, tap: str = "output error") -> list[tuple[st
         return []
     facts = [*p.runs, (tap, error_tap(p))]
     if method.method != "bp":
+        if exact := exact_part(p):
+            facts.append(("exact", exact))
         facts.append(("updates", proof(p)))
         if any(kind == "align" for kind, _ in p.runs):
             facts.append(("tangents", derived(p)))
@@ -68,6 +70,12 @@ def derived(p: PlanReport) -> str:
     if not p.derived:
         return "every operator on the tangents' way has a rule of grapefx"
     return "derived by torch's forward AD: " + ", ".join(p.derived)
+
+
+def exact_part(p: PlanReport) -> str:
+    """Where the part begins whose gradients are true, in words; empty where there is none."""
+    shown = [*p.exact_from[:3], *(["..."] if len(p.exact_from) > 3 else [])]
+    return f"true gradients from {', '.join(shown)} on" if shown else ""
 
 
 def error_tap(p: PlanReport) -> str:

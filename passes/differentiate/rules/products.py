@@ -186,6 +186,7 @@ RULES: dict[Any, Rule] = {
     aten.matmul.default: product(),
     aten.linalg_cross.default: product(),
     aten.addmm.default: plus_product(aten.mm.default),
+    aten._sparse_addmm.default: plus_product(aten.mm.default),
     aten.baddbmm.default: plus_product(aten.bmm.default),
     aten.addmv.default: plus_product(aten.mv.default),
     aten.addr.default: plus_product(aten.outer.default),
