@@ -42,7 +42,13 @@ from grapefx.passes.place.placement import (
 )
 from grapefx.passes.place.sweep import HEAVY, sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
-from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode, release
+from grapefx.torch_compat import (
+    batch_symbol,
+    fixed_size,
+    new_fake_mode,
+    release,
+    unchecked_distributions,
+)
 
 KINDS = ("update", "align", "calibration")
 
@@ -374,7 +380,8 @@ def _captured(
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(no_tensor(model, args, kwargs))
     try:
-        found = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
+        with unchecked_distributions():
+            found = capture(model, args, kwargs, batch_dim=options.batch_dim, fixed=fixed)
         release(n.meta.get("val") for n in found.gm.graph.nodes)
         return inline_branches(found)
     except CaptureError as e:

@@ -69,6 +69,7 @@ __all__ = [
     "size_hint",
     "subtraction",
     "transforming",
+    "unchecked_distributions",
     "unwrap_for_export",
     "vmap_rules_only",
     "without_modes",
@@ -511,6 +512,24 @@ def plain_calls(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for store, call in held:
             store[name] = call
+
+
+@contextlib.contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """``torch.distributions`` without checks of values, which branch on them: none in a graph."""
+    from torch.distributions import Distribution
+
+    plain = Distribution.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args[:2], **{**kwargs, "validate_args": False})
+
+    Distribution.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Distribution.__init__ = plain  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
