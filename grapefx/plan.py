@@ -40,7 +40,12 @@ from grapefx.passes.place.placement import (
 )
 from grapefx.passes.place.sweep import sample_shape
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
-from grapefx.torch_compat import batch_symbol, fixed_size, new_fake_mode, release
+from grapefx.torch_compat import (
+    batch_symbol,
+    fixed_size,
+    new_fake_mode,
+    release,
+)
 
 KINDS = ("update", "align", "calibration")
 

@@ -78,6 +78,7 @@ __all__ = [
     "size_hint",
     "subtraction",
     "transforming",
+    "unchecked_distributions",
     "unwrap_for_export",
     "vmap_rules_only",
     "without_modes",
@@ -527,6 +528,24 @@ def plain_calls(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """``torch.distributions`` without checks of values, which branch on them: none in a graph."""
+    from torch.distributions import Distribution
+
+    plain = Distribution.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args[:2], **{**kwargs, "validate_args": False})
+
+    Distribution.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Distribution.__init__ = plain  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
     """Export without its log of failures (we report them), and without torch's own data-dependent
     question in ``nn.TransformerEncoder``: a mask that is not declared causal is applied as a mask.
@@ -681,13 +700,11 @@ def dynamo_trace(
     from torch._dynamo import convert_frame
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
-    # their checks branch on values; torch.compile switches them off as well
-    torch.distributions.Distribution.set_default_validate_args(False)
     drawn = random.getstate()
     try:
         with (
             convert_frame.compile_lock, _dynamo_settings(numbers),
-            torch_function_mode_stack_state_mgr, quiet_export(), warnings.catch_warnings(),
+            torch_function_mode_stack_state_mgr, quiet_export(), unchecked_distributions(), warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             out = convert_frame.fullgraph_capture(fn, arguments)

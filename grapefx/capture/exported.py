@@ -36,6 +36,7 @@ from grapefx.torch_compat import (
     pytree,
     quiet_export,
     size_expression,
+    unchecked_distributions,
     unwrap_for_export,
 )
 
@@ -151,7 +152,7 @@ def _export(flat: _Flat, tensors: list[Tensor], dims: Any, model: nn.Module) -> 
     """The decomposed program, and what the model asked of symbolic sizes."""
     with (
         custom_functions(), plain_calls(model), as_parameters(model), _attributes_kept(model),
-        cumulative_norms(model), quiet_export(), warnings.catch_warnings(),
+        cumulative_norms(model), quiet_export(), unchecked_distributions(), warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=dims, strict=False)

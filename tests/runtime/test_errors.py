@@ -154,7 +154,7 @@ def test_no_tensor_argument() -> None:
         def forward(self, n: int) -> Tensor:
             return self.w * n
 
-    with pytest.raises(CaptureError, match="no tensor argument"):
+    with pytest.raises(InputError, match="no tensor argument"):
         compiled(Nothing())(3)
 
 

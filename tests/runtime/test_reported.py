@@ -145,7 +145,7 @@ CHECKED: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [*DISTRIBUTIONS, pytest.param("checked", marks=new_front_end)])
+@pytest.mark.parametrize("name", [*DISTRIBUTIONS, "checked"])
 def test_distributions(name: str, method: str) -> None:
     torch.manual_seed(0)
     as_eager(Distribution({**DISTRIBUTIONS, **CHECKED}[name]), torch.randn(6, 4), method=method)
