@@ -1,8 +1,8 @@
 """A ``dfa`` net never takes backpropagation's step without a word, whatever it is called from.
 
-Under an outer compiler, a stance, a mode or in a copy, the hidden gradients are those of a reference
-net, or there is an error of grapefx that says why not. A wrapper that falls back to the model's own
-forward would train on, and no loss curve would tell.
+Under an outer compiler, a stance, a mode or in a copy, the hidden gradients are those of a
+reference net, or there is an error of grapefx that says why not. A wrapper that falls back to the
+model's own forward would train on, and no loss curve would tell.
 """
 
 from __future__ import annotations

@@ -32,12 +32,15 @@ VERSION = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
 @dataclass(frozen=True)
 class Case:
-    """A source, how what it gives is used, and how the model is called."""
+    """A source, how what it gives is used, and how the model is called.
+
+    ``rank`` 0 is a case for each source; 1 a case for each source in each mode; 2 all others.
+    """
 
     source: Source
     use: Use
     mode: str
-    slow: bool
+    rank: int
 
     @property
     def name(self) -> str:
@@ -45,11 +48,12 @@ class Case:
 
 
 def _cases() -> Iterator[Case]:
-    """Every combination. By default each source meets each mode with one of its uses."""
+    """Every combination; those of a low rank go through the modes and the uses in turn."""
     for i, source in enumerate(SOURCES):
         for j, mode in enumerate(MODES):
             for k, use in enumerate(source.uses):
-                yield Case(source, use, mode, k != (i + j) % len(source.uses))
+                rest = 2 if k != (i + j) % len(source.uses) else 1
+                yield Case(source, use, mode, 0 if rest == 1 and j == i % len(MODES) else rest)
 
 
 CASES = tuple(_cases())

@@ -14,7 +14,7 @@ from tests.staleness.cases import CASES, REFUSED, UNGUARDED, Case, Known, known,
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES],
+    [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.rank else []) for c in CASES],
 )
 def test_a_change_between_two_calls(case: Case) -> None:
     """Outputs, gradients, buffers and everything else are eager's before and after a change."""
