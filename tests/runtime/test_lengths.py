@@ -23,6 +23,7 @@ from tests.zoo import assert_same_gradients, compiled, eager_twin, train_step
 
 LENGTHS = tuple(range(7, 26, 2))
 SIZES = (4, 3, 5, 2, 6)
+COMPARED = (1, 4, 9)  # where a fresh net is captured: the first with a symbol, and later ones
 
 
 class Tokens(nn.Module):
@@ -120,11 +121,11 @@ def assert_same_feedback(a: FeedbackModule, b: FeedbackModule) -> None:
 @pytest.mark.parametrize("method", ["dfa", "grape"])
 @padded_or_causal
 def test_feedback_steps_are_those_of_a_fresh_net(method: str, padded: bool) -> None:
-    """At each length an ordinary step and a calibration step, beside a net that knows no other."""
+    """An ordinary step and a calibration step, beside a net that knows no other length."""
     net = compiled(token_model(padded), method, calib_every=None)
     calibrates = method == "grape"
     for k, args in enumerate(batches(padded)):
-        if k == 0:
+        if k not in COMPARED:
             train_step(net, args)
             continue
         other = fresh(net, method, calib_every=None)

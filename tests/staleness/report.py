@@ -1,8 +1,8 @@
 """Print what the staleness suite comes to on the torch that is installed, by kind and mode.
 
-Run ``python tests/staleness/report.py [--all] [pattern]`` in the repository: each source in each
-mode. ``--all`` runs the full product; a pattern (``globals/*``) selects cases. What is not right is
-listed below the table, and on the error stream as it is found.
+Run ``python tests/staleness/report.py [--all] [pattern ...]`` in the repository: each source in
+each mode. ``--all`` runs the full product; a pattern (``globals/*``) selects cases. What is not
+right is listed below the table, and on the error stream as it is found.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main() -> None:
     from tests.staleness.cases import CASES, MODES, Outcome, VacuousError, run
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pattern", nargs="?", default="*")
+    parser.add_argument("patterns", nargs="*", default=["*"])
     parser.add_argument("--all", action="store_true", help="with every use of every number")
     options = parser.parse_args()
     counts: Counter[tuple[str, str, str]] = Counter()
     rest = []
     for case in CASES:
-        if (case.rank == 2 and not options.all) or not fnmatch.fnmatchcase(
-            case.name, options.pattern
+        if (case.rank == 2 and not options.all) or not any(
+            fnmatch.fnmatchcase(case.name, p) for p in options.patterns
         ):
             continue
         try:
