@@ -7,9 +7,23 @@ listed must really be so on the torch that is installed.
 
 from __future__ import annotations
 
+import fnmatch
+import warnings
+
 import pytest
 
-from tests.staleness.cases import CASES, REFUSED, UNGUARDED, Case, Known, known, run
+from tests.staleness.cases import (
+    CASES,
+    INERT,
+    REFUSED,
+    UNGUARDED,
+    Case,
+    Known,
+    known,
+    makes_a_difference,
+    run,
+)
+from tests.staleness.sources import SOURCES
 
 
 @pytest.mark.parametrize(
@@ -32,3 +46,16 @@ def test_every_line_of_the_tables_fits_a_case(entry: Known) -> None:
     """A line that fits no case on any version says nothing, and every line has a reason."""
     anywhere = Known(entry.pattern, entry.reason)
     assert entry.reason and any(anywhere.fits(c) for c in CASES)
+
+
+def test_every_change_makes_a_difference() -> None:
+    """Without one in eager PyTorch a case would be right whatever the net does."""
+    inert = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for source in SOURCES:
+            name = f"{source.kind}/{source.name}"
+            if any(fnmatch.fnmatchcase(name, p) for p in INERT):
+                continue
+            inert |= {f"{name}/{u.name}" for u in source.uses if not makes_a_difference(source, u)}
+    assert not inert
