@@ -309,7 +309,9 @@ def plan_call(
     }  # fmt: skip
     if others:
         try:
-            return _plan(scope.model, capture(scope, **how, others=others), method, options)
+            found = capture(scope, **how, others=others)
+            _check_symbolic(found, others)
+            return _plan(scope.model, found, method, options)
         except _SizedError as e:
             tell(f"{e}; each new length is captured and compiled anew: pad to a few lengths")
     try:
@@ -347,7 +349,8 @@ def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) ->
         raise _SizedError(
             "a derivative of torch's cannot have a symbolic batch size (affine_grid)"
         ) from e
-    release(n.meta.get("val") for n in captured.gm.graph.nodes)
+    for graph in (captured.gm.graph, joint.gm.graph):
+        release(n.meta.get("val") for n in graph.nodes)
     layers = tuple(c.layer for c in placement.cuts)
     mark_forward(joint, layers)
     check(joint, "joint")
@@ -390,8 +393,9 @@ def _check_lengths(plan: Plan) -> None:
         return
     if plan.method.full_tangents and not plan.method.exact:
         raise _SizedError(f"method {plan.method.name!r} adds up over the tokens of a sample")
+    maps = () if plan.method.exact else plan.maps
     cuts = markers.find(plan.joint.gm.graph, markers.CUT)
-    for m in plan.maps:
+    for m in maps:
         dims = _lengths(cuts[m.layer.index], plan.batch)
         if m.rows == "token":
             dims = [d for d in dims if d != (1 if m.layer.fold[0] == 0 else 0)]
@@ -400,7 +404,7 @@ def _check_lengths(plan: Plan) -> None:
                 f"the feedback map of {m.layer.name!r} has a size that depends on dim {dims[0]} of "
                 "its value, which changes between calls"
             )
-    wide = any(m.rows != "token" for m in plan.maps)
+    wide = any(m.rows != "token" for m in maps)
     for i, tap in markers.find(plan.joint.gm.graph, markers.TAP).items():
         if wide and (dims := _lengths(tap, plan.batch)):
             raise _SizedError(
@@ -410,6 +414,16 @@ def _check_lengths(plan: Plan) -> None:
     _refuse_fixed(plan.capture, plan.joint)
     for step in (plan.graph(kind) for kind in plan.kinds()):
         _refuse_fixed(plan.capture, step)
+
+
+def _check_symbolic(found: Capture, others: frozenset[tuple[int, int]]) -> None:
+    """Raise ``_SizedError`` where none of the lengths that change became a symbol."""
+    if len(found.symbols()) == (found.captured.batch is not None):
+        leaf, dim = min(others)
+        raise _SizedError(
+            f"dim {dim} of input {leaf} is a number in the model's graph (a recurrent layer is "
+            "written out over time, and len(x) or int(n) are numbers)"
+        )
 
 
 def _lengths(node: torch.fx.Node, batch: Any) -> list[int]:
@@ -444,20 +458,23 @@ def build_forward(
         "front_end": options.capture, "batch_dim": options.batch_dim, "numbers": numbers
     }  # fmt: skip
     with torch.no_grad():
-        found = capture(scope, **how, others=others)
-        step = _forward(found)
         if others:
             try:
+                found = capture(scope, **how, others=others)
+                _check_symbolic(found, others)
+                step = _forward(found)
                 _refuse_fixed(found, step)
+                return found, step
             except _SizedError as e:
                 tell(f"{e}; each new length is captured and compiled anew: pad to a few lengths")
-                found = capture(scope, **how)
-                step = _forward(found)
-    return found, step
+        found = capture(scope, **how)
+        return found, _forward(found)
 
 
 def _forward(found: Capture) -> StepGraph:
     step = trace_joint(found.captured, Placement((), (), ()), found.examples, set(), backward=False)
+    for graph in (found.captured.gm.graph, step.gm.graph):
+        release(n.meta.get("val") for n in graph.nodes)
     expand(step.gm.graph)
     step.gm.recompile()
     return check(step, "forward")

@@ -54,6 +54,7 @@ __all__ = [
     "from_data",
     "functional_graph",
     "functionalized",
+    "global_hooks",
     "holders",
     "in_dual_level",
     "inductor_compile",
@@ -82,6 +83,7 @@ __all__ = [
     "unwrap_for_export",
     "vmap_rules_only",
     "without_modes",
+    "without_trackers",
 ]
 
 
@@ -510,6 +512,33 @@ def set_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
         module.__dict__["_compiled_call_impl"] = call
 
 
+def global_hooks() -> bool:
+    """Whether there are hooks on all modules (``register_module_forward_hook``)."""
+    module = torch.nn.modules.module
+    return bool(
+        module._global_forward_hooks or module._global_forward_pre_hooks
+        or module._global_backward_hooks or module._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def without_trackers() -> Iterator[None]:
+    """Inside, the hooks on all modules by which ``FlopCounterMode`` knows where it is are gone."""
+    module = torch.nn.modules.module
+    stores: list[Any] = [module._global_forward_pre_hooks, module._global_forward_hooks]
+    held = [dict(store) for store in stores]
+    for store in stores:
+        for key, hook in list(store.items()):
+            if getattr(hook, "__module__", "") == "torch.utils.module_tracker":
+                del store[key]
+    try:
+        yield
+    finally:
+        for store, before in zip(stores, held, strict=True):
+            store.clear()
+            store.update(before)
+
+
 def plain_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's hooks and forward, whatever ``set_call`` set."""
     return module._call_impl(*args, **kwargs)
@@ -704,7 +733,8 @@ def dynamo_trace(
     try:
         with (
             convert_frame.compile_lock, _dynamo_settings(numbers),
-            torch_function_mode_stack_state_mgr, quiet_export(), unchecked_distributions(), warnings.catch_warnings(),
+            torch_function_mode_stack_state_mgr, quiet_export(), unchecked_distributions(),
+            warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             out = convert_frame.fullgraph_capture(fn, arguments)

@@ -47,9 +47,9 @@ def advised(
         )
     elif not remedy and parts:
         remedy = (
-            f"{parts[0][0]!r} is a FakeQuantize, which asks a tensor whether it observes: use "
+            f"{parts[0][0]!r} is a FakeQuantize, which a trace cannot follow: use "
             "torch.ao.quantization.FusedMovingAvgObsFakeQuantize (the default of QAT configs), "
-            "which does so inside one operator"
+            "which is one operator, with capture='export'"
         )
     if not remedy:
         return error

@@ -11,6 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class _Flat(nn.Module):
         self._inner = scope.inner
         self._call_spec = spec
         self._template = tuple(template)
-        self._seen: dict[str, Any] = {}
+        self.seen = SimpleNamespace()  # export restores lists and dicts, not this
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         it = iter(tensors)
@@ -75,7 +76,7 @@ class _Flat(nn.Module):
                     "capture='export' cannot fill\n  remedy: return tensors, dicts, dataclasses or "
                     "named tuples of tensors"
                 )
-        self._seen["out"] = (spec, [TENSOR if isinstance(o, Tensor) else o for o in out])
+        self.seen.out = (spec, [TENSOR if isinstance(o, Tensor) else o for o in out])
         return tuple(o for o in out if isinstance(o, Tensor))
 
 
@@ -152,7 +153,8 @@ def _export(flat: _Flat, tensors: list[Tensor], dims: Any, model: nn.Module) -> 
     """The decomposed program, and what the model asked of symbolic sizes."""
     with (
         custom_functions(), plain_calls(model), as_parameters(model), _attributes_kept(model),
-        cumulative_norms(model), quiet_export(), unchecked_distributions(), warnings.catch_warnings(),
+        cumulative_norms(model), quiet_export(), unchecked_distributions(),
+        warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=dims, strict=False)
@@ -224,7 +226,7 @@ def _read(
     first = leaves[tensor_at[lead]]
     size = first.shape[batch_dim] if first.ndim > batch_dim else 1
     watch = _Watch(model, leaves, facts, batch, tensor_at[lead], batch_dim, flat._call_spec)
-    template = flat._seen["out"]
+    template = flat.seen.out
 
     def bind(run: Run) -> Any:
         def call(s: Scope) -> Any:

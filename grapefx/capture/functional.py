@@ -8,6 +8,7 @@ region are detached there, a custom ``autograd.Function`` stays one node with it
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +218,7 @@ def _checkpointed(node: Node, args: Any, kwargs: Any) -> Any:
 def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     """A user's autograd function, of which Dynamo has made two graphs."""
     forward, backward, *operands = args
+    backward = _in_one_mode(backward)
     fixed = set(kwargs.get("non_differentiable_idx") or ())
 
     class CustomFunction(torch.autograd.Function):
@@ -239,7 +241,20 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
             found = found if isinstance(found, tuple | list) else (found,)
             return (*found, *[None] * (ctx.count - len(found)))
 
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    named = [m.group(1) for line in lines if (m := re.search(r"(\w+)\.apply\(", line))]
+    CustomFunction.__qualname__ = named[-1] if named else "autograd.Function"
     return custom_functions.record(CustomFunction, operands)
+
+
+def _in_one_mode(gm: GraphModule) -> GraphModule:
+    """A copy whose caller decides whether gradients are recorded, as in any ``backward``."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for n in list(graph.nodes):
+        if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
+            graph.erase_node(n)
+    return GraphModule(gm, graph)
 
 
 _SPECIAL: dict[str, Any] = {

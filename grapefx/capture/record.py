@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,13 @@ class Capture:
     changed: Callable[[Scope], str]
     bind: Callable[[Run], Callable[[Scope], Any]]
 
+    def bound(self) -> Capture:
+        """The record of a call that is bound, without what was needed for that.
+
+        The stand-ins of a batch are as large as one, and traces refer weakly to parameters.
+        """
+        return replace(self, examples=(), bind=_no_more)
+
     def symbols(self) -> dict[Any, tuple[int, int]]:
         """Where each size symbol of the graph is read: (index of an input, dim)."""
         where: dict[Any, tuple[int, int]] = {}
@@ -60,6 +67,10 @@ class Capture:
                 if expr is not None and expr.is_Symbol:
                     where.setdefault(expr, (k, dim))
         return where
+
+
+def _no_more(run: Run) -> Any:
+    raise AssertionError("a capture is bound once")
 
 
 def keeps_batch(batch: Any, outputs: Sequence[Any]) -> bool:

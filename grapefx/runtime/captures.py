@@ -22,6 +22,7 @@ from grapefx.runtime import hooks
 from grapefx.runtime.building import building
 from grapefx.runtime.program import Program
 from grapefx.runtime.state import FeedbackState
+from grapefx.torch_compat import global_hooks, without_trackers
 
 _RESTLESS = 8  # captures for one reason before it is named
 
@@ -60,6 +61,12 @@ class Captures:
         Raises:
             GrapefxError: the model cannot be captured, or the method is not defined on it.
         """
+        if global_hooks():
+            with without_trackers():
+                return self._call(scope, feedback)
+        return self._call(scope, feedback)
+
+    def _call(self, scope: Scope, feedback: FeedbackState) -> Any:
         program = self._find(scope)
         if program is None and (other := dense(scope.args, scope.kwargs)) is not None:
             scope = replace(scope, args=other[0], kwargs=other[1])
@@ -80,6 +87,12 @@ class Captures:
                     self._programs = (program, *known[:k], *known[k + 1 :])
                 return program
         return None
+
+    def forget(self) -> None:
+        """Drop all programs: they hold weak references, with which torch swaps no parameter."""
+        self._programs = ()
+        if self.plan is not None:
+            self.plan.capture = replace(self.plan.capture, holds=lambda scope: False)
 
     def ensure_states(self, feedback: FeedbackState) -> None:
         """Feedback tensors for every program, after other ones were loaded."""
@@ -122,8 +135,9 @@ class Captures:
         for note in notes:
             tell(note)
         program.call = found.bind(functools.partial(self._run, program))
-        # the stand-ins of a batch are as large as one
-        program.capture = replace(found, examples=())
+        program.capture = found.bound()
+        if program.plan is not None:
+            program.plan.capture = program.capture
         return program
 
     def _look_at_changes(self, scope: Scope, training: bool) -> None:
@@ -139,7 +153,7 @@ class Captures:
         if reason and self._reasons[kind] == _RESTLESS:
             tell(
                 f"something that the model reads keeps changing, and each new value needs a new "
-                f"capture: {reason}\n  make it a buffer or a tensor argument; lengths: pad to a few"
+                f"capture: {reason}\n  remedy: make it a buffer, or pass it as a tensor"
             )
 
     def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:

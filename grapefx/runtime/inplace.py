@@ -11,13 +11,12 @@ from torch import nn
 
 from grapefx.errors import OptionError
 from grapefx.runtime.hooks import BACKWARD, FORWARD
-from grapefx.torch_compat import plain_call, set_call
+from grapefx.torch_compat import global_hooks, plain_call, set_call
 
 if TYPE_CHECKING:
     from grapefx.runtime.module import FeedbackModule
 
 NAME = "grapefx"
-_HOOKS = FORWARD + BACKWARD
 
 
 def installed(model: nn.Module) -> FeedbackModule | None:
@@ -35,7 +34,8 @@ def install(model: nn.Module, net: FeedbackModule) -> None:
         # without gradients there is nothing to replace: generation loops need no capture a length
         if not torch.is_grad_enabled():
             return plain_call(model, *args, **kwargs)
-        if not any(model.__dict__[k] for k in _HOOKS):
+        hooked = any(model.__dict__[k] for k in BACKWARD + FORWARD[:1]) or global_hooks()
+        if not hooked and len(model.__dict__[FORWARD[1]]) == 1:  # ours
             return net.forward(*args, **kwargs)
         with _forward_of(model, net):
             return plain_call(model, *args, **kwargs)
@@ -44,6 +44,20 @@ def install(model: nn.Module, net: FeedbackModule) -> None:
     model.__dict__[NAME] = net
     net.__dict__["_installed"] = True
     set_call(model, call)
+    net.__dict__["_seen"] = model.register_forward_pre_hook(_not_inlined)
+
+
+@torch.compiler.disable(reason="grapefx compiles it by itself")  # type: ignore
+def _ours() -> None:
+    pass
+
+
+def _not_inlined(model: nn.Module, args: Any) -> None:
+    """Another ``torch.compile`` would trace the model's own forward, and so backpropagation: it
+    stops here, and calls the model.
+    """
+    if model.__dict__.get(NAME) is not None:  # a copy of the model is a plain one
+        _ours()
 
 
 def uninstall(model: nn.Module) -> nn.Module:
@@ -52,6 +66,7 @@ def uninstall(model: nn.Module) -> nn.Module:
     if net is None:
         raise OptionError("this model was not compiled by grapefx in place")
     set_call(model, None)
+    net.__dict__.pop("_seen").remove()
     del model.__dict__[NAME]
     net.__dict__["_installed"] = False
     return model

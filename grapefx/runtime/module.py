@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grapefx.capture import Scope, flatten_call
-from grapefx.errors import BackwardError, InputError, StateError, tell
+from grapefx.errors import BackwardError, CaptureError, InputError, StateError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
@@ -113,6 +113,8 @@ class FeedbackModule(nn.Module):
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> FeedbackModule:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._captures.forget()
         self._original._apply(*args, **kwargs)
         return self
 
@@ -216,6 +218,11 @@ class FeedbackModule(nn.Module):
             raise BackwardError(
                 "torch.func transforms (grad, vmap, jvp) cannot pass through a grapefx module: its "
                 "gradients are not the derivative of a graph. Use the plain model for it."
+            )
+        if torch.compiler.is_exporting():
+            raise CaptureError(
+                "torch.export of a grapefx module would be a module that backpropagates\n"
+                "  remedy: export net.original, the plain model"
             )
         if in_dual_level() and dual(flatten_call(args, kwargs)[0], self._original_tensors()):
             raise BackwardError(DUAL)

@@ -296,7 +296,6 @@ class _Reads(MLP):
 @pytest.mark.parametrize(
     ("how", "line"),
     [
-        ("number", "return out / x.abs"),
         ("rows", "return out[mask]"),
         ("written", "out[mask] = "),
         ("found", "nonzero(mask)"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grapefx
-from grapefx.errors import GrapefxError, InputError, OptionError
+from grapefx.errors import CaptureError, GrapefxError, InputError, OptionError
 
 METHODS = ("bp", "dfa")
 new_front_end = pytest.mark.xfail(strict=False, reason="needs the Dynamo front end")
@@ -237,7 +237,10 @@ def test_fused_fake_quantize(method: str) -> None:
     model = Quantized("fused")
     twin, x = copy.deepcopy(model), torch.randn(6, 4)
     loss_of(twin(x)).backward()
-    net = grapefx.compile(model, method=method, calib_every=None, backend="eager")
+    own = {"method": method, "calib_every": None, "backend": "eager"}
+    with pytest.raises(CaptureError, match=r"(?s)FakeQuantize.*capture='export'"):
+        grapefx.compile(model, **own)(x)
+    net = grapefx.compile(model, capture="export", **own)
     loss_of(net(x)).backward()
     torch.testing.assert_close(model.b.weight.grad, twin.b.weight.grad)
     if method == "bp":
