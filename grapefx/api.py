@@ -57,7 +57,7 @@ def compile(
     Caillon et al., ICLR 2026; GrAPE 2024 its earlier submission; FDFA 2024 Bacho and Chu, 2024.
 
     Args:
-        model: any module that ``torch.export`` can trace.
+        model: any module that Dynamo (``torch.compile``'s tracer) can follow as one graph.
         method: a name ("bp", "fa", "usf", "brsf", "frsf", "dfa", "drtp", "pepita", "dkp", "fdfa",
             "fg-w", "fg-a", "lg-fg-a", "grape", "grape-2024", or one that a package registers; see
             docs/methods.md), or a ``Method`` instance. A method's own options (``eta``, ``alpha``,
@@ -112,6 +112,8 @@ def compile(
         dynamic: None compiles the first batch size on its own and one graph for all others, True
             one graph for all from the start, False one for each size.
         seed: of feedback maps and noise; the global random stream is not touched.
+        capture: "dynamo" traces with torch's own tracer of Python and its guards; "export" is for
+            models that it refuses, and watches less (docs/integrations.md).
         backend: "inductor", or "eager" to run the graphs uncompiled.
         backend_options: Inductor options.
         parallel: how updates run at a fixed batch size: "off", one kernel after the other;

@@ -657,6 +657,9 @@ class DynamoTrace:
                 manager = self._output.build_guards(self._code).guard_manager
         finally:
             convert_frame.CheckFunctionManager = original  # type: ignore
+        tracked = getattr(self.mode.shape_env, "tracked_fakes", None)
+        if tracked:
+            tracked.clear()  # they refer to the parameters, see ``release``
         return DynamoGuards(manager, manager.check, held)
 
     def function(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -664,7 +667,7 @@ class DynamoTrace:
 
         It replays the side effects of the call, and returns what the call returned.
         """
-        scope = dict(self._globals)
+        scope = self._globals  # which guards refer to as well: in it, the graph gives way
         for alias, name in self._output.import_sources.items():
             scope[alias] = importlib.import_module(name)
         scope[self.backend_id] = run

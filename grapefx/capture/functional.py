@@ -427,6 +427,8 @@ def _number_nodes(gm: GraphModule) -> list[Node]:
 def _trace_back(gm: GraphModule, origins: list[Node]) -> None:
     """Each ATen node knows its module and its source line."""
     for n in gm.graph.nodes:
+        for key in ("example_value", "from_node"):  # they hold what Dynamo traced with
+            n.meta.pop(key, None)
         k = (n.meta.get("custom") or {}).get(_ENTERS)
         if k is None:
             continue

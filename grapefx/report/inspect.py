@@ -48,8 +48,8 @@ def inspect(
     """Inspect a model without training, compiling or running it.
 
     Args:
-        model: any module that ``torch.export`` can trace, in the mode that it is trained in. Its
-            tensors may be on the meta device: nothing is allocated then.
+        model: any module that Dynamo can follow as one graph, in the mode that it is trained in.
+            Its tensors may be on the meta device: nothing is allocated then.
         example: one call's arguments: a tensor, a tuple of arguments, or a dict of keyword
             arguments. Only shapes and dtypes matter.
         method: one method or several; BP is always added, as the baseline.

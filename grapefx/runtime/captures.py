@@ -178,6 +178,12 @@ class Captures:
             hooks.refuse_backward(self.model, root=not scope.inner)
         if self.options.capture == "dynamo":
             return  # what a hook does runs in every call
+        if not self._programs:
+            tell(
+                "capture='export' watches the module tree, modes, hooks, layouts and plain numbers "
+                "on modules and in arguments: other changes of what the forward reads, and what it "
+                "does beside computing, are not seen after the capture"
+            )
         for note in hooks.traced(self.model):
             if note not in self._told_hooks:
                 self._told_hooks.add(note)
