@@ -4,6 +4,9 @@ A case runs an eager model and a compiled one of the same weights side by side: 
 call, the change undone, a call. It is *right* if everything that can be seen is the same after each
 call, *refused* if the net raised an error of grapefx, *wrong* if it answered something else, and
 *crashed* if it raised anything else.
+
+``run(case, TORCH)`` takes the same case through ``torch.compile``: what is wrong there as well is
+torch's, what is wrong here alone is a fault of ours.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ import dataclasses
 import fnmatch
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 import grapefx
 from grapefx.errors import GrapefxError
@@ -27,6 +31,7 @@ from tests.staleness import held_tensors, plain_numbers, structure  # noqa: F401
 from tests.staleness.sources import SOURCES, Made, Source, Use
 
 MODES = ("training", "no_grad", "inplace")
+ONE_IN = 4
 VERSION = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
 
@@ -34,7 +39,7 @@ VERSION = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 class Case:
     """A source, how what it gives is used, and how the model is called.
 
-    ``rank`` 0 is a case for each source; 1 a case for each source in each mode; 2 all others.
+    ``rank`` 0 is a case for one source in four, 1 one for each source in each mode, 2 all others.
     """
 
     source: Source
@@ -52,8 +57,9 @@ def _cases() -> Iterator[Case]:
     for i, source in enumerate(SOURCES):
         for j, mode in enumerate(MODES):
             for k, use in enumerate(source.uses):
-                rest = 2 if k != (i + j) % len(source.uses) else 1
-                yield Case(source, use, mode, 0 if rest == 1 and j == i % len(MODES) else rest)
+                in_turn = k == (i + j) % len(source.uses)
+                first = in_turn and i % ONE_IN == 0 and j == i % len(MODES)
+                yield Case(source, use, mode, 0 if first else 1 if in_turn else 2)
 
 
 CASES = tuple(_cases())
@@ -109,6 +115,31 @@ class Outcome:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Front:
+    """Who captures: ``compile(model, inplace)`` and the errors by which it refuses a model."""
+
+    name: str
+    compile: Callable[[nn.Module, bool], Any]
+    refusals: tuple[type[Exception], ...]
+
+
+def _by_grapefx(model: nn.Module, inplace: bool) -> Any:
+    return grapefx.compile(model, method="bp", backend="eager", calib_every=None, inplace=inplace)
+
+
+def _by_torch(model: nn.Module, inplace: bool) -> Any:
+    torch.compiler.reset()
+    if not inplace:
+        return torch.compile(model, backend="eager", fullgraph=True)
+    model.compile(backend="eager", fullgraph=True)
+    return model
+
+
+OURS = Front("grapefx", _by_grapefx, (GrapefxError,))
+TORCH = Front("torch.compile", _by_torch, (TorchDynamoException,))
+
+
 def makes_a_difference(source: Source, use: Use) -> bool:
     """Whether the change is to be seen in the eager model: else its cases show nothing."""
     old = torch.get_default_dtype()
@@ -125,7 +156,7 @@ def makes_a_difference(source: Source, use: Use) -> bool:
         torch.set_default_dtype(old)
 
 
-def run(case: Case) -> Outcome:
+def run(case: Case, front: Front = OURS) -> Outcome:
     """Run a case."""
     old = torch.get_default_dtype()
     made: list[Made] = []
@@ -136,18 +167,17 @@ def run(case: Case) -> Outcome:
             for _ in range(2):
                 torch.manual_seed(0)
                 made.append(case.source.make(case.use))
-            return _run(case, made[0], made[1])
+            return _run(case, front, made[0], made[1])
     finally:
         for m in made:
             m.restore()
         torch.set_default_dtype(old)
 
 
-def _run(case: Case, twin: Made, ours: Made) -> Outcome:
+def _run(case: Case, front: Front, twin: Made, ours: Made) -> Outcome:
     first, second = case.use.values
     for m in (twin, ours):
         m.change(m.model, first)
-    options = {"method": "bp", "backend": "eager", "calib_every": None}
     net = ours.model
     for turn, value in enumerate((first, second, first)):
         if turn:
@@ -156,9 +186,9 @@ def _run(case: Case, twin: Made, ours: Made) -> Outcome:
         expected = _call(twin, twin.model, case.mode, turn)
         try:
             if turn == 0:
-                net = grapefx.compile(ours.model, inplace=case.mode == "inplace", **options)  # type: ignore[arg-type]
+                net = front.compile(ours.model, case.mode == "inplace")
             found = _call(ours, net, case.mode, turn)
-        except GrapefxError as e:
+        except front.refusals as e:
             return Outcome("refused", f"call {turn + 1}: {e}")
         except Exception as e:
             return Outcome("crashed", f"call {turn + 1}: {type(e).__name__}: {e}")
@@ -265,10 +295,13 @@ __all__ = [
     "CASES",
     "INERT",
     "MODES",
+    "OURS",
     "REFUSED",
+    "TORCH",
     "UNGUARDED",
     "VERSION",
     "Case",
+    "Front",
     "Known",
     "Outcome",
     "known",

@@ -1,8 +1,9 @@
 """Print what the staleness suite comes to on the torch that is installed, by kind and mode.
 
-Run ``python tests/staleness/report.py [--all] [pattern ...]`` in the repository: each source in
-each mode. ``--all`` runs the full product; a pattern (``globals/*``) selects cases. What is not
-right is listed below the table, and on the error stream as it is found.
+Run ``python tests/staleness/report.py [--all] [--torch] [pattern ...]`` in the repository: each
+source in each mode. ``--all`` runs the full product; a pattern (``globals/*``) selects cases;
+``--torch`` shows what ``torch.compile`` makes of them. What is not right is listed below the table,
+and on the error stream as it is found.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ def main() -> None:
     """Run the cases and print the table."""
     import torch
 
-    from tests.staleness.cases import CASES, MODES, Outcome, run
+    from tests.staleness.cases import CASES, MODES, OURS, TORCH, Outcome, run
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("patterns", nargs="*", default=["*"])
     parser.add_argument("--all", action="store_true", help="with every use of every number")
+    parser.add_argument("--torch", action="store_true", help="torch.compile instead of grapefx")
     options = parser.parse_args()
+    front = TORCH if options.torch else OURS
     counts: Counter[tuple[str, str, str]] = Counter()
     rest = []
     for case in CASES:
@@ -38,7 +41,7 @@ def main() -> None:
         ):
             continue
         try:
-            outcome = run(case)
+            outcome = run(case, front)
         except Exception as e:
             outcome = Outcome("broken", f"the eager model: {type(e).__name__}: {e}")
         counts[case.source.kind, case.mode, outcome.name] += 1
@@ -46,7 +49,7 @@ def main() -> None:
             rest.append((outcome.name, case.name, " ".join(outcome.detail.split())[:300]))
             print(*rest[-1], sep=": ", file=sys.stderr, flush=True)
     shown = [o for o in OUTCOMES if o in OUTCOMES[:3] or any(k[2] == o for k in counts)]
-    print(f"torch {torch.__version__}: {', '.join(shown)}")
+    print(f"{front.name}, torch {torch.__version__}: {', '.join(shown)}")
     print(f"{'kind':14}" + "".join(f"{m:>18}" for m in MODES))
     every = {k[0] for k in counts}
 
