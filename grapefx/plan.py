@@ -293,7 +293,8 @@ def build_plan(
         chosen, options = resolve(method, choices)
     else:
         chosen = get_method(method, choices)
-    return plan_call(Scope(model, args, kwargs or {}), chosen, options)
+    inner = getattr(model.__dict__.get("grapefx"), "_installed", False) is True
+    return plan_call(Scope(model, args, kwargs or {}, inner), chosen, options)
 
 
 def plan_call(

@@ -21,6 +21,11 @@ def advised(
     named = {f"argument {k!r}": v for k, v in [*enumerate(args), *kwargs.items()]}
     for name, value in [*named.items(), *_buffers(model)]:
         layout = getattr(value, "layout", torch.strided)
+        if layout != torch.strided and "wrap sparse" in said:
+            return InputError(
+                f"the {name} is sparse ({layout}), and Dynamo traces no sparse tensors\n"
+                "  remedy: capture='export'"
+            )
         if layout not in (torch.strided, torch.sparse_coo, torch.sparse_csr):
             return InputError(
                 f"the {name} is sparse in the layout {layout}, with which torch cannot trace what "

@@ -165,6 +165,7 @@ def _trace(
         raise CaptureError(
             "the model computes with no tensor in this call: there is nothing to train"
         )
+    _one_batch(trace, {id(given[i]) for i in which.batch}, batch_dim)
     try:
         graph = functional(trace, scope.model, given)
     except (CaptureError, NumberError):
@@ -187,6 +188,17 @@ def _trace(
         lambda s: guards.changed_integer(s.names()),
         lambda run: _bound(trace, guards, graph, captured, run),
     )
+
+
+def _one_batch(trace: DynamoTrace, carriers: set[int], batch_dim: int) -> None:
+    """The inputs that hold the batch have one size: to ask is to guard."""
+    nodes = [n for n in trace.gm.graph.nodes if n.op == "placeholder"]
+    sizes = [
+        n.meta["example_value"].shape[batch_dim]
+        for n, e in zip(nodes, trace.example_inputs, strict=True)
+        if id(e) in carriers
+    ]
+    assert all(bool(sizes[0] == s) for s in sizes[1:])
 
 
 def _batch_size(

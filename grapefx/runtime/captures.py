@@ -18,7 +18,7 @@ from grapefx.layout import distributed_tensor
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan, build_forward, plan_call
-from grapefx.runtime import hooks
+from grapefx.runtime import hooks, inplace
 from grapefx.runtime.building import building
 from grapefx.runtime.program import Program
 from grapefx.runtime.state import FeedbackState
@@ -174,7 +174,10 @@ class Captures:
             )
 
     def _check_hooks(self, scope: Scope, training: bool) -> None:
-        if training:
+        for part in tree.modules(self.model):
+            if part is not self.model:
+                inplace.traced(part)
+        if training or self.options.capture == "dynamo":
             hooks.refuse_backward(self.model, root=not scope.inner)
         if self.options.capture == "dynamo":
             return  # what a hook does runs in every call

@@ -35,7 +35,7 @@ def install(model: nn.Module, net: FeedbackModule) -> None:
         if not torch.is_grad_enabled():
             return plain_call(model, *args, **kwargs)
         hooked = any(model.__dict__[k] for k in BACKWARD + FORWARD[:1]) or global_hooks()
-        if not hooked and len(model.__dict__[FORWARD[1]]) == 1:  # ours
+        if not hooked and len(model.__dict__[FORWARD[1]]) == ("_seen" in net.__dict__):  # ours
             return net.forward(*args, **kwargs)
         with _forward_of(model, net):
             return plain_call(model, *args, **kwargs)
@@ -43,7 +43,7 @@ def install(model: nn.Module, net: FeedbackModule) -> None:
     # not a child: no key of the state dict, no module of the tree
     model.__dict__[NAME] = net
     net.__dict__["_installed"] = True
-    set_call(model, call)
+    set_call(model, torch.compiler.disable(call, reason="grapefx compiles it by itself"))
     net.__dict__["_seen"] = model.register_forward_pre_hook(_not_inlined)
 
 
@@ -60,13 +60,20 @@ def _not_inlined(model: nn.Module, args: Any) -> None:
         _ours()
 
 
+def traced(part: nn.Module) -> None:
+    """From now on the model is part of a larger one that is captured as a whole."""
+    net = installed(part)
+    if net is not None and "_seen" in net.__dict__:
+        net.__dict__.pop("_seen").remove()
+
+
 def uninstall(model: nn.Module) -> nn.Module:
     """Undo ``install``; returns the model."""
     net = installed(model)
     if net is None:
         raise OptionError("this model was not compiled by grapefx in place")
     set_call(model, None)
-    net.__dict__.pop("_seen").remove()
+    traced(model)
     del model.__dict__[NAME]
     net.__dict__["_installed"] = False
     return model

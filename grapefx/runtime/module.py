@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import inspect
 import types
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from grapefx import tree
 from grapefx.capture import Scope, flatten_call
 from grapefx.errors import BackwardError, CaptureError, InputError, StateError, tell
 from grapefx.methods import Method
@@ -115,6 +117,7 @@ class FeedbackModule(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> FeedbackModule:
         if torch.__future__.get_swap_module_params_on_conversion():
             self._captures.forget()
+            gc.collect()  # graphs refer to themselves
         self._original._apply(*args, **kwargs)
         return self
 
@@ -228,6 +231,11 @@ class FeedbackModule(nn.Module):
             raise BackwardError(DUAL)
         scope = Scope(self._original, args, kwargs, self._installed)
         return self._captures.call(scope, self._feedback)
+
+    def _original_tensors(self) -> Iterator[Any]:
+        for module in tree.modules(self._original):
+            yield from module._parameters.values()
+            yield from module._buffers.values()
 
     def _run(self, program: Program, given: list[Any]) -> Any:
         """The graphs of one call; ``given`` are the captured graph's inputs."""

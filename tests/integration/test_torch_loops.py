@@ -53,7 +53,7 @@ def test_hooks_on_the_net_run_in_every_call() -> None:
 
 
 @pytest.mark.parametrize("pre", [False, True])
-def test_forward_hooks_inside_are_traced_and_mentioned_once(pre: bool) -> None:
+def test_forward_hooks_inside_run_in_every_call(pre: bool) -> None:
     model, args = make("mlp")
     twin = eager_twin(model)
     net = compiled(model, "bp")
@@ -76,9 +76,8 @@ def test_forward_hooks_inside_are_traced_and_mentioned_once(pre: bool) -> None:
             train_step(net, args)
             train_step(twin, args)
             assert_same_gradients(net, twin)  # what it computes counts
-    ours = [str(w.message) for w in caught if issubclass(w.category, GrapefxWarning)]
-    assert len(ours) == 1 and "'layers.1' has a forward hook" in ours[0]
-    assert len([m for m in calls if m is model.layers[1]]) == 1  # type: ignore[index]
+    assert not [w for w in caught if issubclass(w.category, GrapefxWarning)]
+    assert len([m for m in calls if m is model.layers[1]]) == 3  # type: ignore[index]
 
 
 def test_torchs_own_hooks_are_not_mentioned() -> None:
@@ -104,8 +103,6 @@ def test_backward_hooks_inside_are_refused(pre: bool) -> None:
         handle = layer.register_full_backward_hook(lambda m, gi, go: None)  # type: ignore[operator]
     with pytest.raises(CaptureError, match=r"'layers.0' has a backward hook(.|\n)*remedy"):
         net(*args)
-    with torch.no_grad():
-        net(*args)  # inference has no backward
     handle.remove()
     train_step(net, args)
 
@@ -130,9 +127,12 @@ def test_activation_checkpoints_inside(method: str) -> None:
     train_step(net, (x,))
     train_step(twin, (x,))
     assert_same_gradients(net, twin)
-    model.reentrant = True
-    with pytest.raises(CaptureError, match="use_reentrant=False"):
-        net(x)
+    if method == "bp":
+        model.reentrant = twin.reentrant = True
+        x.requires_grad_()  # without it, a reentrant checkpoint loses gradients in eager mode
+        train_step(net, (x,))
+        train_step(twin, (x,))
+        assert_same_gradients(net, twin)
 
 
 @pytest.mark.parametrize("whole", [True, False])

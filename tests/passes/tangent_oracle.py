@@ -72,6 +72,7 @@ class Case:
     batch_dim: int
     joint: Any
     noise: dict[int, Tensor]
+    model: Any = None
 
     def tangents(self, rows: int | None = None, batch_stats: str = "frozen") -> Tangents:
         """The joint graph with tangents; ``rows`` is only a hint, any number runs."""
@@ -226,7 +227,7 @@ def make_case(
     made = {s.name: e for s, e in zip(cap.inputs, found.examples, strict=True)}
     values: dict[str, Tensor] = {**made, **names, **buffers}
     joint = trace_joint(cap, placed, found.examples, set(names))
-    case = Case(cap, placed, values, args, batch_dim, joint, {})
+    case = Case(cap, placed, values, args, batch_dim, joint, {}, model)
     probe = _Noisy(cap, placed, {})
     it = iter(args)
     with torch.no_grad():

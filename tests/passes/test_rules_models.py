@@ -274,12 +274,15 @@ def make_fixed(case: Case) -> Case:
 
     from grapefx.capture import Scope, capture
     from grapefx.passes.differentiate.joint import trace_joint
+    from grapefx.passes.place.placement import place
 
     found = capture(Scope(case.model, case.args, {}), batch_dim=case.batch_dim, fixed=True)
     cap = found.captured
     trainable = {s.name for s in cap.inputs if s.role == "parameter"}
-    joint = trace_joint(cap, case.placed, found.examples, trainable)
-    return replace(case, cap=cap, joint=joint)
+    size = case.args[0].shape[case.batch_dim]
+    placed = place(cap, trainable=trainable, batch_size=size)
+    joint = trace_joint(cap, placed, found.examples, trainable)
+    return replace(case, cap=cap, placed=placed, joint=joint)
 
 
 @pytest.mark.parametrize("depth", [2, 5])

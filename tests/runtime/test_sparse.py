@@ -67,7 +67,9 @@ def test_bp_and_calibration_are_exact(layout: str, where: str) -> None:
     model, args = setting(layout, where)
     true = [g.clone() for g in gradients(model, model, args)]
     for method in ("bp", "grape"):
-        net = grapefx.compile(model, method=method, calib_every=1, backend="eager")
+        net = grapefx.compile(
+            model, method=method, calib_every=1, backend="eager", capture="export"
+        )
         for g, t in zip(gradients(model, net, args), true, strict=True):
             torch.testing.assert_close(g, t)
         with torch.no_grad():
@@ -80,7 +82,7 @@ def test_bp_and_calibration_are_exact(layout: str, where: str) -> None:
 def test_every_kind_of_method_trains(method: str, layout: str, where: str) -> None:
     model, args = setting(layout, where)
     true = [g.clone() for g in gradients(model, model, args)]
-    net = grapefx.compile(model, method=method, calib_every=None, backend="eager")
+    net = grapefx.compile(model, method=method, calib_every=None, backend="eager", capture="export")
     for _ in range(2):
         found = gradients(model, net, args)
     assert all(g is not None and g.isfinite().all() for g in found)
@@ -90,7 +92,7 @@ def test_every_kind_of_method_trains(method: str, layout: str, where: str) -> No
 
 def test_another_sparsity_is_another_value() -> None:
     model, (x, _) = setting("coo", "argument")
-    net = grapefx.compile(model, method="bp", backend="eager")
+    net = grapefx.compile(model, method="bp", backend="eager", capture="export")
     for seed in range(3):
         args = (x, adjacency("coo", seed))
         true = [g.clone() for g in gradients(model, model, args)]
@@ -103,7 +105,7 @@ def test_another_sparsity_is_another_value() -> None:
 @pytest.mark.parametrize("where", ["argument", "buffer"])
 def test_a_layout_that_torch_cannot_trace_is_named(where: str) -> None:
     model, args = setting("csc", where)
-    net = grapefx.compile(model, method="dfa", calib_every=None, backend="eager")
+    net = grapefx.compile(model, method="dfa", calib_every=None, backend="eager", capture="export")
     name = "the buffer 'adj'" if where == "buffer" else "the argument 1"
     for grad in (True, False):
         with torch.set_grad_enabled(grad), pytest.raises(InputError, match=f"{name}.*sparse_csc"):
@@ -124,7 +126,7 @@ def test_sparse_features_and_the_tangent_of_their_product() -> None:
     torch.manual_seed(0)
     model, args = Sparse(), (torch.randn(NODES, 5, dtype=torch.float64),)
     true = [g.clone() for g in gradients(model, model, args)]
-    net = grapefx.compile(model, method="bp", backend="eager")
+    net = grapefx.compile(model, method="bp", backend="eager", capture="export")
     torch.testing.assert_close(gradients(model, net, args), true)
 
 
@@ -133,9 +135,19 @@ def test_inductor_leaves_sparse_graphs_uncompiled_and_says_so(layout: str) -> No
     for where, name in (("argument", "tensor 2 of the arguments"), ("buffer", "'adj'")):
         model, args = setting(layout, where)
         true = [g.clone() for g in gradients(model, model, args)]
-        net = grapefx.compile(model, method="grape", calib_every=1, parallel="horizontal")
+        net = grapefx.compile(
+            model, method="grape", calib_every=1, parallel="horizontal", capture="export"
+        )
         with pytest.warns(GrapefxWarning, match="sparse") as said:
             torch.testing.assert_close(gradients(model, net, args), true)
         assert sum("sparse" in str(w.message) for w in said) == 1
         assert name in next(str(w.message) for w in said if "sparse" in str(w.message))
         gradients(model, net, args)
+
+
+@pytest.mark.parametrize("where", ["argument", "buffer"])
+def test_dynamo_refuses_sparse_tensors_by_name(where: str) -> None:
+    model, args = setting("coo", where)
+    net = grapefx.compile(model, method="dfa", calib_every=None, backend="eager")
+    with pytest.raises(InputError, match=rf"(?s){where}.*sparse.*capture='export'"):
+        net(*args)

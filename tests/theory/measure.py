@@ -87,7 +87,11 @@ def two_layers(n0: int, n1: int, out: int, seed: int = 0) -> nn.Sequential:
 
 
 def compiled(model: nn.Module, method: str, seed: int = 0, **options: Any) -> FeedbackModule:
-    """Eager graphs, no calibration."""
+    """Eager graphs, no calibration. A point has something to train behind it, but for fg-w, which
+    would perturb it.
+    """
+    if method != "fg-w":
+        model.requires_grad_()
     return grapefx.compile(
         model, method=method, backend="eager", calib_every=None, seed=seed, **options
     )
