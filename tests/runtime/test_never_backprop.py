@@ -215,6 +215,8 @@ def _jit_traced(outer: nn.Module) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_called_by_another_compiler(way: Any, warm: bool, inplace: bool) -> None:
     """A model that contains the net is compiled, traced or called with other parameters."""
+    if inplace and way is _compiled_itself:
+        pytest.xfail("known fault: torch.compile(model) of a model in place backpropagates")
     torch.compiler.reset()
     reference = expected()
     outer = _Outer(dfa(body(), inplace))

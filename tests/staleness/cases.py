@@ -81,15 +81,20 @@ class Known:
 
 # Silently wrong: what torch's guards do not see. Each is a line of README's Limits.
 UNGUARDED: tuple[Known, ...] = (
-    Known(
-        "hooks/global-*/inplace",
-        "a fault of ours: hooks of all modules are not guarded where the model runs in place",
-    ),
+    Known("environment/getenv/*", "torch guards no os.getenv"),
+    Known("modules/forward-swapped-on-the-class-of-a-child/*", "torch guards no class's methods"),
 )
 
 # An error of grapefx instead of a step.
 REFUSED: tuple[Known, ...] = (
     Known("hooks/backward-*", "a backward hook of a module inside would never run"),
+    Known(
+        "numpy/scalar-replaced/branch/*", "a branch on a NumPy number, which is a tensor to Dynamo"
+    ),
+    Known("random/python-branch/*", "a branch on a random number"),
+    Known("random/numpy-normal/*", "Dynamo makes no number of NumPy's draws"),
+    Known("random/generator-of-numpy/*", "Dynamo follows no numpy.random.Generator"),
+    Known("effects/object-with-a-tensor/*", "Dynamo writes no attribute of a SimpleNamespace"),
 )
 
 # Sources whose change makes no difference: the call itself has an effect, or none is allowed.
