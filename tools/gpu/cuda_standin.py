@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._triton
 from torch.fx.node import map_aggregate, map_arg
 
 from grapefx.ir import StepGraph
@@ -73,6 +74,11 @@ def install() -> None:
     Raises:
         Unfit: there is a GPU, no Triton, or no interpreter.
     """
+    # a capture through Dynamo has asked already, and found no device
+    for name in dir(torch.utils._triton):
+        forget = getattr(getattr(torch.utils._triton, name), "cache_clear", None)
+        if forget is not None:
+            forget()
     if torch.cuda.is_available():
         raise Unfit("this machine has a GPU: make gpu-check says more")
     if os.environ.get("TRITON_INTERPRET") != "1":
