@@ -686,7 +686,12 @@ class DynamoGuards:
     def changed_integer(self, scope: dict[str, Any]) -> str:
         """The integer whose new value is why the first guard does not hold, or ''."""
         found = re.match(r"(L\[.*\S) == -?\d+(\s|$)", self.broken(scope))
-        return found.group(1) if found and "'*" not in found.group(1) else ""
+        name = found.group(1) if found else ""
+        try:  # torch takes a list of names, split at commas, for regular expressions
+            re.compile(name)
+        except re.error:
+            return ""
+        return "" if "," in name or "'*" in name else name
 
     def broken(self, scope: dict[str, Any]) -> str:
         """The first guard that does not hold, with the user's line where Dynamo noted it."""
