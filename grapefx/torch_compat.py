@@ -50,7 +50,6 @@ __all__ = [
     "fake_mode_of",
     "fake_tensor",
     "fixed_size",
-    "forget_guards",
     "from_data",
     "functional_graph",
     "functionalized",
@@ -182,17 +181,6 @@ def without_modes() -> Iterator[None]:
         return value
 
     with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-        yield
-
-
-@contextlib.contextmanager
-def forget_guards(mode: FakeTensorMode) -> Iterator[None]:
-    """Shape questions asked inside leave no guard: what they learn is not a fact of the model."""
-    env = mode.shape_env
-    if env is None or not hasattr(env, "suppress_guards"):
-        yield
-        return
-    with env.suppress_guards():
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx import tree
-from grapefx.capture.tidy import passes_gradient, tidy
+from grapefx.capture.tidy import tidy
 from grapefx.errors import CaptureError
 from grapefx.ir import Captured, Slot
 from grapefx.passes.graph import custom_functions
@@ -33,7 +33,6 @@ from grapefx.torch_compat import (
     size_expression,
 )
 
-aten = torch.ops.aten
 _ENTERS = "grapefx_from"
 
 
@@ -459,4 +458,4 @@ def _number(leaf: Any) -> Any:
     return leaf if expr is None else Size(expr)
 
 
-__all__ = ["Computed", "Functional", "Given", "Size", "functional", "passes_gradient"]
+__all__ = ["Computed", "Functional", "Given", "Size", "functional"]
