@@ -701,6 +701,10 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         "skip_nnmodule_hook_guards": False,
         "record_pre_graph_bytecode_in_traces": False,
         "reorderable_logging_functions": {print, warnings.warn},
+        # what transformers adds to loggers, and says once
+        "ignore_logging_functions": {
+            f for n in ("warning_once", "info_once") if (f := getattr(logging.Logger, n, None))
+        },
         "verbose": False,
         "suppress_errors": False,
         "disable": False,
