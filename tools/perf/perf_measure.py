@@ -224,8 +224,8 @@ def variants(model: nn.Module, x: Tensor, form: Form) -> int:
     """Compiled steps over batch sizes 1 and more, the kernels themselves left out."""
     compile_step = program.compile_step
 
-    def quick(step: Any, kind: str, sizes: Any, backend: str, options: Any, _: Any) -> Any:
-        return compile_step(step, kind, sizes, "eager", options)
+    def quick(step: Any, kind: str, sizes: Any, backend: str, options: Any, *rest: Any) -> Any:
+        return compile_step(step, kind, sizes, "eager", options, "off", rest[-1])
 
     with mock.patch.object(program, "compile_step", quick):
         net = grapefx.compile(model, method=form.method, **form.options)
