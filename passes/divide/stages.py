@@ -5,9 +5,9 @@ run in order, compute what the one does, bit for bit, and the values that travel
 
 Ownership is by data dependence, not by labels alone: a forward value belongs to the latest stage
 that anything it reads belongs to; what depends on a layer's own cotangent belongs to that layer's
-stage; the error belongs to the last stage. Values without an owner (views, sizes, transposed
-weights, masks of constants) are made where they are read. Forward values may go to any later stage:
-skips, masks and tables need nothing special, because no gradient runs through them.
+stage; the error belongs to the last stage. Views, and what depends on neither the batch nor the
+error (transposed weights, masks, tables), are made where they are read. Forward values may go to
+any later stage: skips, masks and tables need nothing special where no gradient runs through them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages:
-    """A step in stages. ``shared``: the stages that compute a part of a parameter's gradient, for
-    each parameter that more than one stage reads; the gradient is the sum of their parts.
+    """A step in stages. ``shared``: the stages that read a parameter, where there are several; its
+    gradient is the sum of what these stages return for it.
     """
 
     stages: tuple[Stage, ...]
@@ -123,6 +123,7 @@ def split_stages(
         PlacementError: a stage cannot end there; the message names the parameter.
         VerifyError: a gradient would travel between the stages of a step that has no chain.
     """
+    stage_numbers(layers, ends)
     illegal = sorted(set(ends) - set(legal_ends(layers)))
     if illegal:
         k = illegal[0]
@@ -152,8 +153,8 @@ def _alone(channels: Iterable[Channel], exact: bool) -> None:
 class Owners:
     """Which stage computes each node; ``of`` has no entry for what is made where it is read.
 
-    ``holders``: the stages whose forward reads a parameter. ``parts``: the addends of a gradient
-    to which several stages contribute, by its node.
+    ``error``: late values that belong to no layer. ``holders``: the stages whose forward reads a
+    parameter. ``parts``: the addends of a gradient to which several stages contribute, by its node.
     """
 
     def __init__(
@@ -175,6 +176,12 @@ class Owners:
         if exact:
             self._weight_gradients(step)
         projected = self._projected()
+        # the error: of an exact step what is called so, of any other all that no layer changed
+        self.error = {
+            n
+            for n in self.late - set(projected)
+            if n.op == "placeholder" or not exact or meta.phase(n) == "error"
+        }
         for node in self.nodes:
             if node not in self.late:
                 continue
@@ -241,7 +248,11 @@ class Owners:
             todo = [node] if isinstance(node, Node) and held else []
             while todo:
                 n = todo.pop()
-                if n.op == "call_function" and meta.phase(n) == "weight_grad" and n not in self.home:
+                if (
+                    n.op == "call_function"
+                    and meta.phase(n) == "weight_grad"
+                    and n not in self.home
+                ):
                     self.home[n] = held
                     todo += n.all_input_nodes
 
@@ -343,7 +354,7 @@ class _Cutter:
             if slot.role == "metric" and node.target is aten.stack.default:
                 self._stacked(slot, node)
             elif slot.role == "gradient" and node in self.o.parts:
-                self._gradient(slot, self.o.parts[node])
+                self._gradient(slot, node)
             else:
                 self.outputs[self._home(slot, node)].append((slot, [node]))
 
@@ -359,19 +370,21 @@ class _Cutter:
             return o.of[node]
         return o.label.get(meta.layer(node) or "", 0 if slot.role == "buffer" else o.last)
 
-    def _gradient(self, slot: Slot, terms: list[Node]) -> None:
+    def _gradient(self, slot: Slot, node: Node) -> None:
         """Each stage returns the sum of its own terms."""
         held = self.o.holders[slot.name]
+        self.shared[slot.name] = held
+        if any(u.op != "output" for u in node.users):  # a metric reads the whole sum
+            self.outputs[self.o.of[node]].append((slot, [node]))
+            return
         own: dict[int, list[Node]] = {}
-        for n in terms:
+        for n in self.o.parts[node]:
             at = self.o.of.get(n, held[0])
             # a term computed where the parameter is not goes to the nearest stage that has it
             at = max((h for h in held if h <= at), default=held[0])
             own.setdefault(at, []).append(n)
         for at, nodes in own.items():
             self.outputs[at].append((slot, nodes))
-        if len(held) > 1:
-            self.shared[slot.name] = held
 
     def _stacked(self, slot: Slot, node: Node) -> None:
         """A metric has an entry a layer: each stage returns its own, named after the layer."""
@@ -384,7 +397,7 @@ class _Cutter:
 
     def _pull(self, s: int, wanted: list[set[Node]]) -> bool:
         """Everything that stage ``s`` computes or receives for what is wanted of it."""
-        todo = [n for n in wanted[s] if n not in self.need[s]]
+        todo = [n for n in wanted[s] if n not in self.need[s] and n not in self.recv[s]]
         changed = bool(todo)
         while todo:
             n = todo.pop()
@@ -418,9 +431,7 @@ class _Cutter:
     def _kind(self, n: Node, target: int) -> Kind:
         if n not in self.o.late:
             return "recv" if target > self.o.of[n] else "late"
-        phase = meta.phase(n)
-        error = n.op == "placeholder" or phase == "error"
-        return "late" if error and self.o.of[n] == self.o.last else "chain"
+        return "late" if n in self.o.error else "chain"
 
     def _graph(self, s: int, channels: tuple[Channel, ...]) -> StepGraph:
         new = Graph()

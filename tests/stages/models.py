@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo import ZOO, Model, MLP
+from tests.zoo import MLP, ZOO, Model
 
 
 class UNet(nn.Module):
@@ -16,7 +16,9 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((2, 4), (4, 6), (6, 6)))
+        self.a, self.b, self.c = (
+            nn.Conv2d(i, o, 3, padding=1) for i, o in ((2, 4), (4, 6), (6, 6))
+        )
         self.up_b, self.up_a = nn.Conv2d(12, 5, 3, padding=1), nn.Conv2d(9, 4, 3, padding=1)
         self.out = nn.Conv2d(4, 3, 1)
 

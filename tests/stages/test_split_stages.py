@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from grapefx.analysis.cost import graph_cost
 from grapefx.errors import PlacementError, VerifyError
@@ -17,7 +16,10 @@ from grapefx.lowering import prepare
 from grapefx.methods import get_method
 from grapefx.options import Options
 from grapefx.passes.divide.stages import SEND, Stages, legal_ends, split_stages
-from grapefx.passes.graph import meta
+from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
+from grapefx.passes.graph import markers, meta
+from grapefx.passes.graph.annotate import annotate
+from grapefx.passes.graph.order import descendants
 from grapefx.passes.graph.verify import check
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.program import sizes_of
@@ -43,6 +45,20 @@ def fixed(plan: Plan, kind: str, args: tuple[Any, ...]) -> StepGraph:
     step = plan.graph(kind)
     batch = args[0].shape[0]
     return prepare(step, sizes_of(step, batch, plan.rows(batch)), "eager")
+
+
+def leaky(plan: Plan, index: int) -> StepGraph:
+    """The method's update graph with one cut left to the chain rule."""
+    feedback = Feedback(plan.method, plan.maps, plan.error_rows, plan.states())
+    b = Builder(plan.joint, feedback, ())
+    b.add_states()
+    cotangents = b.cotangents(b.state_nodes)
+    chain = markers.find(b.graph, markers.CUT_BACKWARD)[index].args[0]
+    cotangents[index] = chain  # type: ignore[assignment]
+    replace_cuts(b, cotangents)
+    step = b.finish()
+    annotate(step, plan.layers)
+    return step
 
 
 def run_stages(found: Stages, given: dict[Slot, Any]) -> dict[Slot, Any]:
@@ -129,8 +145,11 @@ def test_stages_are_the_whole_step_bit_for_bit(name: str, kind: str) -> None:
 
 
 def flops(step: StepGraph) -> int:
-    """FLOPs of a step, without the ridge system, which each stage solves for itself."""
-    nodes = graph_cost(step.gm).nodes.items()
+    """FLOPs of what depends on the batch or the error, without the ridge system of all layers."""
+    roles = ("parameter", "buffer", "constant")
+    slots = zip(step.placeholders(), step.inputs, strict=True)
+    moving = descendants(n for n, s in slots if s.role not in roles)
+    nodes = [(n, c) for n, c in graph_cost(step.gm).nodes.items() if n in moving]
     return sum(c.flops for n, c in nodes if (meta.phase(n), meta.layer(n)) != ("refit", None))
 
 
@@ -144,5 +163,41 @@ def test_no_work_is_done_twice(name: str, kind: str) -> None:
     for ends in cuts(plan, 2) + cuts(plan, 4):
         found = split_stages(step, plan.layers, ends, exact=kind == "calibration")
         parts = [flops(s.step) for s in found.stages]
-        assert sum(parts) == whole, (ends, parts)
+        # parts of a shared parameter's gradient are added by the runtime
+        grads = [s for x in found.stages for s in x.step.outputs if s.role == "gradient"]
+        sizes = {s: n.meta["val"].numel() for s, n in step.produced("gradient") if n is not None}
+        sums = sum(sizes[s] for s in grads) - sum(sizes[s] for s in set(grads))
+        assert sum(parts) + sums == whole, (ends, parts)
         assert all(parts)
+
+
+def test_a_stage_cannot_end_inside_a_shared_parameter() -> None:
+    plan = plan_of("tied", "dfa")
+    with pytest.raises(PlacementError, match=r"cannot end behind layer 'lin'.*'lin\.bias'"):
+        split_stages(plan.graph("update"), plan.layers, (1,))
+
+
+@pytest.mark.parametrize("ends", [(1, 0), (0, 0), (5,), (-1,)])
+def test_ends_are_ascending_layers(ends: tuple[int, ...]) -> None:
+    plan = plan_of("mlp", "dfa")
+    with pytest.raises(PlacementError, match="ascending"):
+        split_stages(plan.graph("update"), plan.layers, ends)
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet", "branches"])
+def test_a_chain_is_refused_outside_exact_steps(name: str) -> None:
+    """One cut of an update is left to the chain rule: its stage waits for a later one's update."""
+    plan = plan_of(name, "dfa")
+    step = leaky(plan, 0)
+    batch = make(name)[1][0].shape[0]
+    step = prepare(step, sizes_of(step, batch, batch), "eager")
+    with pytest.raises(VerifyError, match="only exact steps may chain stages"):
+        split_stages(step, plan.layers, (0,))
+
+
+def test_updates_receive_no_gradient() -> None:
+    for name in ("unet", "rotary", "encoder", "residual"):
+        plan = plan_of(name, "grape")
+        step = fixed(plan, "align", make(name)[1])
+        found = split_stages(step, plan.layers, legal_ends(plan.layers)[:1])
+        assert {c.kind for c in found.channels} <= {"recv", "late"}
