@@ -415,7 +415,8 @@ class FeedbackModule(nn.Module):
         """What was decided for this model and what it costs, as ``grapefx.inspect`` says it.
 
         Printed: layers, feedback maps, what runs when, the proof that updates are independent,
-        work, span, critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``.
+        work, span, critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``;
+        ``passes=True`` also lists what each compiler pass did.
 
         Raises:
             InputError: there is no plan yet, because no training batch has come.
@@ -427,7 +428,8 @@ class FeedbackModule(nn.Module):
                 "nothing to explain yet: the plan is made at the first training call, net(x)\n"
                 "  without one: grapefx.inspect(model, example)"
             )
-        return explain(self.plan, type(self._original).__name__, **choices)
+        name = type(self._original).__name__
+        return explain(self.plan, name, lowered=self._captures.lowered(), **choices)
 
     def restore(self) -> nn.Module:
         """Undo ``compile(..., inplace=True)``: the model runs its own forward again.
