@@ -456,7 +456,7 @@ class _Cutter:
         results: list[Any] = []
         slots: list[Slot] = []
         for name in dict.fromkeys(c.name for c in channels if c.source == s):
-            role: OutputRole = "kept" if named[name] in self.o.late else "output"
+            role: OutputRole = "saved" if named[name] in self.o.late else "output"
             results.append(env[named[name]])
             slots.append(Slot(role, SEND + name))
         for slot, nodes in self.outputs[s]:

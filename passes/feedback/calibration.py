@@ -93,6 +93,7 @@ def refit(b: Builder) -> None:
             )
         # with the gradients, not in the tail: rows may be far smaller than delta
         rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+        e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
         new = b.emit(
             lambda s, e, r, st, m=m: fit(s, e, r, st, m),
             inverse[key], e, rows, state,
@@ -128,6 +129,8 @@ def _compare(b: Builder, twins: dict[str, Node]) -> None:
         names = [p for p in m.layer.parameters if p in true and p in twins]
         if not names:
             continue
+        for node in (*(true[p] for p in names), *(twins[p] for p in names)):
+            node.meta[meta.REDUCE] = "sum"
 
         def cos(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
             xs, ys = [_real(x) for x in xs], [_real(y) for y in ys]

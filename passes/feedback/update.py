@@ -22,7 +22,7 @@ from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream, streams_of
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.seeded import uniform
 
@@ -210,7 +210,9 @@ class Builder:
                 return mean
 
             ds, vs = [d for d, _ in pairs], [v for _, v in pairs]
-            out.append(self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name))
+            made = self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name)
+            made.meta[meta.REDUCE] = "mean"
+            out.append(made)
         return out
 
     def learn(self) -> None:
@@ -263,6 +265,7 @@ class Builder:
             return torch.isfinite(total)  # type: ignore[arg-type]
 
         made: Node = self.emit(finite, unique, phase="error")
+        made.meta[meta.REDUCE] = "all"
         return made
 
     def metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:

@@ -12,7 +12,6 @@ import torch
 from grapefx.analysis.cost import graph_cost
 from grapefx.errors import PlacementError, VerifyError
 from grapefx.ir import Slot, StepGraph
-from grapefx.lowering import prepare
 from grapefx.methods import get_method
 from grapefx.options import Options
 from grapefx.passes.divide.stages import SEND, Stages, legal_ends, split_stages
@@ -21,6 +20,7 @@ from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.annotate import annotate
 from grapefx.passes.graph.order import descendants
 from grapefx.passes.graph.verify import check
+from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.program import sizes_of
 from tests.stages.models import MODELS, make
@@ -44,7 +44,8 @@ def plan_of(name: str, method: str) -> Plan:
 def fixed(plan: Plan, kind: str, args: tuple[Any, ...]) -> StepGraph:
     step = plan.graph(kind)
     batch = args[0].shape[0]
-    return prepare(step, sizes_of(step, batch, plan.rows(batch)), "eager")
+    sizes = sizes_of(step, batch, plan.rows(batch))
+    return prepare(step, kind, "eager", LowerContext(sizes))
 
 
 def leaky(plan: Plan, index: int) -> StepGraph:
@@ -190,7 +191,7 @@ def test_a_chain_is_refused_outside_exact_steps(name: str) -> None:
     plan = plan_of(name, "dfa")
     step = leaky(plan, 0)
     batch = make(name)[1][0].shape[0]
-    step = prepare(step, sizes_of(step, batch, batch), "eager")
+    step = prepare(step, "update", "eager", LowerContext(sizes_of(step, batch, batch)))
     with pytest.raises(VerifyError, match="only exact steps may chain stages"):
         split_stages(step, plan.layers, (0,))
 
