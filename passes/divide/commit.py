@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes.graph import meta
-from grapefx.passes.graph.order import dead_code
+from grapefx.passes.graph.order import ancestors, dead_code
 
 Reduction = Literal["mean", "cat", "sum", "all"]
 
@@ -43,6 +43,18 @@ class Commit:
     states: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
     first: bool
+
+    def readers(self) -> dict[Slot, tuple[str, ...]]:
+        """For each of ``reads``, the layers whose part reads it; "" where it belongs to none."""
+        held = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
+        found: dict[Slot, dict[str, None]] = {s: {} for s in self.reads}
+        for slot, node in zip(self.outputs, output.args[0], strict=True):
+            leading = ancestors([node])
+            for n, read in zip(held, self.reads, strict=False):
+                if n in leading:
+                    found[read][owner_of(slot)] = None
+        return {s: tuple(names) for s, names in found.items()}
 
     def only(self, layers: Sequence[str]) -> Commit:
         """The part of it that belongs to some layers, and what belongs to none."""

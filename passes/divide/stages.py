@@ -13,7 +13,7 @@ any later stage: skips, masks and tables need nothing special where no gradient 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,12 +112,18 @@ def legal_ends(layers: Sequence[Layer]) -> tuple[int, ...]:
 
 
 def split_stages(
-    step: StepGraph, layers: Sequence[Layer], ends: Sequence[int], *, exact: bool = False
+    step: StepGraph,
+    layers: Sequence[Layer],
+    ends: Sequence[int],
+    *,
+    exact: bool = False,
+    readers: Mapping[Slot, Sequence[str]] | None = None,
 ) -> Stages:
     """Divide ``step``, which is not changed, behind the layers ``ends``.
 
     ``exact``: the step holds a true backward pass (kind "calibration"), which runs through the
-    stages; in any other a gradient between stages is refused.
+    stages; in any other a gradient between stages is refused. ``readers``: for each output of the
+    role "saved", the layers whose stages return it; the name "" stands for all stages.
 
     Raises:
         PlacementError: a stage cannot end there; the message names the parameter.
@@ -134,7 +140,7 @@ def split_stages(
             "both sides and learns from both\n  remedy: end it elsewhere, or stages='auto'"
         )
     owners = Owners(step, layers, ends, exact)
-    found = _Cutter(step, owners).run()
+    found = _Cutter(step, owners, readers or {}).run()
     _alone(found.channels, exact)
     return found
 
@@ -327,8 +333,10 @@ def _addends(node: Node) -> list[Node]:
 class _Cutter:
     """The graphs of the stages in the making."""
 
-    def __init__(self, step: StepGraph, owners: Owners) -> None:
-        self.step, self.o = step, owners
+    def __init__(
+        self, step: StepGraph, owners: Owners, readers: Mapping[Slot, Sequence[str]]
+    ) -> None:
+        self.step, self.o, self.readers = step, owners, readers
         self.count = owners.last + 1
         self.outputs: list[list[tuple[Slot, list[Node]]]] = [[] for _ in range(self.count)]
         self.shared: dict[str, tuple[int, ...]] = {}
@@ -355,6 +363,11 @@ class _Cutter:
                 self._stacked(slot, node)
             elif slot.role == "gradient" and node in self.o.parts:
                 self._gradient(slot, node)
+            elif slot in self.readers:
+                names = self.readers[slot]
+                at = range(self.count) if "" in names else {self.o.label[n] for n in names}
+                for s in at:
+                    self.outputs[s].append((slot, [node]))
             else:
                 self.outputs[self._home(slot, node)].append((slot, [node]))
 
