@@ -106,6 +106,15 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def _add_step_options(s: Any) -> None:
+    for name, more in STEP_OPTIONS.items():
+        field = OPTIONS[name]
+        meaning = field.metadata["meaning"].replace("``", "").replace("%", "%%")
+        s.add_argument(
+            "--" + name.replace("_", "-"), **{"default": field.default, "help": meaning, **more}
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="grapefx-inspect",
@@ -145,12 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=names(),
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
-    for name, more in STEP_OPTIONS.items():
-        field = OPTIONS[name]
-        meaning = field.metadata["meaning"].replace("``", "").replace("%", "%%")
-        s.add_argument(
-            "--" + name.replace("_", "-"), **{"default": field.default, "help": meaning, **more}
-        )
+    _add_step_options(s)
     d = p.add_argument_group("the machine")
     d.add_argument(
         "--device-model",
