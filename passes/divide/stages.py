@@ -466,6 +466,8 @@ class _Cutter:
             if n in self.need[s] and n.op == "call_function":
                 env[n] = new.node_copy(n, lambda a: env[a])
                 env[n].meta = dict(n.meta)
+                if self.o.of.get(n, s) > s:  # a view of a later stage's tangent: here it comes late
+                    env[n].meta[meta.PHASE] = "error"
         results: list[Any] = []
         slots: list[Slot] = []
         for name in dict.fromkeys(c.name for c in channels if c.source == s):

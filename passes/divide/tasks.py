@@ -6,6 +6,7 @@ compute what the one does, bit for bit. Layers' parts do not wait for each other
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,9 @@ def split_by_results(update: GraphModule, names: Sequence[str], parts: Sequence[
         for n in ancestors(r for r in own if isinstance(r, Node)):
             if n.op == "call_function":
                 group.setdefault(n, name)
+    for n in update.graph.nodes:  # a part of a result goes where the whole is
+        if n.target is operator.getitem and n.args[0] in group:
+            group[n] = group[n.args[0]]
     used = set(group.values())
     return _cut(update, [n for n in names if n in used], group)
 

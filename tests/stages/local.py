@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grapefx.analysis.pipelines import Action
 from grapefx.ir import Slot
 from grapefx.passes.divide.stages import legal_ends
 from grapefx.plan import Plan
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.program import sizes_of
-from grapefx.runtime.stages.compiled import StageStep, compile_stage, divide_plan
+from grapefx.runtime.stages.compiled import StageStep, compile_stage
 from grapefx.runtime.stages.engine import Engine, Inputs
-from grapefx.runtime.stages.schedule import Action
+from grapefx.staging import divide_plan
 from grapefx.torch_compat import batch_symbol
 from tests.zoo import step_inputs
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from grapefx.ir import Slot
+from grapefx.options import Options
 from tests.stages.local import drive, ends_for, engines, given_of, whole
 from tests.stages.models import make
 from tests.stages.test_split_stages import plan_of
@@ -15,8 +18,10 @@ CASES = [("dfa", "update"), ("fdfa", "align"), ("grape", "align"), ("grape", "ca
          ("bp", "calibration")]  # fmt: skip
 
 
-def compare(name: str, method: str, kind: str, stages: int, microbatches: int) -> None:
-    plan = plan_of(name, method)
+def compare(
+    name: str, method: str, kind: str, stages: int, microbatches: int, backend: str = "eager"
+) -> None:
+    plan = dataclasses.replace(plan_of(name, method), options=Options(backend=backend))
     model, args = make(name)
     args = tuple(torch.cat([a, a.flip(0)])[:8] if a.shape[0] < 8 else a[:8] for a in args)
     given = given_of(plan, kind, model, args)
@@ -50,3 +55,8 @@ def test_stages_equal_the_whole_batch(
 @pytest.mark.parametrize("name", ["unet", "rotary", "wide", "tied", "branches", "inplace"])
 def test_stages_of_other_models(name: str, method: str, kind: str) -> None:
     compare(name, method, kind, 3, 2)
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES[-3:])
+def test_compiled_stages(method: str, kind: str) -> None:
+    compare("unet", method, kind, 2, 2, "inductor")

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from grapefx.analysis import pipelines as s
 from grapefx.errors import StageError
-from grapefx.runtime.stages import schedule as s
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, p, 4 * p)]
 UNIT = {"forward": 1.0, "backward": 1.0, "update": 1.0}

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grapefx.analysis import pipelines as s
 from grapefx.ir import Slot
 from grapefx.lowering import Compiled, lower_saving, lower_tasks, update_for
-from grapefx.passes.divide.commit import Commit, cut_commit
+from grapefx.passes.divide.commit import Commit
 from grapefx.passes.divide.partition import Split, split
-from grapefx.passes.divide.stages import SEND, Stages, split_stages, stage_numbers
+from grapefx.passes.divide.stages import SEND, Stages, stage_numbers
 from grapefx.passes.divide.tasks import Tasks, split_by_results
-from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import Plan
-from grapefx.runtime.program import sizes_of
-from grapefx.runtime.stages import schedule as s
+from grapefx.staging import links_of, order_of
 
 PARTS: tuple[s.Do, ...] = ("error", "backward", "estimate", "update")
 
@@ -56,51 +55,6 @@ class StageStep:
     commit: Commit | None
     cotangents: dict[str, Tensor]
     random: bool
-
-
-def divide_plan(
-    plan: Plan, kind: str, batch: int, ends: Sequence[int]
-) -> tuple[Stages, Commit | None]:
-    """A plan's step of one kind, for microbatches of ``batch`` samples, in stages."""
-    names = [layer.name for layer in plan.layers]
-    main, commit = cut_commit(plan.graph(kind), names, plan.method.name)
-    sizes = sizes_of(main, batch, plan.rows(batch))
-    context = LowerContext(sizes, plan.options.backend_options)
-    fixed = prepare(main, kind, plan.options.backend, context)
-    exact = kind == "calibration" or plan.method.exact
-    found = split_stages(fixed, plan.layers, ends, exact=exact, readers=commit.readers())
-    return found, commit if commit.outputs else None
-
-
-def links_of(stages: Stages, kind_exact: bool, first: bool) -> list[s.Link]:
-    """Every value that travels, from one stage to one other."""
-    early = {
-        slot.name.removeprefix(SEND)
-        for stage in stages.stages
-        for slot in stage.step.outputs
-        if slot.role == "output" and slot.name.startswith(SEND)
-    }
-    found = []
-    for c in stages.channels:
-        before: s.Do = "forward" if c.kind == "recv" else "estimate" if first else "update"
-        if kind_exact and c.kind != "recv":
-            before = "backward"
-        after: s.Do = "forward" if c.name in early else "error"
-        if c.kind == "chain":
-            after = "backward"
-        found += [s.Link(c.name, c.kind, c.source, t, after, before, c.bytes) for t in c.targets]
-    return sorted(found, key=lambda link: link.after != "forward")  # received as they are sent
-
-
-def order_of(stages: int, microbatches: int, exact: bool, commit: Commit | None) -> s.Order:
-    """What each rank computes, and when."""
-    if exact:
-        order = s.one_forward_one_backward(stages, microbatches)
-    elif commit is not None and commit.first:
-        return s.learn_first(stages, microbatches)
-    else:
-        order = s.feedback(stages, microbatches)
-    return order if commit is None else s.with_learning(order)
 
 
 def compile_stage(
@@ -178,4 +132,4 @@ def _doing(parts: Split, stages: Stages, index: int, first: bool) -> list[s.Do]:
     return found
 
 
-__all__ = ["Draw", "StageStep", "compile_stage", "divide_plan", "links_of", "order_of"]
+__all__ = ["Draw", "StageStep", "compile_stage"]

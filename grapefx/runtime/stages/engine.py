@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from grapefx.analysis.pipelines import Action, Do
 from grapefx.ir import Slot
 from grapefx.passes.divide.commit import reduced, reduction_of
 from grapefx.passes.divide.stages import SEND
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.stages.compiled import StageStep
-from grapefx.runtime.stages.schedule import Action, Do
 
 
 class Wires(Protocol):
@@ -77,6 +77,7 @@ class Engine:
         self.contributions: dict[Slot, list[Tensor]] = {}
         self.learned: dict[Slot, Tensor] = {}
         self.losses: list[Tensor] = []
+        self._vals = {c.name: c.val for c in step.stages.channels}
 
     def do(self, action: Action) -> None:
         """Run one action."""
@@ -133,7 +134,8 @@ class Engine:
         held.outputs = []
         self.losses.append(loss)
         for name, value in cotangents.items():
-            held.values[Slot("cotangent", name)] = value
+            like = self.step.cotangents.get(name)
+            held.values[Slot("cotangent", name)] = value if like is None else laid_out(value, like)
 
     def _part(self, do: Do, m: int) -> None:
         """Run the part of the update that an action stands for, and take its results."""
@@ -174,8 +176,8 @@ class Engine:
         held = self._of(action.microbatch)
         for role in ("output", "saved"):
             found = held.values.get(Slot(role, SEND + action.value))  # type: ignore[arg-type]
-            if isinstance(found, Tensor):
-                return found
+            if isinstance(found, Tensor):  # as the receiver's graph was compiled for
+                return laid_out(found, self._vals[action.value])
         raise AssertionError(f"{action} before it is computed")
 
     def _learn(self) -> None:
@@ -191,4 +193,12 @@ class Engine:
         self.learned = dict(zip(commit.outputs, found, strict=True))
 
 
-__all__ = ["Engine", "Gather", "Inputs", "Wires"]
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A value in the strides of a fake one of the same shape."""
+    if value.stride() == like.stride():
+        return value
+    out = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
+    return out.copy_(value)
+
+
+__all__ = ["Engine", "Gather", "Inputs", "Wires", "laid_out"]
