@@ -36,7 +36,7 @@ class Links:
         # its own timeout: what ranks agree on must not wait longer than a transfer
         made: Any = dist.new_group(self.ranks, timeout=self.timeout, use_local_synchronization=True)
         self.late: dist.ProcessGroup = made
-        self.note = f"{_NOTE}/{min(self.ranks)}"
+        self.note = f"{_NOTE}/{made.group_name}"
 
     def agree(self, what: dict[str, Any]) -> None:
         """Every rank has the same values.
