@@ -7,11 +7,30 @@ from collections.abc import Sequence
 from grapefx.analysis import pipelines as s
 from grapefx.analysis.cost import graph_cost
 from grapefx.analysis.device import DeviceModel, load_device
-from grapefx.errors import OptionError, PlacementError, nearest
+from grapefx.errors import MethodError, OptionError, PlacementError, nearest
+from grapefx.methods import Method
 from grapefx.passes.divide.commit import Commit, cut_commit
 from grapefx.passes.divide.stages import SEND, Owners, Stages, legal_ends, split_stages
 from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import Plan, sizes_of
+
+
+def check_method(method: Method) -> None:
+    """Raise ``MethodError`` for a method that stages cannot train."""
+    odd = method.reads - {"error", "value", "output"}
+    if not method.exact and (
+        method.sequential or method.mechanism != "points" or odd or method.per_sample
+    ):
+        raise MethodError(
+            f"method {method.name!r} cannot train in stages: its updates wait for each other, or "
+            "read more than the error\n  remedy: bp, dfa, fdfa or grape"
+        )
+
+
+def usual_kind(plan: Plan) -> str:
+    """The kind of step that a training run mostly takes."""
+    kinds = plan.kinds()
+    return "align" if "align" in kinds and plan.options.align_every == 1 else kinds[0]
 
 
 def divide_plan(
@@ -66,7 +85,7 @@ def layer_seconds(plan: Plan, batch: int, device: str | DeviceModel) -> list[flo
     Layers that cannot be parted count with the last of them.
     """
     model = load_device(device) if isinstance(device, str) else device
-    kind = plan.kinds()[0]
+    kind = usual_kind(plan)
     step = plan.graph(kind)
     sizes = sizes_of(step, batch, plan.rows(batch))
     fixed = prepare(step, kind, "eager", LowerContext(sizes))
@@ -149,9 +168,11 @@ def ends_of(plan: Plan, stages: object, count: int, batch: int, device: str) -> 
 
 __all__ = [
     "balanced_ends",
+    "check_method",
     "divide_plan",
     "ends_of",
     "layer_seconds",
     "links_of",
     "order_of",
+    "usual_kind",
 ]

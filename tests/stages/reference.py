@@ -36,7 +36,7 @@ class Reference:
         kinds = self.plan.kinds()
         if self.state.schedule.due() or kinds == ("calibration",):
             return "calibration"
-        return kinds[0]
+        return "align" if "align" in kinds else kinds[0]
 
     def step(self, x: Tensor, y: Tensor, loss: Any) -> Tensor:
         plan, kind = self.plan, self.kind()

@@ -35,7 +35,7 @@ from grapefx.runtime.stages.compiled import StageStep, compile_stage
 from grapefx.runtime.stages.engine import Engine, Inputs
 from grapefx.runtime.stages.wires import Links, Replicas, Transfers, share
 from grapefx.runtime.training_state import TrainingState
-from grapefx.staging import divide_plan, ends_of
+from grapefx.staging import check_method, divide_plan, ends_of
 from grapefx.torch_compat import batch_symbol, pytree
 from grapefx.untraceable import Compiled
 
@@ -562,14 +562,7 @@ class _Job:
 
 def _check(method: Method, options: Options) -> None:
     """Raise ``MethodError`` or ``OptionError`` for what stages cannot do."""
-    odd = method.reads - {"error", "value", "output"}
-    if not method.exact and (
-        method.sequential or method.mechanism != "points" or odd or method.per_sample
-    ):
-        raise MethodError(
-            f"method {method.name!r} cannot train in stages: its updates wait for each other, or "
-            "read more than the error\n  remedy: bp, dfa, fdfa or grape"
-        )
+    check_method(method)
     for name, bad in (("calib_update", "sgd"), ("calib_refit", "feedback")):
         if getattr(options, name) == bad and not method.exact:
             raise OptionError(f"{name}={bad!r} does not go with pipeline=")
