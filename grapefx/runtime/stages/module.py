@@ -64,12 +64,14 @@ class StagedModule(Compiled, nn.Module):
     ) -> None:
         super().__init__()
         _check(method, options)
-        for name, value in (("microbatches", microbatches), ("stage_timeout", stage_timeout)):
+        for option, value in (("microbatches", microbatches), ("stage_timeout", stage_timeout)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise OptionError(f"{name}={value!r} must be a positive number")
+                raise OptionError(f"{option}={value!r} must be a positive number")
         if not isinstance(microbatches, int):
             raise OptionError(f"microbatches={microbatches!r} must be a positive integer")
         self.__dict__["_original"] = model
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = model.__dict__[name]  # torch's checkpoints walk the tree
         self._options, self._method = options, method
         self._microbatches, self._stages = microbatches, stages
         self._links = Links(_group(pipeline, "pipeline"), stage_timeout)
@@ -119,6 +121,12 @@ class StagedModule(Compiled, nn.Module):
             "net.step(x, target=y, loss=loss_fn); to evaluate, load a checkpoint of all stages "
             "into the plain model"
         )
+
+    def train(self, mode: bool = True) -> StagedModule:
+        """As the model's."""
+        super().train(mode)
+        self.original.train(mode)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
