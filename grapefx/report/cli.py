@@ -117,6 +117,32 @@ def _add_step_options(s: Any) -> None:
         )
 
 
+def _add_machine(p: argparse.ArgumentParser) -> None:
+    d = p.add_argument_group("the machine")
+    d.add_argument(
+        "--device-model",
+        default="cpu-2core",
+        metavar="NAME|FILE.yaml",
+        help="cpu-2core (default), a100, h100, h200, or a YAML file",
+    )
+    d.add_argument(
+        "--workers",
+        type=_workers,
+        default=(1, 2, 4, 8, None),
+        metavar="1,2,4,8,inf",
+        help="numbers of workers to schedule for",
+    )
+    d.add_argument(
+        "--stages",
+        type=_positive,
+        metavar="P",
+        help="instead of the report: the model in P stages on P devices, and what a step takes",
+    )
+    d.add_argument(
+        "--microbatches", type=_positive, default=1, metavar="M", help="of a batch, with --stages"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="grapefx-inspect",
@@ -157,29 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
     _add_step_options(s)
-    d = p.add_argument_group("the machine")
-    d.add_argument(
-        "--device-model",
-        default="cpu-2core",
-        metavar="NAME|FILE.yaml",
-        help="cpu-2core (default), a100, h100, h200, or a YAML file",
-    )
-    d.add_argument(
-        "--workers",
-        type=_workers,
-        default=(1, 2, 4, 8, None),
-        metavar="1,2,4,8,inf",
-        help="numbers of workers to schedule for",
-    )
-    d.add_argument(
-        "--stages",
-        type=_positive,
-        metavar="P",
-        help="instead of the report: the model in P stages on P devices, and what a step takes",
-    )
-    d.add_argument(
-        "--microbatches", type=_positive, default=1, metavar="M", help="of a batch, with --stages"
-    )
+    _add_machine(p)
     o = p.add_argument_group("the report")
     o.add_argument(
         "--format",
