@@ -115,6 +115,16 @@ def _add_step_options(s: Any) -> None:
         )
 
 
+def _add_report_options(o: Any) -> None:
+    o.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="text by default, or what -o ends in; dot, svg and png draw the graph of the last "
+        "method asked for",
+    )
+    o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
+
+
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="grapefx-inspect",
@@ -169,14 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,4,8,inf",
         help="numbers of workers to schedule for",
     )
-    o = p.add_argument_group("the report")
-    o.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="text by default, or what -o ends in; dot, svg and png draw the graph of the last "
-        "method asked for",
-    )
-    o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
+    _add_report_options(p.add_argument_group("the report"))
     return p
 
 
