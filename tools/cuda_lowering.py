@@ -7,8 +7,8 @@ Values: each network, method, kind of step and form on a batch of 4, lowered for
 Triton's interpreter (``tools/gpu/cuda_standin.py``), against the same graphs run uncompiled; a
 line of JSON each. Launches: Triton kernels and library calls of one forward and one update at batch
 8, the transformer of GrAPE 2026 table 5 by depth. Attention is written out in both, for autograd
-cannot trace CUDA's without a driver. Exit codes: 0; 1, something differs or failed; 2, this machine cannot
-do it.
+cannot trace CUDA's without a driver. Exit codes: 0; 1, something differs or failed; 2, this machine
+cannot do it.
 """
 
 from __future__ import annotations

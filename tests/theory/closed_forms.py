@@ -22,7 +22,7 @@ def sphere_bound(n: int) -> float:
 
 
 def cosine_bound(j: Tensor) -> float:
-    """GrAPE 2026 eq. 4 (= eq. 13): E[cos_F(J, J^)] >= sqrt(2 / (pi n)) |J|_2 / |J|_F, one sample."""
+    """GrAPE 2026 eq. 4, 13: E[cos_F(J, J^)] >= sqrt(2 / (pi n)) |J|_2 / |J|_F, one sample."""
     singular = torch.linalg.svdvals(j)
     return float(sphere_bound(j.shape[1]) * singular[0] / singular.norm())
 

@@ -122,7 +122,7 @@ def test_composition_bound_is_attained() -> None:
 
 
 def test_second_half_of_the_composition_lemma_needs_a_sum_of_at_least_zero() -> None:
-    """Lower bounds a_0, b_0 may be put into the lemma only if a_0 + b_0 >= 0 (not in GrAPE 2026)."""
+    """Lower bounds a_0, b_0 may go into the lemma only if a_0 + b_0 >= 0 (not in GrAPE 2026)."""
     grid = torch.linspace(-1, 1, 41).tolist()
     for a0 in grid:
         for b0 in grid:
