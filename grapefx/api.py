@@ -17,7 +17,7 @@ from grapefx.runtime.module import FeedbackModule
 from grapefx.untraceable import refuse_untraceable
 
 M = TypeVar("M", bound=nn.Module)
-CalibEvery = int | Literal["auto"] | EllipsisType | None
+CalibEvery = int | Literal["auto", "geometric"] | EllipsisType | None
 
 
 @overload

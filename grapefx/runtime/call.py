@@ -140,7 +140,11 @@ class TrainingCall:
         if (learned or metrics) and distributed.parallel():
             refits = self.calibration and state.method.refits
             learned, metrics = distributed.agree(
-                learned, state.feedback.tensors, metrics, state.method if refits else None
+                learned,
+                state.feedback.tensors,
+                metrics,
+                state.method if refits else None,
+                state.options.ridge,
             )
         exact = self.calibration and state.options.calib_refit != "feedback"
         if not exact and state.schedule.step < state.options.align_warmup:

@@ -18,6 +18,7 @@ from grapefx.errors import StateError, tell
 from grapefx.ir import Layer
 from grapefx.methods import Method
 from grapefx.options import Options
+from grapefx.passes.feedback.normal_equations import MEMORY
 from grapefx.runtime import distributed
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.program import CompiledStep
@@ -39,7 +40,8 @@ class TrainingState:
     def __init__(self, method: Method, options: Options) -> None:
         self.method = method
         self.options = options
-        self.feedback = FeedbackState(method, options.seed)
+        memory = frozenset(MEMORY if options.calib_forget is not None else ())
+        self.feedback = FeedbackState(method, options.seed, memory)
         start = options.calib_init
         self.schedule = CalibrationSchedule(
             options.calib_every,
@@ -48,6 +50,8 @@ class TrainingState:
             options.steps_per_epoch,
             options.calib_threshold,
             options.calib_budget,
+            options.calib_growth,
+            options.calib_gap,
         )
         self.momentum: dict[str, Tensor] = {}
         self.metrics: dict[str, tuple[Tensor, tuple[Layer, ...]]] = {}
