@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from grapefx import tree
 from grapefx.capture import Scope, flatten_call
-from grapefx.errors import BackwardError, CaptureError, InputError, StateError, tell
+from grapefx.errors import (
+    BackwardError,
+    CaptureError,
+    InputError,
+    OptionError,
+    StateError,
+    tell,
+)
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
 from grapefx.runtime import distributed, inplace, names
 from grapefx.runtime.captures import Captures
 from grapefx.runtime.function import DUAL, Step
+from grapefx.runtime.history import History, StepRecord
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.owner import Owner, autocast_off, kept_buffers
 from grapefx.runtime.program import CompiledStep, Program
@@ -32,6 +40,7 @@ from grapefx.torch_compat import dual, in_dual_level, transforming
 
 if TYPE_CHECKING:
     from grapefx.report import Report
+    from grapefx.report.training import TrainingReport
 
 _SAVED = {"version", "method", "architecture", "tensors", "schedule", "momentum", "skipped"}
 # what Python looks up on the class: len(net), net[0], for layer in net
@@ -86,6 +95,7 @@ class FeedbackModule(nn.Module):
             _warned_skip=False,
             _targets=None,
             _generators={},
+            _history=History(),
             _installed=False,
         )
         self.__dict__["_captures"] = Captures(model, method, options, self._run)
@@ -428,6 +438,46 @@ class FeedbackModule(nn.Module):
                 "  without one: grapefx.inspect(model, example)"
             )
         return explain(self.plan, type(self._original).__name__, **choices)
+
+    def record(self, steps: int | None = 10_000) -> None:
+        """Keep what each training step measures, for ``history`` and ``report()``.
+
+        Calibrations are kept without asking. ``steps``: how many of the others, the latest ones;
+        None stops. Recording reads a clock four times a step, and on an accelerator waits for it
+        as often.
+        """
+        if steps is None:
+            self._history.stop()
+        elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError(f"record(steps={steps!r}): a positive integer, or None to stop")
+        else:
+            self._history.start(steps)
+
+    @property
+    def history(self) -> tuple[StepRecord, ...]:
+        """The steps that were kept, oldest first: calibrations, and what ``record()`` asked for.
+
+        It belongs to this object: checkpoints and copies begin a new one.
+        """
+        return self._history.records()
+
+    @property
+    def calibrations(self) -> int:
+        """How many calibration steps there were, over checkpoints."""
+        return int(self._schedule.calibrations)
+
+    def report(self) -> TrainingReport:
+        """What happened in training: alignment over time, times, calibrations, memory, skips.
+
+        Print it, or open ``report().html()``; a notebook shows the page. Without ``record()``
+        before training it knows calibrations only.
+
+        Raises:
+            InputError: there was no training step yet.
+        """
+        from grapefx.report.training import training_report
+
+        return training_report(self)
 
     def restore(self) -> nn.Module:
         """Undo ``compile(..., inplace=True)``: the model runs its own forward again.

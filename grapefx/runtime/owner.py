@@ -59,6 +59,7 @@ class Owner:
         "module",
         "plan",
         "program",
+        "seconds",
         "took_targets",
         "weights",
     )
@@ -81,6 +82,7 @@ class Owner:
         self.given: list[Any] | None = given  # the graph's inputs, until the forward has run
         self.program = program
         self.took_targets = False
+        self.seconds: dict[str, float] = {}  # by graph, while steps are recorded
         self.weights: dict[str, Tensor] = {}  # for a calibration that takes its own step
         if calibration and module._options.calib_update == "sgd":
             self.weights = {n: given[k] for (r, n), k in program.places.items() if r == "parameter"}
@@ -96,7 +98,9 @@ class Owner:
         """The forward graph; buffers that it writes are as before if it fails."""
         given, self.given = self.given, None
         assert given is not None
-        with kept_buffers(self.program, given):
+        module = self.module
+        timed = module._history.timed(self.seconds, "forward", module._captures.device_type)
+        with kept_buffers(self.program, given), timed:
             try:
                 return step.forward(arguments)
             except RuntimeError as e:
@@ -109,7 +113,9 @@ class Owner:
 
     def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
         """The update graph, with autocast off: the graph holds its own casts."""
-        with autocast_off(self.module._captures.device_type):
+        device = self.module._captures.device_type
+        timed = self.module._history.timed(self.seconds, "update", device)
+        with autocast_off(device), timed:
             return step.update(inputs)
 
     def commit(self, step: CompiledStep, results: Any, unused: frozenset[int]) -> list[Any]:
@@ -188,6 +194,8 @@ class Owner:
                 list(map(operator.call, (write, take)))  # type: ignore[arg-type]
         else:
             module.__dict__.update(state)
+        was = schedule.step - 1
+        module._history.note(was, schedule.epoch, step.kind, self.layers, metrics, self.seconds)
         module._note_finite(ok)
         if len(new.get("unread", ())) >= 256:
             module._read_flags()
