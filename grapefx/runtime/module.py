@@ -477,7 +477,21 @@ class FeedbackModule(nn.Module):
         """
         from grapefx.report.training import training_report
 
-        return training_report(self)
+        programs = self._captures.programs.values()
+        compiled = [s for p in programs for s in (*p.steps.values(), *p.forwards.values())]
+        return training_report(
+            model=type(self._original).__name__,
+            method=self._method.name,
+            steps=self._schedule.step,
+            epoch=self._schedule.epoch,
+            history=self.history,
+            layers=[layer.name for layer in self.plan.layers] if self.plan is not None else [],
+            calibration_count=self.calibrations,
+            compile_seconds=sum(s.seconds for s in compiled),
+            state=self.feedback,
+            skipped=self.skipped_updates,
+            explain=self.explain,
+        )
 
     def restore(self) -> nn.Module:
         """Undo ``compile(..., inplace=True)``: the model runs its own forward again.
