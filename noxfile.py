@@ -1,7 +1,7 @@
 """The tests on the oldest torch that is supported and on the newest that is published.
 
-    nox                       both, without the long tests
-    nox -s newest -- -k mlp   one of them, with arguments for pytest
+nox                       both, without the long tests
+nox -s newest -- -k mlp   one of them, with arguments for pytest
 """
 
 import nox

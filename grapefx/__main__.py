@@ -51,7 +51,8 @@ def _supported(package: str) -> str:
         return "grapefx runs from its source and is not installed"
     if package == "Python":
         return f"supported: {found['Requires-Python']}"
-    needed = [r for r in found.get_all("Requires-Dist") or () if re.match(rf"{package}\b", r)][0]
+    wanted = found.get_all("Requires-Dist") or ()
+    needed = next(r for r in wanted if re.match(rf"{package}\b", r))
     least, have = (_numbers(text) for text in (needed, _version(package) or ""))
     range_ = needed.removeprefix(package).strip(" ()")
     return f"supported: {range_}" + ("; this one is NOT" if have < least else "")

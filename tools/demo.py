@@ -212,12 +212,14 @@ def train(
                 if step in probe_at:
                     v.probe(scratch, x, y)
                 v.update()
-            rounds = [*rounds[-19:], time.monotonic() - began]
-            left = statistics.median(rounds) * (total - done - 1)
+            if done:  # the first round compiles
+                rounds = [*rounds[-19:], time.monotonic() - began]
+            seconds = statistics.median(rounds) * (total - done - 1) if rounds else 0
+            left = f", {seconds:.0f} s left" if rounds else ""
             losses = "  ".join(f"{v.label} {v.last_loss:.2f}" for v in variants)
             progress.show(
-                f"{name} {bar(done + 1, total)} epoch {epoch + 1}/{task.epochs}, "
-                f"{left:.0f} s left  loss: {losses}"
+                f"{name} {bar(done + 1, total)} epoch {epoch + 1}/{task.epochs}"
+                f"{left}  loss: {losses}"
             )
         progress.show(f"{name} testing ...", force=True)
         shown = []
@@ -243,12 +245,15 @@ FIRST_TABLE = Table("method", "accuracy %:", "cos gradient:", "cos Jacobian:")
 LEGEND = """
 cos gradient: a layer's weight gradient against the true one, mean over the hidden layers
 cos Jacobian: feedback map against its estimate from tangents (-: none made)
-ms/step: forward, loss and gradients, median; x BP: median of the paired ratios to bp (torch.compile)"""
+ms/step: forward, loss and gradients, median; x BP: median of the paired ratios to bp"""
 NEXT = """
 Three things to try next:
-  .venv/bin/grapefx-inspect torchvision:resnet18 -o resnet18.html   what waits for what, before training
-  .venv/bin/python examples/train_classifier.py --method grape     a loop of yours, one line changed
-  examples/tutorial.ipynb                                           alignment by layer, and its repair"""
+  .venv/bin/grapefx-inspect torchvision:resnet18 -o resnet18.html
+      what waits for what in a training step, as a page, before anything is trained
+  .venv/bin/python examples/train_classifier.py --method grape --report training.html
+      a plain loop with one line changed, and a page on what happened
+  examples/tutorial.ipynb
+      alignment by layer: where it lags, and how it is repaired"""
 
 
 def last_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

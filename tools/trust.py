@@ -3,12 +3,14 @@
     python -m tools.trust            print the table
     python -m tools.trust --write    and put it between the markers of docs/trust.md
 
-Operators and architectures are counted in the results that ``tools.op_rules`` and ``tools.coverage``
-left, with the torch that they ran on; tests, situations and random models in the suite as it is.
+Operators and architectures are counted in the results that ``tools.op_rules`` and
+``tools.coverage`` left, with the torch that they ran on; tests, situations and random models in the
+suite as it is.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -61,26 +63,28 @@ def architectures() -> Row:
 
 def situations() -> Row:
     """Changes between two calls after which a stale graph would go unnoticed."""
-    from tests.staleness.cases import CASES
-    from tests.staleness.sources import SOURCES
-
-    ranks = Counter(case.rank for case in CASES)
+    cases = importlib.import_module("tests.staleness.cases")
+    ranks = Counter(case.rank for case in cases.CASES)
     said = (
-        f"{len(SOURCES)} things that a forward reads, in 3 modes; {ranks[0]} in a normal run, "
-        f"{ranks[0] + ranks[1]} in a long one"
+        f"{len(cases.SOURCES)} things that a forward reads, in 3 modes; {ranks[0]} in a normal "
+        f"run, {ranks[0] + ranks[1]} in a long one"
     )
-    return ("situations in which the model changes", f"{len(CASES):,}", said, "tests/staleness")
+    return (
+        "situations in which the model changes",
+        f"{len(cases.CASES):,}",
+        said,
+        "tests/staleness",
+    )
 
 
 def fuzz() -> Row:
     """Random models compared with eager PyTorch."""
-    from tests.fuzz.test_fuzz import CASES
-
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     long = re.search(r"GRAPEFX_FUZZ_CASES=(\d+)", makefile)
     assert long is not None
+    cases = importlib.import_module("tests.fuzz.test_fuzz").CASES
     said = f"in every run; {int(long[1]):,} by make fuzz"
-    return ("random models", str(CASES), said, "tests/fuzz")
+    return ("random models", str(cases), said, "tests/fuzz")
 
 
 def tests() -> Iterator[Row]:

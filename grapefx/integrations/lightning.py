@@ -17,8 +17,8 @@ KEY = "grapefx"
 class FeedbackCallback(Callback):  # type: ignore[misc]
     """Epochs, logs and checkpoints of every grapefx net inside a ``LightningModule``.
 
-    Each epoch is announced to the nets. Every ``log_every_n_steps`` of the trainer, and at the end of
-    an epoch, all loggers of the trainer get the alignment, the number of calibrations and of
+    Each epoch is announced to the nets. Every ``log_every_n_steps`` of the trainer, and at the end
+    of an epoch, all loggers of the trainer get the alignment, the number of calibrations and of
     skipped updates; at the end of an epoch these are ``trainer.callback_metrics`` too, so that
     ``EarlyStopping(monitor="grapefx/net/cos_gradient/mean")`` can watch them. Checkpoints hold
     the learning state under the key "grapefx".

@@ -1,4 +1,4 @@
-"""What the integrations share: nets inside a model, what is logged of them, what is saved of them."""
+"""What the integrations share: nets inside a model, what is logged and what is saved of them."""
 
 from __future__ import annotations
 

@@ -1,102 +1,23 @@
-"""The report on a training: what the steps measured, as plain records.
-
-``net.report()`` makes it. Cosines are those of ``net.alignment()``: "cos_gradient", between the
-feedback gradient and the true one, is measured by calibrations; "cos_jacobian", between feedback map
-and Jacobian estimate, by steps that learn from tangents.
-"""
+"""The report on a training: what ``net.report()`` returns, and how it is made of what was kept."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from grapefx.errors import InputError
 from grapefx.report.records import ReportData
+from grapefx.report.training_records import PARTS, Curve, Found, Memory, TrainingData
 from grapefx.runtime.history import StepRecord
 
-# what the time of a recorded step is spent on, in the order of a step
-PARTS = {
-    "forward": "forward graph of a step",
-    "update": "update graph of a step",
-    "calibration forward": "forward graph of a calibration",
-    "calibration update": "update graph of a calibration",
-    "else": "everything else: loss, optimizer, data, your loop, compiling",
-}
-
 
 @dataclass(frozen=True)
-class Curve:
-    """One cosine of one layer: pairs of step and value."""
+class TrainingReport(TrainingData):
+    """What ``net.report()`` returns.
 
-    layer: str
-    points: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one calibration found before it changed anything: cosines of the gradients by layer."""
-
-    step: int
-    epoch: int | None
-    cosines: dict[str, float]
-    finite: bool
-
-    @property
-    def mean(self) -> float | None:
-        """Over the layers; None where nothing was learned yet that could be compared."""
-        return sum(self.cosines.values()) / len(self.cosines) if self.cosines else None
-
-    @property
-    def lowest(self) -> tuple[str, float] | None:
-        """The layer whose feedback gradient was farthest from the true one."""
-        return min(self.cosines.items(), key=lambda item: item[1]) if self.cosines else None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """One tensor of the learning state."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What ``net.report()`` returns; ``print`` it, or open :meth:`html`.
-
-    Attributes:
-        model, method: the model's class and the method's name.
-        steps, epoch: completed training steps, and the epoch last announced.
-        recorded: how many steps other than calibrations were kept (``net.record()``).
-        curves: by cosine, then a curve for each layer, first layer first.
-        calibrations: those that were kept; ``calibration_count`` counts over checkpoints too.
-        seconds: of the recorded steps, by ``PARTS``; empty without ``net.record()``.
-        compile_seconds: what compiling took so far (part of "else" where it fell into it).
-        memory: the learning state, largest first.
-        skipped: steps whose feedback update was skipped because a value was not finite.
+    ``print`` it, or open :meth:`html`; a notebook shows the page.
     """
-
-    model: str
-    method: str
-    steps: int
-    epoch: int | None
-    recorded: int
-    curves: dict[str, tuple[Curve, ...]]
-    calibrations: tuple[Found, ...]
-    calibration_count: int
-    seconds: dict[str, float]
-    compile_seconds: float
-    memory: tuple[Memory, ...]
-    skipped: int
-    explain: Callable[[], ReportData] = field(repr=False, compare=False)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Of the whole learning state."""
-        return sum(m.bytes for m in self.memory)
 
     def text(self) -> str:
         """For a terminal, at most 100 columns wide."""
@@ -110,16 +31,6 @@ class TrainingReport:
 
         return render_html(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings."""
-        found = asdict(replace(self, explain=_unexplained))
-        del found["explain"]
-        return {"schema": 1, **found}
-
-    def json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
-
     def _repr_html_(self) -> str:
         from grapefx.report.render.html import framed
 
@@ -127,10 +38,6 @@ class TrainingReport:
 
     def __str__(self) -> str:
         return self.text()
-
-
-def _unexplained() -> ReportData:
-    raise AssertionError("a report as plain data has no plan")
 
 
 def training_report(
@@ -154,7 +61,7 @@ def training_report(
     if not steps:
         raise InputError(
             "nothing to report yet: no training step was completed\n"
-            "  for what will happen in one: net.explain() after a call, or grapefx.inspect(model, x)"
+            "  for what one will do: net.explain() after a call, or grapefx.inspect(model, x)"
         )
     calibrations = [r for r in history if r.kind == "calibration"]
     memory = [
@@ -179,9 +86,7 @@ def training_report(
     )  # fmt: skip
 
 
-def _curves(
-    history: Sequence[StepRecord], kind: str, layers: Sequence[str]
-) -> tuple[Curve, ...]:
+def _curves(history: Sequence[StepRecord], kind: str, layers: Sequence[str]) -> tuple[Curve, ...]:
     found: dict[str, list[tuple[int, float]]] = {layer: [] for layer in layers}
     for record in history:
         for layer, value in record.cosines.get(kind, {}).items():

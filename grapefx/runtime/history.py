@@ -64,9 +64,7 @@ class _Entry:
                 known = zip(self.layers, values, strict=True)
                 cosines[name] = {layer: v for layer, v in known if v == v}
         finite = bool(self.metrics["finite"]) if "finite" in self.metrics else True
-        return StepRecord(
-            self.step, self.epoch, self.kind, cosines, finite, self.seconds, self.at
-        )
+        return StepRecord(self.step, self.epoch, self.kind, cosines, finite, self.seconds, self.at)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from grapefx.report.render import units
 from grapefx.report.render.chart import chart, thinned
 from grapefx.report.render.html import templates
 from grapefx.report.render.text import table
-from grapefx.report.training import PARTS, Curve, TrainingReport
+from grapefx.report.training_records import PARTS, Curve, TrainingData
 
 MEANING = {
     "cos_gradient": "feedback gradient against true gradient, at calibrations",
@@ -20,7 +20,7 @@ MAX_LAYERS = 32
 WIDTH = 100
 
 
-def render_text(report: TrainingReport) -> str:
+def render_text(report: TrainingData) -> str:
     """What a terminal shows, at most 100 columns wide."""
     r = report
     epoch = "" if r.epoch is None else f" (epoch {r.epoch})"
@@ -63,7 +63,7 @@ def sparkline(values: Sequence[float], width: int = SPARK) -> str:
     return "".join(BARS[round(max(0.0, min(1.0, m)) * (len(BARS) - 1))] for m in means)
 
 
-def render_html(report: TrainingReport) -> str:
+def render_html(report: TrainingData) -> str:
     """A whole HTML document, light and dark by the reader's setting."""
     method = report.explain().methods[-1]
     phases: dict[str, float] = {}
