@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from torch import nn
 
 from grapefx.choices import resolve
 from grapefx.errors import OptionError, tell
 from grapefx.methods import Method
+from grapefx.options import CompileOptions, described
 from grapefx.runtime import inplace as in_place
 from grapefx.runtime import names
 from grapefx.runtime.module import FeedbackModule
 from grapefx.untraceable import refuse_untraceable
 
 M = TypeVar("M", bound=nn.Module)
+CalibEvery = int | Literal["auto"] | EllipsisType | None
 
 
 @overload
@@ -23,10 +25,10 @@ def compile(
     model: nn.Module,
     *,
     method: str | Method = ...,
-    preset: str = ...,
-    calib_every: int | str | EllipsisType | None = ...,
+    preset: Literal["recommended", "paper"] = ...,
+    calib_every: CalibEvery = ...,
     inplace: Literal[False] = ...,
-    **options: Any,
+    **options: Unpack[CompileOptions],
 ) -> FeedbackModule: ...
 
 
@@ -35,10 +37,10 @@ def compile(
     model: M,
     *,
     method: str | Method = ...,
-    preset: str = ...,
-    calib_every: int | str | EllipsisType | None = ...,
+    preset: Literal["recommended", "paper"] = ...,
+    calib_every: CalibEvery = ...,
     inplace: Literal[True],
-    **options: Any,
+    **options: Unpack[CompileOptions],
 ) -> M: ...
 
 
@@ -46,10 +48,10 @@ def compile(
     model: nn.Module,
     *,
     method: str | Method = "grape",
-    preset: str = "recommended",
-    calib_every: int | str | EllipsisType | None = ...,
+    preset: Literal["recommended", "paper"] = "recommended",
+    calib_every: CalibEvery = ...,
     inplace: bool = False,
-    **options: Any,
+    **options: Unpack[CompileOptions],
 ) -> nn.Module:
     """Wrap ``model`` so that ``loss.backward()`` fills gradients without a backward chain.
 
@@ -73,54 +75,8 @@ def compile(
             attributes, hooks and state dict stay; ``model.grapefx`` is the module for set_epoch,
             alignment, feedback_state_dict, explain; ``grapefx.restore(model)`` undoes it. Calls
             without gradients run the model's own forward. Copies and pickles are plain models.
-        calib_unit: "epoch", or "step" to count training steps.
-        calib_init: calibrate at step 0 as well (default: whenever calib_every is not None).
-        calib_refit: what a calibration batch does: "weights" (exact gradients only, GrAPE 2026),
-            "feedback" (only refits the maps by ridge regression), "both" (default).
-        calib_update: "grad" leaves exact gradients for your optimizer; "sgd" steps by an SGD(0.01,
-            momentum 0.9) of its own and leaves grad None (GrAPE 2026 appendix E); not with a
-            GradScaler, whose scale it does not know.
-        steps_per_epoch: counts epochs without ``net.set_epoch``.
-        ridge: ridge of the refit, relative to the mean eigenvalue of e^T e.
-        tangent_fraction: the part of each batch that carries tangents (1: all, as in GrAPE 2026
-            algorithm 1).
-        align_every: learn from tangents every k-th step.
-        align_warmup: in the first steps only the feedback maps learn: weight gradients are zeros
-            (but for the exact ones of a calibration).
-        streams: whose noise shares one tangent pass: "shared" (default; all layers, algorithm 1 of
-            GrAPE 2024 and of FDFA 2024), "per_layer" (GrAPE 2026 algorithm 1 read literally: one
-            pass each), or a number of groups of consecutive layers.
-        directions: K tangent passes with noise of their own for each stream; estimates average.
-        noise: "rademacher" (default; random signs: the same expectation at a fraction of the cost)
-            or "gaussian" (GrAPE 2026, FDFA 2024).
-        perturb: where noise is added for a Jacobian estimate: "activation" (default), "weight", or
-            "auto", whichever has fewer entries in a sample (GrAPE 2026 section 3.2). See
-            docs/method.md.
-        granularity: a feedback point behind each weight "layer" (default), "sublayer" (micro: each
-            value that every path crosses) or "block" (macro); "auto": the finest of these whose
-            full maps fit ``feedback_budget``. See docs/feedback.md for this and the next four.
-        points: feedback points of your own: module names or globs, module classes, a function of
-            the captured graph's node, or a list of these.
-        error_at: likewise, where the error is taken; "output" for the output whatever its width
-            (default: in front of an output layer of 1,024 entries or more).
-        residual: "cut", or "leak": feedback at the inputs of weight layers, past which shortcuts
-            carry the true gradient (as libraries that replace each layer's input gradient).
-        feedback: kind of the maps: "dense", "pooled:G", "low-rank:R", "sparse:G", "seeded", or
-            "auto" (default): dense while they fit ``feedback_budget``.
-        feedback_budget: most bytes of feedback maps (default: 25 % of the parameters' or 256 MiB).
-        batch_dim: the dim of the inputs that holds the batch.
-        dynamic: None compiles the first batch size on its own and one graph for all others, True
-            one graph for all from the start, False one for each size.
-        seed: of feedback maps and noise; the global random stream is not touched.
-        capture: "dynamo" traces with torch's own tracer of Python and its guards; "export" is for
-            models that it refuses, and watches less (docs/integrations.md).
-        backend: "inductor", or "eager" to run the graphs uncompiled.
-        backend_options: Inductor options.
-        parallel: how updates run at a fixed batch size: "off", one kernel after the other;
-            "graphs", captured in CUDA graphs; "horizontal", what layers have in common batched (and
-            captured); "streams", each layer's part on one of four CUDA streams (and captured);
-            "auto", the fastest of these, measured at the first step. Default: "off". On a CPU
-            "graphs" and "streams" are "off". See docs/performance.md.
+        options: everything else, by keyword: ``grapefx.options.CompileOptions`` has the names and
+            types, docs/options.md and ``help(grapefx.compile)`` say what each does.
 
     Returns:
         A module that shares parameters, buffers and children with ``model``; ``model`` if in place.
@@ -138,9 +94,10 @@ def compile(
             "  remedy: grapefx.restore(model) first"
         )
     refuse_untraceable(model)
+    choices: dict[str, Any] = dict(options)
     if calib_every is not ...:
-        options["calib_every"] = calib_every
-    net = FeedbackModule(model, *resolve(method, options, preset))
+        choices["calib_every"] = calib_every
+    net = FeedbackModule(model, *resolve(method, choices, preset))
     if not isinstance(inplace, bool):
         raise OptionError(f"inplace={inplace!r} must be True or False")
     if not inplace:
@@ -149,6 +106,11 @@ def compile(
         return net
     in_place.install(model, net)
     return model
+
+
+if compile.__doc__:  # None under ``python -OO``
+    _before, _end, _after = compile.__doc__.partition("    Returns:\n")
+    compile.__doc__ = f"{_before.rstrip()}\n{described()}\n\n{_end}{_after}"
 
 
 def restore(model: M) -> M:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch.fx import Graph, GraphModule, Node
 
-# What a placeholder of a step graph is.
+# What a placeholder of a step graph is; "saved" comes from the part of the step in front.
 Role = Literal[
     "parameter",
     "buffer",
@@ -18,9 +18,12 @@ Role = Literal[
     "random",
     "feedback",
     "target",
+    "saved",
 ]
-# What an output of a step graph is; "kept" is for the graph that runs after the step.
-OutputRole = Literal["output", "buffer", "gradient", "input_gradient", "feedback", "metric", "kept"]
+# What an output of a step graph is; "saved" goes from one part of a step to the next one.
+OutputRole = Literal[
+    "output", "buffer", "gradient", "input_gradient", "feedback", "metric", "saved"
+]
 # What a node of a step graph is for (``passes/graph/meta.py``).
 Phase = Literal[
     "forward",
@@ -69,11 +72,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """A whole training step (or a part of one) as one flat functional ATen graph."""
+    """A whole training step (or a part of one) as one flat functional ATen graph.
+
+    ``derived``: the operators whose tangent rule was made from torch's own derivatives.
+    """
 
     gm: GraphModule
     inputs: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
+    derived: tuple[str, ...] = ()
 
     def placeholders(self) -> list[Node]:
         """The graph's placeholders, in the order of ``inputs``."""

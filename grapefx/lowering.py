@@ -8,36 +8,23 @@ strides Inductor finds best, and the update graph is compiled for those strides.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from grapefx.errors import OptionError, nearest
-from grapefx.ir import StepGraph
 from grapefx.layout import described
+from grapefx.passes.divide.partition import Split
 from grapefx.passes.divide.tasks import Tasks
-from grapefx.passes.graph import meta
-from grapefx.passes.graph.order import dead_code
-from grapefx.passes.peephole.channels_last import channels_last
-from grapefx.passes.peephole.join_products import join_products
-from grapefx.passes.peephole.late_bias import add_bias_late
-from grapefx.passes.peephole.pooling import tile_pools
 from grapefx.passes.peephole.size_inputs import size_inputs
+from grapefx.passes.pipeline import FORWARD, UPDATE, LowerContext
+from grapefx.passes.runner import PassRun, run
 from grapefx.torch_compat import (
     FakeTensor,
-    concrete,
-    decomposed,
     fake_mode_of,
     inductor_compile,
-    inductor_options,
-    native_random,
-    pytree,
     restrided,
 )
-
-BACKENDS = ("inductor", "eager")
 
 # How an update runs (``grapefx/runtime/parallel.py``).
 PARALLEL = ("off", "graphs", "horizontal", "streams", "auto")
@@ -45,79 +32,31 @@ PARALLEL = ("off", "graphs", "horizontal", "streams", "auto")
 Compiled = Callable[[list[Any]], Any]
 
 
-# A batch size for each symbol; None makes one graph for every batch size.
-Sizes = dict[Any, int] | None
-
-
-def prepare(
-    step: StepGraph, sizes: Sizes, backend: str, options: dict[str, Any] | None = None
-) -> StepGraph:
-    """What a backend wants done to a step graph before it is split.
-
-    Inductor decomposes first: what is worth saving shows in its own small operators (one-byte
-    pooling offsets instead of indices, batch norm's statistics instead of its output). For "eager"
-    sizes are put in, no more.
-    """
-    if backend not in BACKENDS:
-        raise OptionError(f"unknown backend {backend!r}.{nearest(backend, BACKENDS)}")
-    if backend == "eager" and sizes is None:
-        return step
-    work = step.copy()
-    if backend != "eager":
-        tile_pools(work)
-    before = work.placeholders()
-    example = _examples(work.gm)
-    if sizes is not None:
-        example = concrete(example, sizes)
-    device = _device(example)
-    with torch.autocast(device, enabled=False), inductor_options(options):
-        gm = decomposed(work.gm, example, meta.KEPT, inductor=backend != "eager")
-        if backend != "eager":
-            native_random(gm)
-    after = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for old, new in zip(before, after, strict=True):
-        new.meta.update({k: old.meta[k] for k in meta.KEPT if k in old.meta})
-    out = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    results = iter(pytree.tree_leaves(out.args[0], is_leaf=lambda x: x is None))
-    out.args = (tuple(results),)
-    dead_code(gm.graph)
-    return replace(work, gm=gm)
-
-
 def lower_forward(gm: GraphModule, backend: str, options: dict[str, Any] | None = None) -> Compiled:
     """Compile a graph whose outputs all go to the user. It takes, and empties, a list."""
-    if backend != "eager":
-        add_bias_late(gm)
     return _lower(gm, backend, options, _examples(gm), _outputs(gm), False)[0]
 
 
-def lower_pair(
-    forward: GraphModule,
-    update: GraphModule,
-    outputs: int,
-    saved: int,
-    backend: str,
-    options: dict[str, Any] | None = None,
-) -> tuple[Compiled, Compiled]:
-    """Compile a forward graph (``outputs`` for the user, then ``saved``) and its update graph."""
-    first, strides = lower_saving(forward, outputs, saved, backend, options)
-    channels_last(update, strides)
-    return first, lower_update(update, strides, backend, options)
-
-
 def lower_saving(
-    forward: GraphModule,
-    outputs: int,
-    saved: int,
+    parts: Split,
+    kind: str,
     backend: str,
     options: dict[str, Any] | None = None,
+    runs: list[PassRun] | None = None,
 ) -> tuple[Compiled, list[Any]]:
     """Compile a forward graph; also the strides of what it saves (none reported: an empty list)."""
-    if backend != "eager":
-        join_products(forward)
-        add_bias_late(forward)
+    forward = run(FORWARD[backend], parts.halves()[0], LowerContext(), kind, runs).gm
+    outputs, saved = len(parts.forward_outputs), parts.saved
     first, strides = _lower(forward, backend, options, _examples(forward), outputs, False)
     return first, strides[outputs : outputs + saved] if len(strides) >= outputs + saved else []
+
+
+def update_for(
+    parts: Split, strides: list[Any], kind: str, backend: str, runs: list[PassRun] | None = None
+) -> GraphModule:
+    """The update graph, rewritten for saved values that come in ``strides``."""
+    context = LowerContext(strides=strides)
+    return run(UPDATE[backend], parts.halves()[1], context, kind, runs).gm
 
 
 def lower_update(

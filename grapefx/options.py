@@ -1,120 +1,342 @@
-"""The options of ``grapefx.compile``: one frozen record, checked once."""
+"""The options of ``grapefx.compile``: one table of values, defaults and meanings.
+
+``compile`` checks against it, ``inspect`` and the command line read it, and ``docs/options.md`` is
+made from it (``python -m tools.options_page``). ``CompileOptions`` repeats the names and types in
+the form that editors and type checkers read; a test holds the two together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from grapefx.capture import FRONT_ENDS
 from grapefx.errors import OptionError, is_number, nearest
-from grapefx.lowering import BACKENDS, PARALLEL
+from grapefx.lowering import PARALLEL
 from grapefx.map_choice import parse_kind
 from grapefx.passes.differentiate.weight_noise import PERTURB
+from grapefx.passes.pipeline import BACKENDS
 from grapefx.passes.place.placement import GRANULARITIES
 from grapefx.passes.place.points import check_choice
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "calib_unit": ("epoch", "step"),
-    "calib_refit": ("weights", "feedback", "both"),
-    "calib_update": ("grad", "sgd"),
-    "noise": ("gaussian", "rademacher"),
-    "perturb": PERTURB,
-    "granularity": (*GRANULARITIES, "auto"),
-    "residual": ("cut", "leak"),
-    "capture": FRONT_ENDS,
-    "backend": BACKENDS,
-    "parallel": PARALLEL,
-}
-
 
 @dataclass(frozen=True)
-class Options:
-    """Options that are not a method's own; see ``grapefx.compile`` for each."""
+class Values:
+    """The values that an option takes: ``words``, and beside them numbers or what is checked.
 
-    calib_every: int | str | None = 1
-    calib_unit: str = "epoch"
-    calib_init: bool | None = None
-    calib_refit: str = "both"
-    calib_update: str = "grad"
-    calib_threshold: float = 0.6
-    calib_budget: float = 0.02
-    steps_per_epoch: int | None = None
-    ridge: float = 1e-2
-    tangent_fraction: float = 1.0
-    align_every: int = 1
-    align_warmup: int = 0
-    streams: str | int = "shared"
-    directions: int = 1
-    noise: str = "rademacher"
-    perturb: str = "activation"
-    granularity: str = "layer"
-    points: Any = None
-    error_at: Any = None
-    residual: str = "cut"
-    feedback: str = "auto"
-    feedback_budget: int | None = None
-    batch_dim: int = 0
-    seed: int = 0
-    dynamic: bool | None = None
-    capture: str = "dynamo"
-    backend: str = "inductor"
-    backend_options: dict[str, Any] | None = None
-    parallel: str = "off"
+    ``least``: whole numbers from this one on. ``between``: numbers in an interval, whose lower end
+    does not belong to it with ``above``. ``check``: raises ``OptionError`` for any other value.
+    """
 
-    def __post_init__(self) -> None:
-        for name, valid in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in valid:
-                raise OptionError(
-                    f"{name}={value!r}.{nearest(str(value), [v for v in valid if v])}"
-                )
-        for name in ("calib_every", "steps_per_epoch", "feedback_budget"):
-            value = getattr(self, name)
-            if name == "calib_every" and value == "auto":
-                continue
-            if value is not None and (not _whole(value) or value < 1):
-                or_auto = ", 'auto'" if name == "calib_every" else ""
-                raise OptionError(f"{name}={value!r} must be a positive integer{or_auto} or None")
-        least_of = {"align_every": 1, "align_warmup": 0, "directions": 1, "batch_dim": 0, "seed": 0}
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if not _whole(value) or value < least:
-                raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
-        if self.streams not in ("shared", "per_layer") and not (
-            _whole(self.streams) and self.streams >= 1  # type: ignore[operator]
-        ):
-            raise OptionError(
-                f"streams={self.streams!r} must be 'shared', 'per_layer' or a number of groups"
+    words: tuple[Any, ...] = ()
+    least: int | None = None
+    between: tuple[float, float] | None = None
+    above: bool = False
+    check: Callable[[Any], object] | None = None
+
+    def refuse(self, name: str, value: Any) -> None:
+        """Raise ``OptionError`` for a value that the option ``name`` does not take."""
+        if any(type(value) is type(word) and value == word for word in self.words):
+            return
+        if self.check is not None:
+            self.check(value)
+            return
+        if self.least is not None and _whole(value) and value >= self.least:
+            return
+        if self.between is not None:
+            if not is_number(value):
+                raise OptionError(f"{name}={value!r} must be a number")
+            low, high = self.between
+            if (low < value if self.above else low <= value) and value <= high:
+                return
+        if self.least is None and self.between is None:
+            words = [word for word in self.words if isinstance(word, str)]
+            if words:
+                raise OptionError(f"{name}={value!r}.{nearest(str(value), words)}")
+        raise OptionError(f"{name}={value!r} must be {self}")
+
+    def __str__(self) -> str:
+        parts = []
+        if self.least is not None:
+            parts.append(
+                "a positive integer" if self.least == 1 else f"an integer of at least {self.least}"
             )
-        for name in ("dynamic", "calib_init"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r} must be None, True or False")
-        if self.backend_options is not None and not isinstance(self.backend_options, dict):
-            raise OptionError(f"backend_options={self.backend_options!r} must be a dict")
-        parse_kind(self.feedback)
-        for name in ("points", "error_at"):
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name))
-        if self.residual == "leak" and (self.points is not None or self.granularity != "layer"):
-            raise OptionError(
-                "residual='leak' chooses its own points: leave points and granularity out"
-            )
-        for name in ("tangent_fraction", "calib_threshold", "calib_budget", "ridge"):
-            if not is_number(getattr(self, name)):
-                raise OptionError(f"{name}={getattr(self, name)!r} must be a number")
-        if not 0 < self.tangent_fraction <= 1:
-            raise OptionError(f"tangent_fraction={self.tangent_fraction!r} must be in (0, 1]")
-        if not -1 <= self.calib_threshold <= 1:
-            raise OptionError(f"calib_threshold={self.calib_threshold!r} is a cosine: in [-1, 1]")
-        if not 0 < self.calib_budget <= 1:
-            raise OptionError(f"calib_budget={self.calib_budget!r} must be in (0, 1]")
-        if not self.ridge > 0:
-            raise OptionError(f"ridge={self.ridge!r} must be positive")
+        if self.between is not None:
+            low, high = self.between
+            if high == math.inf:
+                parts.append("positive" if self.above else f"at least {low}")
+            else:
+                parts.append(f"in {'(' if self.above else '['}{low}, {high}]")
+        parts += [str(word) if word is None or word is True else repr(word) for word in self.words]
+        return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-OPTION_NAMES = frozenset(f.name for f in dataclasses.fields(Options))
+def _dict(value: Any) -> None:
+    if not isinstance(value, dict):
+        raise OptionError(f"backend_options={value!r} must be a dict")
+
+
+def _option(default: Any, values: Values, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"values": values, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``grapefx.compile`` takes beside the method and its own options."""
+
+    calib_every: int | Literal["auto"] | None = _option(
+        1,
+        Values(("auto", None), least=1),
+        "T, calibrate once every T epochs (GrAPE 2026 section 3.4; default 1); None for "
+        'never; "auto": when the gradients\' alignment asks for it. A calibration that finds '
+        "their mean cosine with the true ones under ``calib_threshold`` halves the gap to the "
+        "next, another doubles it; at most a part ``calib_budget`` of the steps calibrates.",
+    )
+    calib_unit: Literal["epoch", "step"] = _option(
+        "epoch",
+        Values(("epoch", "step")),
+        '"epoch", or "step" to count training steps.',
+    )
+    calib_init: bool | None = _option(
+        None,
+        Values((None, True, False)),
+        "Calibrate at step 0 as well (default: whenever calib_every is not None).",
+    )
+    calib_refit: Literal["weights", "feedback", "both"] = _option(
+        "both",
+        Values(("weights", "feedback", "both")),
+        'What a calibration batch does: "weights" (exact gradients only, GrAPE 2026), '
+        '"feedback" (only refits the maps by ridge regression), "both" (default).',
+    )
+    calib_update: Literal["grad", "sgd"] = _option(
+        "grad",
+        Values(("grad", "sgd")),
+        '"grad" leaves exact gradients for your optimizer; "sgd" steps by an SGD(0.01, '
+        "momentum 0.9) of its own and leaves grad None (GrAPE 2026 appendix E); not with a "
+        "GradScaler, whose scale it does not know.",
+    )
+    calib_threshold: float = _option(
+        0.6,
+        Values(between=(-1, 1)),
+        'With calib_every="auto": the mean cosine between feedback gradients and true ones '
+        "under which calibrations come more often.",
+    )
+    calib_budget: float = _option(
+        0.02,
+        Values(between=(0, 1), above=True),
+        'With calib_every="auto": the largest part of the steps that calibrates.',
+    )
+    steps_per_epoch: int | None = _option(
+        None,
+        Values((None,), least=1),
+        "Counts epochs without ``net.set_epoch``.",
+    )
+    ridge: float = _option(
+        1e-2,
+        Values(between=(0, math.inf), above=True),
+        "Ridge of the refit, relative to the mean eigenvalue of e^T e.",
+    )
+    tangent_fraction: float = _option(
+        1.0,
+        Values(between=(0, 1), above=True),
+        "The part of each batch that carries tangents (1: all, as in GrAPE 2026 algorithm 1).",
+    )
+    align_every: int = _option(
+        1,
+        Values(least=1),
+        "Learn from tangents every k-th step.",
+    )
+    align_warmup: int = _option(
+        0,
+        Values(least=0),
+        "In the first steps only the feedback maps learn: weight gradients are zeros (but for "
+        "the exact ones of a calibration).",
+    )
+    streams: int | Literal["shared", "per_layer"] = _option(
+        "shared",
+        Values(("shared", "per_layer"), least=1),
+        'Whose noise shares one tangent pass: "shared" (default; all layers, algorithm 1 of '
+        'GrAPE 2024 and of FDFA 2024), "per_layer" (GrAPE 2026 algorithm 1 read literally: '
+        "one pass each), or a number of groups of consecutive layers.",
+    )
+    directions: int = _option(
+        1,
+        Values(least=1),
+        "K tangent passes with noise of their own for each stream; estimates average.",
+    )
+    noise: Literal["gaussian", "rademacher"] = _option(
+        "rademacher",
+        Values(("rademacher", "gaussian")),
+        '"rademacher" (default; random signs: the same expectation at a fraction of the cost) '
+        'or "gaussian" (GrAPE 2026, FDFA 2024).',
+    )
+    perturb: Literal["activation", "weight", "auto"] = _option(
+        "activation",
+        Values(PERTURB),
+        'Where noise is added for a Jacobian estimate: "activation" (default), "weight", or '
+        '"auto", whichever has fewer entries in a sample (GrAPE 2026 section 3.2). See '
+        "docs/method.md.",
+    )
+    granularity: Literal["layer", "sublayer", "block", "auto"] = _option(
+        "layer",
+        Values((*GRANULARITIES, "auto")),
+        'A feedback point behind each weight "layer" (default), "sublayer" (micro: each value '
+        'that every path crosses) or "block" (macro); "auto": the finest of these whose full '
+        "maps fit ``feedback_budget``. See docs/feedback.md for this and the next four.",
+    )
+    points: Any = _option(
+        None,
+        Values((None,), check=functools.partial(check_choice, "points")),
+        "Feedback points of your own: module names or globs, module classes, a function of "
+        "the captured graph's node, or a list of these.",
+    )
+    error_at: Any = _option(
+        None,
+        Values((None,), check=functools.partial(check_choice, "error_at")),
+        'Likewise, where the error is taken; "output" for the output whatever its width '
+        "(default: in front of an output layer of 1,024 entries or more).",
+    )
+    residual: Literal["cut", "leak"] = _option(
+        "cut",
+        Values(("cut", "leak")),
+        '"cut", or "leak": feedback at the inputs of weight layers, past which shortcuts '
+        "carry the true gradient (as libraries that replace each layer's input gradient).",
+    )
+    feedback: str = _option(
+        "auto",
+        Values(check=parse_kind),
+        'Kind of the maps: "dense", "pooled:G", "low-rank:R", "sparse:G", "seeded", or "auto" '
+        "(default): dense while they fit ``feedback_budget``.",
+    )
+    feedback_budget: int | None = _option(
+        None,
+        Values((None,), least=1),
+        "Most bytes of feedback maps (default: 25 % of the parameters' or 256 MiB).",
+    )
+    batch_dim: int = _option(
+        0,
+        Values(least=0),
+        "The dim of the inputs that holds the batch.",
+    )
+    seed: int = _option(
+        0,
+        Values(least=0),
+        "Of feedback maps and noise; the global random stream is not touched.",
+    )
+    dynamic: bool | None = _option(
+        None,
+        Values((None, True, False)),
+        "None compiles the first batch size on its own and one graph for all others, True one "
+        "graph for all from the start, False one for each size.",
+    )
+    capture: Literal["dynamo", "export"] = _option(
+        "dynamo",
+        Values(FRONT_ENDS),
+        '"dynamo" traces with torch\'s own tracer of Python and its guards; "export" is for '
+        "models that it refuses, and watches less (docs/integrations.md).",
+    )
+    backend: Literal["inductor", "eager"] = _option(
+        "inductor",
+        Values(BACKENDS),
+        '"inductor", or "eager" to run the graphs uncompiled.',
+    )
+    backend_options: dict[str, Any] | None = _option(
+        None,
+        Values((None,), check=_dict),
+        "Inductor options.",
+    )
+    parallel: Literal["off", "graphs", "horizontal", "streams", "auto"] = _option(
+        "off",
+        Values(PARALLEL),
+        'How updates run at a fixed batch size: "off", one kernel after the other; "graphs", '
+        'captured in CUDA graphs; "horizontal", what layers have in common batched (and '
+        'captured); "streams", each layer\'s part on one of four CUDA streams (and captured); '
+        '"auto", the fastest of these, measured at the first step. Default: "off". On a CPU '
+        '"graphs" and "streams" are "off". See docs/performance.md.',
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            field.metadata["values"].refuse(field.name, getattr(self, field.name))
+        if self.residual == "leak" and (self.points is not None or self.granularity != "layer"):
+            raise OptionError(
+                "residual='leak' chooses its own points: leave points and granularity out"
+            )
+
+
+OPTIONS = {field.name: field for field in dataclasses.fields(Options)}
+OPTION_NAMES = frozenset(OPTIONS)
+
+
+def described() -> str:
+    """Every option in the form of a docstring's ``Args``, indented by eight spaces."""
+    lines = []
+    for name, field in OPTIONS.items():
+        text = f"{name}: {field.metadata['meaning']}"
+        lines += textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    return "\n".join(lines)
+
+
+class CompileOptions(TypedDict, total=False):
+    """The keyword arguments of ``grapefx.compile`` that the signature does not name."""
+
+    calib_unit: Literal["epoch", "step"]
+    calib_init: bool | None
+    calib_refit: Literal["weights", "feedback", "both"]
+    calib_update: Literal["grad", "sgd"]
+    calib_threshold: float
+    calib_budget: float
+    steps_per_epoch: int | None
+    ridge: float
+    tangent_fraction: float
+    align_every: int
+    align_warmup: int
+    streams: int | Literal["shared", "per_layer"]
+    directions: int
+    noise: Literal["gaussian", "rademacher"]
+    perturb: Literal["activation", "weight", "auto"]
+    granularity: Literal["layer", "sublayer", "block", "auto"]
+    points: Any
+    error_at: Any
+    residual: Literal["cut", "leak"]
+    feedback: str
+    feedback_budget: int | None
+    batch_dim: int
+    seed: int
+    dynamic: bool | None
+    capture: Literal["dynamo", "export"]
+    backend: Literal["inductor", "eager"]
+    backend_options: dict[str, Any] | None
+    parallel: Literal["off", "graphs", "horizontal", "streams", "auto"]
+    # the options of the built-in methods; those of others go into a ``Method`` instance
+    alpha: float
+    average: str
+    cosine: str
+    decay: float
+    derivative: str
+    eta: float
+    init_b: str
+    jitter: float
+    lr: float
+    mean: bool
+    momentum: float
+    norm: str
+    optimizer: str
+    order: str
+    rate: float
+    rule: str
+    scale: float
+    sign_error: bool
+    step: str
+
+
+__all__ = ["OPTIONS", "OPTION_NAMES", "CompileOptions", "Options", "Values", "described"]

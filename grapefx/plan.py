@@ -1,6 +1,7 @@
-"""The pipeline as one readable list: a model and a call become step graphs.
+"""A model and a call become a plan: what is captured, where feedback goes, the step graphs.
 
-capture -> place -> joint -> [tangent] -> feedback -> prune -> annotate -> verify
+Capture, placement and the joint trace are here; ``passes/pipeline.py`` lists the passes that make
+each kind of step of the joint graph.
 """
 
 from __future__ import annotations
@@ -21,24 +22,19 @@ from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
 from grapefx.passes.differentiate.joint import trace_joint
-from grapefx.passes.differentiate.tangent import add_tangents
-from grapefx.passes.feedback.calibration import build_calibration
-from grapefx.passes.feedback.perturbed import build_perturbed
-from grapefx.passes.feedback.second_forward import build_two_forwards, input_size
-from grapefx.passes.feedback.update import Feedback, build_update
-from grapefx.passes.feedback.weights import stand_in, weight_shapes
+from grapefx.passes.feedback.second_forward import input_size
+from grapefx.passes.feedback.update import Feedback
+from grapefx.passes.feedback.weights import weight_shapes
 from grapefx.passes.graph import markers
-from grapefx.passes.graph.annotate import annotate, mark_forward
+from grapefx.passes.graph.annotate import mark_forward
 from grapefx.passes.graph.custom_functions import expand
 from grapefx.passes.graph.folds import batch_folds
-from grapefx.passes.graph.order import dead_code
-from grapefx.passes.graph.prune import prune_masks
 from grapefx.passes.graph.verify import check, independence
+from grapefx.passes.pipeline import Noise, StepContext, build_step
 from grapefx.passes.place.leak import with_edges
-from grapefx.passes.place.placement import (
-    Placement,
-)
+from grapefx.passes.place.placement import Placement
 from grapefx.passes.place.sweep import sample_shape
+from grapefx.passes.runner import PassRun
 from grapefx.placing import default_budget, place_for, reads_classes, refuse_sparse
 from grapefx.torch_compat import (
     batch_symbol,
@@ -66,11 +62,11 @@ class Plan:
     batch: Any
     batch_size: int
     differentiable: tuple[bool, ...]  # for each output of the model
-    derived: tuple[str, ...] = ()
     independent: dict[str, tuple[str, ...]] = field(default_factory=dict)
     maps: tuple[FeedbackMap, ...] = field(init=False)
     error_rows: dict[str, ErrorRows] = field(init=False)
     notes: list[str] = field(init=False)
+    passes: dict[str, tuple[PassRun, ...]] = field(default_factory=dict)
     _graphs: dict[str, StepGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,6 +116,11 @@ class Plan:
         return self._graphs[kind]
 
     @property
+    def derived(self) -> tuple[str, ...]:
+        """The operators whose tangent rule was made from torch's own derivatives, so far."""
+        return tuple(dict.fromkeys(op for step in self._graphs.values() for op in step.derived))
+
+    @property
     def graphs(self) -> dict[str, torch.fx.GraphModule]:
         """Every kind's graph, for analysis."""
         return {k: self.graph(k).gm for k in self.kinds()}
@@ -159,7 +160,7 @@ class Plan:
         ``options`` may differ where the capture does not (granularity and batch dim must agree).
         """
         chosen = get_method(method, {})
-        plan = replace(self, method=chosen, options=options, derived=(), independent={}, _graphs={})
+        plan = replace(self, method=chosen, options=options, independent={}, passes={}, _graphs={})
         if self.placement.note and reads_classes(chosen):
             raise PlacementError(
                 f"method {chosen.name!r} reads class targets at the model's output, but "
@@ -184,70 +185,58 @@ class Plan:
         )
 
     def _build(self, kind: str) -> StepGraph:
-        layers, method = self.layers, self.method
-        check_together(method, self.options)
-        feedback = Feedback(
-            method,
-            self.maps,
-            self.error_rows,
-            self._point_states(),
-            ridge=self.options.ridge,
-            refit=self.options.calib_refit != "weights",
-            true_gradients=self.options.calib_refit != "feedback",
-        )
-        if kind == "calibration":
-            step = build_calibration(self.joint, feedback)
-        elif method.mechanism == "parameters":
-            perturbed = build_perturbed(
-                self.joint, batch=self.batch, batch_size=self.batch_size, name=method.name
-            )
-            self.derived, step = perturbed.derived, perturbed.step
-        elif method.mechanism == "two_forwards":
-            step = build_two_forwards(self.joint, method, *self.states())
-        elif kind == "align":
-            streams = self.streams()
-            quiet: tuple[int, ...] = ()
-            if method.tangents_from == "last":
-                last = markers.last_points(self.joint.gm.graph)
-                streams = tuple(s for s in (tuple(i for i in s if i in last) for s in streams) if s)
-                quiet = tuple(layer.index for layer in layers if layer.index not in last)
-            tangents = add_tangents(
-                self.joint,
-                layers,
-                batch=self.batch,
-                batch_size=self.batch_size,
-                streams=streams,
-                quiet=quiet,
-                rows_hint=self._sub_batch(),
-                signs=self.options.noise == "rademacher",
-                perturb=self.options.perturb,
-            )
-            self.derived = tangents.derived
-            step = build_update(check(tangents.step, "tangent"), feedback, tangents.streams)
-        elif kind == "update":
-            joint = self.joint
-            if method.mechanism == "weights":
-                names = [s.key for s in self.state_specs()] or list(weight_shapes(joint))
-                states = self.states() or tuple({} for _ in names)
-                joint = stand_in(joint, method, dict(zip(names, states, strict=True)))
-            step = build_update(joint, feedback)
-        else:
-            raise ValueError(kind)
+        check_together(self.method, self.options)
+        runs: list[PassRun] = []
+        step = build_step(self.joint, kind, self._context(), runs)
+        self.passes[kind] = tuple(runs)
         fixed = fixed_size(self.batch, self.joint.placeholders()[0].meta["val"])
         if fixed is not None:
             raise CaptureError(
                 f"the batch size became fixed at {fixed} while the {kind!r} graph was built (a "
                 "rule of ours assumed it)\n  remedy: please report this model"
             )
-        expand(step.gm.graph)
-        prune_masks(step.gm.graph)
-        dead_code(step.gm.graph)
-        annotate(step, layers)
-        step.gm.recompile()
-        check(step, kind)
         if kind != "calibration" and not self.method.sequential:
-            self.independent = independence(step, layers)
+            self.independent = independence(step, self.layers)
         return step
+
+    def _context(self) -> StepContext:
+        """What the passes of a step read beside the joint graph."""
+        method, options = self.method, self.options
+        feedback = Feedback(
+            method,
+            self.maps,
+            self.error_rows,
+            self._point_states(),
+            ridge=options.ridge,
+            refit=options.calib_refit != "weights",
+            true_gradients=options.calib_refit != "feedback",
+        )
+        streams = self.streams()
+        quiet: tuple[int, ...] = ()
+        if method.tangents_from == "last":
+            last = markers.last_points(self.joint.gm.graph)
+            streams = tuple(s for s in (tuple(i for i in s if i in last) for s in streams) if s)
+            quiet = tuple(layer.index for layer in self.layers if layer.index not in last)
+        noise = Noise(
+            streams,
+            quiet,
+            rows_hint=self._sub_batch(),
+            signs=options.noise == "rademacher",
+            perturb=options.perturb,
+        )
+        return StepContext(
+            self.layers, feedback, self.batch, self.batch_size, noise, self._other_states()
+        )
+
+    def _other_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Fake tensors of the states that do not belong to feedback points, by what keeps them."""
+        if self.method.mechanism == "weights":
+            names = [s.key for s in self.state_specs()] or list(weight_shapes(self.joint))
+            states = self.states() or tuple({} for _ in names)
+            return dict(zip(names, states, strict=True))
+        if self.method.mechanism == "two_forwards":
+            return {"input": next(iter(self.states()), {})}
+        return {}
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
         """Which layers' noise runs together; each group as often as there are directions."""

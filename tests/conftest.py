@@ -55,6 +55,11 @@ LONG_CASES = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--accept``: golden files are written anew instead of compared."""
+    parser.addoption("--accept", action="store_true", help="write golden files anew")
+
+
 # The names of ``LONG_CASES`` that were collected, and of these the ones whose pattern fits a case.
 COLLECTED = pytest.StashKey[set[str]]()
 FITTING = pytest.StashKey[set[str]]()

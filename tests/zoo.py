@@ -310,7 +310,12 @@ def plan_of(name: str, method: str = "grape", **options: Any) -> Plan:
     own = {k: v for k, v in options.items() if k in OPTION_NAMES}
     rest = {k: v for k, v in options.items() if k not in OPTION_NAMES}
     return dataclasses.replace(
-        base, method=get_method(method, rest), options=Options(**own), _graphs={}, independent={}
+        base,
+        method=get_method(method, rest),
+        options=Options(**own),
+        _graphs={},
+        independent={},
+        passes={},
     )
 
 

@@ -112,7 +112,8 @@ class Variant(Training):
             net = torch.compile(model, backend=backend)
         else:
             method, options = VARIANTS[label]
-            net = grapefx.compile(model, method=method, seed=0, backend=backend, **options)
+            chosen: dict[str, Any] = {"seed": 0, "backend": backend, **options}
+            net = grapefx.compile(model, method=method, **chosen)
         super().__init__(model, net, *adam(model, task.lr, steps))
         self.label = label
         self.seconds: list[float] = []  # forward, loss and gradients of each step

@@ -212,7 +212,8 @@ def forms_agree(run: Run, name: str, method: str, form: str, dtype: torch.dtype)
     model, x, y = drawn(run, name, dtype)
     twin = copy.deepcopy(model)
     common = {"method": method, "calib_every": None, **dict(PARITY_MODELS[name].options)}
-    net = grapefx.compile(model, backend=run.a.backend, parallel=form, **common)
+    chosen: dict[str, Any] = {"backend": run.a.backend, "parallel": form, **common}
+    net = grapefx.compile(model, **chosen)
     plain = grapefx.compile(twin, backend="eager", parallel="off", **common)
     worst = 0.0
     held = []
@@ -268,8 +269,8 @@ def build(run: Run, case: Case, variant: str) -> Trained:
             net = torch.compile(model, mode="reduce-overhead" if graphs else "default")
         return Trained(net, x, y, graphs)
     method, form = variant.split(", ")
-    options = VARIANTS[method][0] | dict(found.options)
-    net = grapefx.compile(model, parallel=form, backend=run.a.backend, **options)
+    options: dict[str, Any] = VARIANTS[method][0] | dict(found.options)
+    net = grapefx.compile(model, **{"parallel": form, "backend": run.a.backend, **options})
     return Trained(net, x, y, False)
 
 

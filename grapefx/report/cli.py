@@ -18,7 +18,7 @@ import torch
 
 from grapefx.errors import GrapefxError, InputError, OptionError
 from grapefx.methods import names
-from grapefx.passes.place.placement import GRANULARITIES
+from grapefx.options import OPTIONS
 from grapefx.report.inspect import METHODS, build_plans, report_plans, shown_dag
 from grapefx.report.load import Loaded, ModelError, UsageError, load
 from grapefx.report.render.dot import dot_source, drawn, write_graph
@@ -78,6 +78,34 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+# options of ``grapefx.compile`` that the report depends on, and how they are written
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "granularity": {"choices": OPTIONS["granularity"].metadata["values"].words},
+    "points": {"action": "append", "metavar": "GLOB"},
+    "error_at": {"metavar": "GLOB"},
+    "feedback": {"metavar": "KIND"},
+    "tangent_fraction": {"type": float, "metavar": "F"},
+    "align_every": {"type": _positive, "metavar": "K"},
+    "calib_every": {
+        "type": _positive,
+        "metavar": "T",
+        "default": None,
+        "help": "one full backward step every T epochs (default: none is counted)",
+    },
+    "steps_per_epoch": {"type": _positive, "metavar": "N"},
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="grapefx-inspect",
@@ -117,18 +145,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=names(),
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
-    s.add_argument("--granularity", choices=[*GRANULARITIES, "auto"], default="layer")
-    s.add_argument(
-        "--points", action="append", metavar="GLOB", help="feedback points by module; repeatable"
-    )
-    s.add_argument("--error-at", metavar="GLOB", help="module whose value gives the error")
-    s.add_argument("--feedback", default="auto", metavar="KIND", help="maps; docs/feedback.md")
-    s.add_argument("--tangent-fraction", type=float, default=1.0, metavar="F")
-    s.add_argument("--align-every", type=_positive, default=1, metavar="K")
-    s.add_argument(
-        "--calib-every", type=_positive, metavar="T", help="one full backward step every T epochs"
-    )
-    s.add_argument("--steps-per-epoch", type=_positive, metavar="N")
+    for name, more in STEP_OPTIONS.items():
+        field = OPTIONS[name]
+        meaning = field.metadata["meaning"].replace("``", "").replace("%", "%%")
+        s.add_argument(
+            "--" + name.replace("_", "-"), **{"default": field.default, "help": meaning, **more}
+        )
     d = p.add_argument_group("the machine")
     d.add_argument(
         "--device-model",
@@ -152,16 +174,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
     return p
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def _workers(text: str) -> tuple[int | None, ...]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from grapefx.analysis import Dag, DeviceModel, build_dag
 from grapefx.errors import CaptureError, GrapefxWarning, InputError, OptionError, nearest
 from grapefx.methods import Method, get_method, names, option_names
 from grapefx.options import OPTION_NAMES, Options
+from grapefx.passes.runner import PassRun
 from grapefx.plan import Plan, build_plan
 from grapefx.report.build import build_report, opened
 from grapefx.report.from_plan import method_graphs, parameter_count
+from grapefx.report.records import PassRow
 from grapefx.report.report import Report
 from grapefx.torch_compat import FakeTensorMode, pytree
 from grapefx.untraceable import refuse_untraceable
@@ -157,11 +160,17 @@ def explain(
     device: DeviceModel | str = "cpu-2core",
     workers: Sequence[int | None] = (1, 2, 4, 8, None),
     batch: int | None = None,
+    passes: bool = False,
+    lowered: Mapping[str, Sequence[PassRun]] = MappingProxyType({}),
 ) -> Report:
-    """The report on a plan that is in use, beside BP on the same capture (``net.explain()``)."""
+    """The report on a plan that is in use, beside BP on the same capture (``net.explain()``).
+
+    ``passes``: also what each compiler pass did; ``lowered`` are those that ran behind the plan, by
+    kind of step.
+    """
     o = plan.options
     plans = [plan] if plan.method.name == "bp" else [plan.for_method("bp", _for_bp(o)), plan]
-    return report_plans(
+    report = report_plans(
         plans,
         device=device,
         workers=workers,
@@ -170,6 +179,14 @@ def explain(
         steps_per_epoch=o.steps_per_epoch,
         name=name,
     )
+    if not passes:
+        return report
+    rows = [
+        PassRow(kind, run.name, run.before, run.after, run.seconds)
+        for kind in plan.kinds()
+        for run in (*plan.passes.get(kind, ()), *lowered.get(kind, ()))
+    ]
+    return replace(report, passes=tuple(rows))
 
 
 def shown_dag(plan: Plan, device: DeviceModel | str, batch: int | None) -> tuple[str, Dag]:

@@ -261,8 +261,22 @@ class DeviceRow:
 
 
 @dataclass(frozen=True)
+class PassRow:
+    """What one compiler pass did to the graph of one kind of step; ``seconds`` with its checks."""
+
+    step: str
+    name: str
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ReportData:
-    """What ``grapefx-inspect`` shows: BP first, then the methods asked for."""
+    """What ``grapefx-inspect`` shows: BP first, then the methods asked for.
+
+    ``passes`` are those of the last method, where they were asked for.
+    """
 
     model: str
     batch: int | None
@@ -271,6 +285,7 @@ class ReportData:
     workers: tuple[int | None, ...]
     methods: tuple[MethodReport, ...]
     warnings: tuple[str, ...]
+    passes: tuple[PassRow, ...] = ()
 
     def method(self, name: str) -> MethodReport:
         """The report of one method; KeyError when there is none."""

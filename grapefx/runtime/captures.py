@@ -17,6 +17,7 @@ from grapefx.errors import InputError, tell
 from grapefx.layout import distributed_tensor
 from grapefx.methods import Method
 from grapefx.options import Options
+from grapefx.passes.runner import PassRun
 from grapefx.plan import Plan, build_forward, plan_call
 from grapefx.runtime import hooks, inplace
 from grapefx.runtime.building import building
@@ -155,6 +156,11 @@ class Captures:
                 f"something that the model reads keeps changing, and each new value needs a new "
                 f"capture: {reason}\n  remedy: make it a buffer, or pass it as a tensor"
             )
+
+    def lowered(self) -> dict[str, tuple[PassRun, ...]]:
+        """The passes in front of the compiler that ran for the last plan, by kind of step."""
+        own = [p for p in self._programs if p.plan is self.plan]
+        return {kind: step.passes for p in own for (kind, _), step in p.steps.items()}
 
     def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:
         """Feedback tensors for every layer of a plan; returns those that go by another key."""

@@ -425,7 +425,8 @@ class FeedbackModule(nn.Module):
         """What was decided for this model and what it costs, as ``grapefx.inspect`` says it.
 
         Printed: layers, feedback maps, what runs when, the proof that updates are independent,
-        work, span, critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``.
+        work, span, critical path. ``choices``: ``device``, ``workers``, ``batch`` of ``inspect``;
+        ``passes=True`` also lists what each compiler pass did.
 
         Raises:
             InputError: there is no plan yet, because no training batch has come.
@@ -437,7 +438,8 @@ class FeedbackModule(nn.Module):
                 "nothing to explain yet: the plan is made at the first training call, net(x)\n"
                 "  without one: grapefx.inspect(model, example)"
             )
-        return explain(self.plan, type(self._original).__name__, **choices)
+        name = type(self._original).__name__
+        return explain(self.plan, name, lowered=self._captures.lowered(), **choices)
 
     def record(self, steps: int | None = 10_000) -> None:
         """Keep what each training step measures, for ``history`` and ``report()``.

@@ -19,11 +19,11 @@ from grapefx.analysis.dag import Dag
 from grapefx.analysis.dag import Task as Work
 from grapefx.errors import tell
 from grapefx.ir import StepGraph
-from grapefx.lowering import Compiled, lower_tasks, lower_update
+from grapefx.lowering import Compiled, lower_tasks, lower_update, update_for
 from grapefx.passes.divide.horizontal import batch_layers
 from grapefx.passes.divide.partition import Split
 from grapefx.passes.divide.tasks import Tasks, split_tasks, take
-from grapefx.passes.peephole.channels_last import channels_last
+from grapefx.passes.runner import PassRun
 from grapefx.runtime.cudagraph import WARM, Graphed, Recorder, record_cuda
 
 FORMS = ("off", "graphs", "horizontal", "streams")
@@ -52,10 +52,12 @@ def lower_forms(
     options: dict[str, Any] | None,
     recorder: Recorder = record_cuda,
     *,
+    kind: str = "update",
     cuda: bool = False,
+    runs: list[PassRun] | None = None,
 ) -> Compiled:
     """The update as one callable. Where nothing can be batched, that form is left out."""
-    channels_last(parts.update, strides)
+    update = update_for(parts, strides, kind, backend, runs)
     made: dict[str, Compiled] = {}
     stable = frozenset(range(parts.saved))
     lasting = frozenset(
@@ -70,20 +72,20 @@ def lower_forms(
     for form in forms:  # first of all: lowering may write into the graph
         try:
             if form == "horizontal":
-                found, groups = batch_layers(parts.update, decompose=backend != "eager")
+                found, groups = batch_layers(update, decompose=backend != "eager")
                 batched = found if groups else None
             elif form == "streams":
-                tasks = split_tasks(parts.update)
+                tasks = split_tasks(update)
         except Exception as e:
             _left_out(form, e)
     left_out = {n for n, v in (("horizontal", batched), ("streams", tasks)) if v is None}
     wanted = [f for f in forms if f not in left_out] or ["graphs" if cuda else "off"]
     # lowering may write into a graph
-    second = _copied(parts.update) if "off" in wanted and "graphs" in wanted else parts.update
+    second = _copied(update) if "off" in wanted and "graphs" in wanted else update
     for form in wanted:
         try:
             if form == "off":
-                made[form] = lower_update(parts.update, strides, backend, options)
+                made[form] = lower_update(update, strides, backend, options)
             elif form == "streams" and tasks is not None:
                 made[form] = graphed(on_streams(tasks, strides, backend, options))
             else:

@@ -14,11 +14,12 @@ from grapefx.capture import Capture
 from grapefx.errors import tell
 from grapefx.ir import Role, StepGraph
 from grapefx.layout import strided
-from grapefx.lowering import Compiled, lower_forward, lower_saving, prepare
+from grapefx.lowering import Compiled, lower_forward, lower_saving
 from grapefx.options import Options
-from grapefx.passes.divide.partition import forward_only, split
-from grapefx.passes.divide.tail import Tail, cut_tail
+from grapefx.passes.divide.tail import Tail
 from grapefx.passes.graph import meta
+from grapefx.passes.pipeline import LowerContext, divide, inference
+from grapefx.passes.runner import PassRun
 from grapefx.plan import Plan
 from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building
@@ -70,6 +71,7 @@ class CompiledStep:
     ``results``: for each output of the update callable, its slot.
     ``leaves``: for each of ``gradients``, the input that it is the gradient of.
     ``needs``: for each of ``gradients``, the cotangents that it depends on.
+    ``passes``: what took the step graph here.
     """
 
     kind: str
@@ -87,6 +89,7 @@ class CompiledStep:
     leaves: tuple[int, ...]
     needs: tuple[frozenset[int], ...]
     seconds: float
+    passes: tuple[PassRun, ...]
 
 
 @dataclass(frozen=True)
@@ -222,10 +225,10 @@ class Program:
         variant = self._variant(self.forwards, batch)
         sizes = None if variant is None else sizes_of(self.inference, batch, batch)
         options = self.options
-        step = prepare(self.inference, sizes, options.backend, options.backend_options)
-        gm, used = forward_only(step)
-        sources = tuple(_source(step, i, self.places) for i in used)
-        fn = lower_forward(gm, options.backend, options.backend_options)
+        context = LowerContext(sizes, options.backend_options)
+        step, used = inference(self.inference, options.backend, context)
+        sources = tuple(_source(self.inference, i, self.places) for i in used)
+        fn = lower_forward(step.gm, options.backend, options.backend_options)
         found = CompiledForward(fn, sources, time.perf_counter() - start)
         self.forwards[variant] = found
         return found
@@ -309,10 +312,9 @@ def compile_step(
         if s.role == "random" and (val := placeholders[i].meta["val"]) is not None
     )
     needs = cotangents_of(step)
-    tail = None
-    if kind == "calibration":
-        step, tail = cut_tail(step)
-    parts = split(prepare(step, sizes, backend, options))
+    gradients = [s for s in step.outputs if s.role in ("gradient", "input_gradient")]
+    runs: list[PassRun] = []
+    parts, tail = divide(step, kind, backend, LowerContext(sizes, options), runs)
     sources = tuple(_source(step, i, places) for i in parts.forward_inputs)
     saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][
         : parts.saved
@@ -326,15 +328,16 @@ def compile_step(
     )
     device = _device_of(step)
     forms = forms_of(parallel, device, fixed=sizes is not None)
-    forward, strides = lower_saving(
-        parts.forward, len(parts.forward_outputs), parts.saved, backend, options
-    )
-    record = cudagraph.record_cuda
-    update = lower_forms(parts, strides, forms, backend, options, record, cuda=device == "cuda")
-    if device == "cuda" and forms != ("off",):
+    forward, strides = lower_saving(parts, kind, backend, options, runs)
+    cuda = device == "cuda"
+    update = lower_forms(
+        parts, strides, forms, backend, options, cudagraph.record_cuda,
+        kind=kind, cuda=cuda, runs=runs,
+    )  # fmt: skip
+    if cuda and forms != ("off",):
         forward = Graphed(
             forward,
-            recorder=record,
+            recorder=cudagraph.record_cuda,
             stable=stable_inputs(step, parts.forward_inputs),
             lasting=frozenset(range(len(parts.forward_outputs))),
         )
@@ -354,16 +357,13 @@ def compile_step(
         saved_sizes=tuple(i for i, v in enumerate(saved) if not isinstance(v, Tensor)),
         late=late,
         results=tuple(results),
-        gradients=tuple(
-            (s.role, s.name) for s in step.outputs if s.role in ("gradient", "input_gradient")
-        ),
+        gradients=tuple((s.role, s.name) for s in gradients),
         leaves=tuple(
-            places["parameter" if s.role == "gradient" else "input", s.name]
-            for s in step.outputs
-            if s.role in ("gradient", "input_gradient")
+            places["parameter" if s.role == "gradient" else "input", s.name] for s in gradients
         ),
         needs=needs,
         seconds=time.perf_counter() - start,
+        passes=tuple(runs),
     )
 
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.errors import TangentError
 from grapefx.ir import Layer, Slot, StepGraph
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
 from grapefx.passes.differentiate.weight_noise import induced, weight_sources
 from grapefx.passes.graph import markers, meta
+from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.folds import Fold
-from grapefx.passes.graph.order import topological
 from grapefx.torch_compat import new_size
 
 aten = torch.ops.aten
@@ -36,13 +36,15 @@ class Stream:
     taps: dict[int, Node]
 
 
-@dataclass(frozen=True)
-class Tangents:
-    """A graph with tangents. ``derived``: ops whose rule came from torch's forward AD."""
-
-    step: StepGraph
-    streams: tuple[Stream, ...]
-    derived: tuple[str, ...]
+def streams_of(step: StepGraph) -> list[Stream]:
+    """The tangent passes of a step graph, in order; none in a graph without tangents."""
+    found: dict[int, Stream] = {}
+    for node in step.gm.graph.nodes:
+        for stream, index in node.meta.get(meta.NOISE_OF, ()):
+            found.setdefault(stream, Stream({}, {})).noise[index] = node
+        for stream, index in node.meta.get(meta.TANGENT_OF, ()):
+            found.setdefault(stream, Stream({}, {})).taps[index] = node
+    return [found[k] for k in sorted(found)]
 
 
 def add_tangents(
@@ -57,7 +59,7 @@ def add_tangents(
     signs: bool = False,
     quiet: tuple[int, ...] = (),
     perturb: str = "activation",
-) -> Tangents:
+) -> StepGraph:
     """Splice tangents into (a copy of) ``step``.
 
     ``streams`` lists the layers whose noise runs together; the paper's default is one stream for
@@ -68,15 +70,15 @@ def add_tangents(
     ``quiet`` get noise that no tangent follows: one more stream, without taps. ``perturb`` says
     where noise is added (``passes.weight_noise``).
     """
-    step = step.copy()
-    graph = step.gm.graph
+    edit = Edit(step)
+    step, graph = edit.step, edit.graph
     cuts = markers.find(graph, markers.CUT)
     taps = markers.find(graph, markers.TAP)
     if not taps:
         raise TangentError("the graph has no error tap")
     forward = _between(cuts, taps)
     at_weights = weight_sources(step, layers, perturb, batch, batch_size)
-    inputs = _Inputs(step, rows_hint, signs)
+    inputs = _Inputs(edit, rows_hint, signs)
     drawn: list[dict[int, tuple[Node, ...]]] = []
     for s, members in enumerate((*streams, quiet) if quiet else streams):
         drawn.append({})
@@ -94,7 +96,6 @@ def add_tangents(
                 )
     rows = inputs.rows()
     derived: dict[str, None] = {}
-    out: list[Stream] = []
     sliced: dict[Node, Node] = {}  # every stream reads the same primal operands
     for s, found in enumerate(drawn):
         em = TangentEmitter(step, batch, batch_size, rows, batch_stats)
@@ -108,28 +109,32 @@ def add_tangents(
             if sources:
                 keep = layers[index].fold[0]
                 noise[index] = induced(em, sources, nodes, cuts[index], keep, derived)
+            _note(noise[index], meta.NOISE_OF, (s, index))
         if s == len(streams):
-            out.append(Stream(noise, {}))
             break
         propagate(em, forward, noise, derived)
-        ends = {i: em.tangents.get(n) for i, n in taps.items()}
-        out.append(Stream(noise, {i: n for i, n in ends.items() if n is not None}))
-        if not out[-1].taps:
+        ends = {i: em.tangents[n] for i, n in taps.items() if em.tangents.get(n) is not None}
+        if not ends:
             raise TangentError("no feedback point reaches the error tap through differentiable ops")
-    topological(graph)  # a later pass over the same nodes may read what an earlier one put behind
-    made = StepGraph(GraphModule(step.gm, graph), step.inputs + tuple(inputs.slots), step.outputs)
-    return Tangents(made, tuple(out), tuple(derived))
+        for i, tangent in ends.items():
+            _note(tangent, meta.TANGENT_OF, (s, i))
+    # a later tangent pass over the same nodes may read what an earlier one put behind: in order
+    return edit.finish(erase_markers=False, keep_unused=True, derived=tuple(derived))
+
+
+def _note(node: Node, key: str, value: tuple[int, int]) -> None:
+    """One value may be the noise of several points, or the tangent at several taps."""
+    node.meta[key] = (*node.meta.get(key, ()), value)
 
 
 class _Inputs:
     """The noise placeholders of a step, on all samples or on a sub-batch of ``rows_hint``."""
 
-    def __init__(self, step: StepGraph, rows_hint: int | None, signs: bool) -> None:
-        self.em = Emitter(step.gm.graph, phase="tangent")
+    def __init__(self, edit: Edit, rows_hint: int | None, signs: bool) -> None:
+        self.edit = edit
+        self.em = Emitter(edit.graph, phase="tangent")
         self.signs = signs
-        self.slots: list[Slot] = []
         self.nodes: list[Node] = []
-        self.anchor = step.placeholders()[-1]
         self.dtypes: dict[Node, torch.dtype] = {}
         self.size: Any = None
         if rows_hint is not None:
@@ -140,18 +145,13 @@ class _Inputs:
         shape = list(like.shape)
         if self.size is not None:
             shape[fold.dim] = self.size * (fold.outer * fold.inner)
-        with self.em.graph.inserting_after(self.anchor):
-            node = self.em.graph.placeholder(name)
-        with self.em.mode:
-            dtype = torch.int8 if self.signs else like.dtype
-            node.meta["val"] = torch.empty(shape, dtype=dtype, device=like.device)
-        node.meta[meta.ROLE] = "noise"
+        dtype = torch.int8 if self.signs else like.dtype
+        node = self.edit.add_input(
+            name, Slot("noise", slot), like, shape=shape, dtype=dtype, phase="tangent"
+        )
         node.meta[meta.FOLD] = (fold.dim, fold.outer, fold.inner)
-        node.meta[meta.PHASE] = "tangent"
         self.dtypes[node] = like.dtype
-        self.anchor = node
         self.nodes.append(node)
-        self.slots.append(Slot("noise", slot))
         return node
 
     def rows(self) -> Node | None:
@@ -159,7 +159,7 @@ class _Inputs:
         if self.size is None:
             return None
         dim, outer, inner = self.nodes[0].meta[meta.FOLD]
-        with self.em.after(self.anchor):
+        with self.em.after(self.edit.last_input):
             size = self.em.call(aten.sym_size.int, self.nodes[0], dim)
             k = outer * inner
             return size if k == 1 else self.em.call(operator.floordiv, size, k)
@@ -198,4 +198,4 @@ def _between(cuts: dict[int, Node], taps: dict[int, Node]) -> list[Node]:
     return ordered
 
 
-__all__ = ["Stream", "Tangents", "add_tangents"]
+__all__ = ["Stream", "add_tangents", "streams_of"]

@@ -37,11 +37,23 @@ class Split:
 
     forward: GraphModule
     update: GraphModule
+    inputs: tuple[Slot, ...]
     forward_inputs: tuple[int, ...]
     forward_outputs: tuple[Slot, ...]
     update_outputs: tuple[Slot, ...]
     saved: int
     late_inputs: tuple[int, ...]
+
+    def halves(self) -> tuple[StepGraph, StepGraph]:
+        """The two graphs as step graphs, for passes; saved values have slots of role "saved"."""
+        between = tuple(Slot("saved", str(k)) for k in range(self.saved))
+        forward = StepGraph(
+            self.forward,
+            tuple(self.inputs[i] for i in self.forward_inputs),
+            (*self.forward_outputs, *between),
+        )
+        late = tuple(self.inputs[i] for i in self.late_inputs)
+        return forward, StepGraph(self.update, (*between, *late), self.update_outputs)
 
 
 def split(step: StepGraph) -> Split:
@@ -95,6 +107,7 @@ def split(step: StepGraph) -> Split:
     return Split(
         forward=GraphModule(forward, forward.graph),
         update=GraphModule(update, update.graph),
+        inputs=step.inputs,
         forward_inputs=tuple(step_index[name] for name in used),
         forward_outputs=tuple(work.outputs[i] for i in early if work.outputs[i].role == "output"),
         update_outputs=tuple(work.outputs[i] for i in late_out),
@@ -103,7 +116,7 @@ def split(step: StepGraph) -> Split:
     )
 
 
-def forward_only(step: StepGraph) -> tuple[GraphModule, tuple[int, ...]]:
+def forward_only(step: StepGraph) -> tuple[StepGraph, tuple[int, ...]]:
     """A graph without a backward (inference) and the inputs that it uses; buffers in place."""
     work = step.copy()
     graph = work.gm.graph
@@ -118,7 +131,10 @@ def forward_only(step: StepGraph) -> tuple[GraphModule, tuple[int, ...]]:
     dead_code(graph)
     index = {n.target: i for i, n in enumerate(placeholders)}
     used = _drop_unused_inputs(graph)
-    return GraphModule(work.gm, graph), tuple(index[name] for name in used)
+    inputs = tuple(index[name] for name in used)
+    slots = tuple(step.inputs[i] for i in inputs)
+    outputs = tuple(s for s in work.outputs if s.role == "output")
+    return StepGraph(GraphModule(work.gm, graph), slots, outputs), inputs
 
 
 def _output(gm: GraphModule) -> Node:

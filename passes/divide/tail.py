@@ -85,7 +85,7 @@ def cut_tail(step: StepGraph) -> tuple[StepGraph, Tail | None]:
     _inputs_first(graph)
     dead_code(graph)
     outputs = [(s, n) for s, n in pairs if n not in tail]
-    outputs += [(Slot("kept", n.name), n) for n in kept]
+    outputs += [(Slot("saved", n.name), n) for n in kept]
     work.output_node().args = (tuple(n for _, n in outputs),)
     dead_code(work.gm.graph)
     main = replace(

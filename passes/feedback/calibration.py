@@ -16,12 +16,11 @@ from grapefx.maps import FeedbackMap
 from grapefx.methods.base import State
 from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
 from grapefx.passes.graph import markers, meta
-from grapefx.passes.graph.restride import differs
 
 
 def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
     """True gradients, refitted maps, and the cosine of what the method would give."""
-    b = Builder(step, feedback, ())
+    b = Builder(step, feedback)
     method = feedback.method
     fitted = method.feedback and method.refits and feedback.refit
     compare = method.feedback and not method.needs_tangents() and not method.sequential
@@ -108,8 +107,7 @@ def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, No
     twin: dict[Node, Node] = {}
     for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
         twin[node] = cotangents[index]
-        if differs(node, twin[node]):
-            b.moved.append(twin[node])
+        b.edit.took_place(twin[node], node)
     for node in list(b.graph.nodes):
         if node.op != "call_function" or node in twin:
             continue

@@ -8,40 +8,29 @@ code, but for what lies behind the tap, which keeps its exact gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.errors import MethodError, TangentError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
-from grapefx.passes.graph import markers, meta
-from grapefx.passes.graph.order import ancestors, dead_code, descendants, topological
-from grapefx.passes.graph.restride import restride
-
-aten = torch.ops.aten
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.edit import Edit
+from grapefx.passes.graph.order import ancestors, descendants
 
 
-@dataclass(frozen=True)
-class Perturbed:
-    """The step, and the ops whose tangent rule was made by torch's forward AD."""
-
-    step: StepGraph
-    derived: tuple[str, ...]
-
-
-def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) -> Perturbed:
+def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) -> StepGraph:
     """A training step of forward gradients in parameter space.
 
     The statistics of a training batch norm are differentiated: V is one direction for the whole
     batch, so nothing needs samples that do not mix. Raises ``MethodError`` (naming the method,
     ``name``) where an input wants a gradient, ``TangentError`` as the tangent pass.
     """
-    step = step.copy()
-    graph = step.gm.graph
+    edit = Edit(step)
+    step, graph = edit.step, edit.graph
     for slot, found in step.produced("input_gradient"):
         if found is not None:
             raise MethodError(
@@ -54,43 +43,32 @@ def build_perturbed(step: StepGraph, *, batch: Any, batch_size: int, name: str) 
     wanted = {s.name for s, n in step.produced("gradient") if isinstance(n, Node)}
     sources = [(s, n) for s, n in step.select("parameter") if s.name in wanted and n in earlier]
     em = TangentEmitter(step, batch, batch_size, None, batch_stats="full")
-    slots, directions = [], {}
-    anchor = step.placeholders()[-1]
+    directions = {}
     for k, (slot, p) in enumerate(sources):
-        like = p.meta["val"]
-        with graph.inserting_after(anchor):
-            anchor = graph.placeholder(f"random_{k}")
-        with em.mode:
-            anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        anchor.meta |= {meta.ROLE: "random", meta.PHASE: "tangent"}
-        slots.append(Slot("random", slot.name))
-        em.tangents[p] = directions[slot.name] = anchor
+        drawn = edit.add_input(
+            f"random_{k}", Slot("random", slot.name), p.meta["val"], phase="tangent"
+        )
+        em.tangents[p] = directions[slot.name] = drawn
     derived: dict[str, None] = {}
     propagate(em, _between([n for _, n in sources], earlier), {}, derived)
     pairs = [(errors[i], em.tangents[n]) for i, n in taps.items() if i in errors and em.t(n)]
     if not pairs:
         raise TangentError("no parameter reaches the error tap through differentiable ops")
-    output = step.output_node()
-    with em.before(output, phase="error"):
+    with em.before(edit.output, phase="error"):
 
         def derivative(es: list[Tensor], ds: list[Tensor]) -> Tensor:
             parts = [(e * d).sum() for e, d in zip(es, ds, strict=True)]
             return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
         s = em.trace(derivative, [e for e, _ in pairs], [d for _, d in pairs])
-    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    results = edit.results
     for i, slot in enumerate(step.outputs):
         v = directions.get(slot.name) if slot.role == "gradient" else None
         if v is not None:
-            with em.before(output, phase="weight_grad"):
+            with em.before(edit.output, phase="weight_grad"):
                 results[i] = em.trace(lambda s, v: (s * v).to(v.dtype), s, v)
-    output.args = (tuple(results),)
-    moved = markers.erase(graph)
-    topological(graph)
-    dead_code(graph)
-    restride(graph, moved)
-    made = replace(step, gm=GraphModule(step.gm, graph), inputs=step.inputs + tuple(slots))
-    return Perturbed(made, tuple(derived))
+    edit.set_results(results)
+    return edit.finish(derived=tuple(derived))
 
 
 def _between(starts: list[Node], before: set[Node]) -> list[Node]:

@@ -10,21 +10,21 @@ none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.methods.base import Method
 from grapefx.passes.graph import markers, meta
+from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.operators import LAYER_PRODUCTS
-from grapefx.passes.graph.order import ancestors, dead_code, topological
-from grapefx.passes.graph.restride import restride
+from grapefx.passes.graph.order import ancestors
 
 aten = torch.ops.aten
 
@@ -60,26 +60,16 @@ def build_two_forwards(step: StepGraph, method: Method, state: dict[str, Any]) -
     ``state`` holds fake tensors of the method's state at the input. Raises ``MethodError`` naming
     the node where the model is no plain stack.
     """
-    step = step.copy()
-    graph = step.gm.graph
+    edit = Edit(step)
+    step, em, output = edit.step, edit.emitter, edit.output
     x, tap = _ends_of(step, method.name)
     parameters = step.select("parameter")
     stages, data = _stack(step, x, tap, method.name)
-    em = Emitter(graph)
-    output = step.output_node()
-    slots: list[Slot] = []
-    anchor = step.placeholders()[-1]
     inputs: dict[str, Node] = {}
     wanted = [("target", Slot("target", "0"), tap.meta["val"])]
     wanted += [(k, Slot("feedback", f"input/{k}"), t) for k, t in state.items()]
     for name, slot, like in wanted:
-        with graph.inserting_after(anchor):
-            anchor = graph.placeholder(f"{slot.role}_{name}")
-        with em.mode:
-            anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        anchor.meta[meta.ROLE] = slot.role
-        inputs[name] = anchor
-        slots.append(slot)
+        inputs[name] = edit.add_input(f"{slot.role}_{name}", slot, like)
     target = inputs.pop("target")
 
     def change(state: Any, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,16 +93,13 @@ def build_two_forwards(step: StepGraph, method: Method, state: dict[str, Any]) -
             have = gradients.get(stage.weight)
             gradients[stage.weight] = g if have is None else em.call(aten.add.Tensor, have, g)
     by_name = {s.name: gradients.get(n) for s, n in parameters}
-    results = [
-        by_name.get(slot.name) if slot.role == "gradient" else r
-        for slot, r in zip(step.outputs, output.args[0], strict=True)  # type: ignore[arg-type]
-    ]
-    output.args = (tuple(results),)
-    moved = markers.erase(graph)
-    topological(graph)
-    dead_code(graph)
-    restride(graph, moved)
-    return replace(step, gm=GraphModule(step.gm, graph), inputs=step.inputs + tuple(slots))
+    edit.set_results(
+        [
+            by_name.get(slot.name) if slot.role == "gradient" else r
+            for slot, r in zip(step.outputs, edit.results, strict=True)
+        ]
+    )
+    return edit.finish()
 
 
 def _undefined(method: str, reason: str, node: Node | None = None) -> MethodError:

@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.errors import GrapefxError, MethodError
 from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
-from grapefx.passes.differentiate.tangent import Stream
-from grapefx.passes.graph import markers, meta
-from grapefx.passes.graph.emit import Emitter
-from grapefx.passes.graph.order import dead_code, topological
-from grapefx.passes.graph.restride import differs, restride
+from grapefx.passes.differentiate.tangent import Stream, streams_of
+from grapefx.passes.graph import markers
+from grapefx.passes.graph.edit import Edit
 from grapefx.seeded import uniform
 
 aten = torch.ops.aten
@@ -47,31 +45,20 @@ class Feedback:
 class Builder:
     """One step graph in the making: what the method sees as rows, and what it returns."""
 
-    def __init__(self, step: StepGraph, feedback: Feedback, streams: Sequence[Stream]) -> None:
-        self.step = step.copy()
-        self.graph = self.step.gm.graph
+    def __init__(self, step: StepGraph, feedback: Feedback) -> None:
+        self.edit = Edit(step)
+        self.step = self.edit.step
+        self.graph = self.edit.graph
+        self.em = self.edit.emitter
+        self.output = self.edit.output
         self.fb = feedback
-        self.streams = self._renamed(step, streams)
+        self.streams = streams_of(self.step)
         self.parameters = {s.name: n for s, n in self.step.select("parameter")}
-        self.em = Emitter(self.graph)
-        self.output = self.step.output_node()
-        self.slots: list[Slot] = []
         self.state_nodes: list[dict[str, Node]] = []
         self.rows_cache: dict[str, Node] = {}
         self.metrics: dict[str, dict[int, Node]] = {}
         self.new_states: list[dict[str, Node]] = []
         self.finite: Node | None = None
-        self.moved: list[Node] = []  # values that took a place with other strides
-
-    def _renamed(self, step: StepGraph, streams: Sequence[Stream]) -> list[Stream]:
-        names = {n.name: n for n in self.graph.nodes}
-        return [
-            Stream(
-                {k: names[n.name] for k, n in s.noise.items()},
-                {k: names[n.name] for k, n in s.taps.items()},
-            )
-            for s in streams
-        ]
 
     def emit(self, fn: Any, *args: Any, phase: Phase, layer: str | None = None) -> Any:
         with self.em.before(self.output, phase=phase, layer=layer):
@@ -79,29 +66,16 @@ class Builder:
 
     # inputs
 
-    def input(self, name: str, like: Any, slot: Slot, layer: str | None = None) -> Node:
-        """A new placeholder behind the others, of the shape and dtype of ``like``."""
-        anchor = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        with self.graph.inserting_after(anchor):
-            node = self.graph.placeholder(name)
-        with self.em.mode:
-            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        node.meta[meta.ROLE] = slot.role
-        if layer is not None:
-            node.meta[meta.LAYER] = layer
-        self.slots.append(slot)
-        return node
-
     def add_states(self) -> None:
         for m, state in zip(self.fb.maps, self.fb.states, strict=True):
             own = m.layer.name
             self.state_nodes.append(
                 {
-                    name: self.input(
+                    name: self.edit.add_input(
                         f"feedback_{m.layer.index}_{name}",
-                        like,
                         Slot("feedback", f"{own}/{name}"),
-                        own,
+                        like,
+                        layer=own,
                     )
                     for name, like in state.items()
                 }
@@ -161,8 +135,8 @@ class Builder:
         if key not in self.rows_cache:
             tap = self._only_tap()
             if "target" not in self.rows_cache:
-                self.rows_cache["target"] = self.input(
-                    "target", tap.meta["val"], Slot("target", "0")
+                self.rows_cache["target"] = self.edit.add_input(
+                    "target", Slot("target", "0"), tap.meta["val"]
                 )
             rows = self.fb.error_rows[kind]
             node = self.rows_cache["target"]
@@ -351,7 +325,7 @@ class Builder:
             return
         layer_of = {p: m.layer.name for m in self.fb.maps for p in m.layer.parameters}
         weights = self.parameters
-        results = list(self.output.args[0])  # type: ignore[arg-type]
+        results = self.edit.results
         for i, slot in enumerate(self.step.outputs):
             own, w = layer_of.get(slot.name), weights.get(slot.name)
             g = results[i]
@@ -361,18 +335,14 @@ class Builder:
                 results[i] = self.emit(
                     lambda g, w: g + decay * w, g, w, phase="weight_grad", layer=own
                 )
-        self.output.args = (tuple(results),)
+        self.edit.set_results(results)
 
     # output
 
     def finish(self) -> StepGraph:
-        results = list(self.output.args[0])  # type: ignore[arg-type]
-        outputs = list(self.step.outputs)
-        if self.new_states:
-            for m, new in zip(self.fb.maps, self.new_states, strict=True):
-                for name, node in new.items():
-                    results.append(node)
-                    outputs.append(Slot("feedback", f"{m.layer.name}/{name}"))
+        for m, new in zip(self.fb.maps, self.new_states, strict=self.new_states != []):
+            for name, node in new.items():
+                self.edit.add_output(Slot("feedback", f"{m.layer.name}/{name}"), node)
         for name, found in self.metrics.items():
             nan = float("nan")
             values = [found.get(m.layer.index) for m in self.fb.maps]
@@ -383,22 +353,10 @@ class Builder:
                     [v.float() if v is not None else some.new_full((), nan).float() for v in vs]
                 )
 
-            results.append(self.emit(stack, values, phase="metric"))
-            outputs.append(Slot("metric", name))
+            self.edit.add_output(Slot("metric", name), self.emit(stack, values, phase="metric"))
         if self.finite is not None:
-            results.append(self.finite)
-            outputs.append(Slot("metric", "finite"))
-        self.output.args = (tuple(results),)
-        self.moved += markers.erase(self.graph)
-        topological(self.graph)
-        dead_code(self.graph)
-        restride(self.graph, self.moved)
-        return replace(
-            self.step,
-            gm=GraphModule(self.step.gm, self.graph),
-            inputs=self.step.inputs + tuple(self.slots),
-            outputs=tuple(outputs),
-        )
+            self.edit.add_output(Slot("metric", "finite"), self.finite)
+        return self.edit.finish()
 
 
 def _rows(
@@ -434,15 +392,15 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp_min(1e-30)
 
 
-def build_update(step: StepGraph, feedback: Feedback, streams: Sequence[Stream] = ()) -> StepGraph:
-    """A training step of the method. With ``streams`` (from the tangent pass) it also learns."""
-    b = Builder(step, feedback, streams)
+def build_update(step: StepGraph, feedback: Feedback) -> StepGraph:
+    """A training step of the method. With tangents in the graph its maps learn from them."""
+    b = Builder(step, feedback)
     if feedback.method.feedback:
         b.add_states()
     else:
         b.state_nodes = [{} for _ in feedback.maps]
     learns = feedback.method.learns_from
-    if learns and (streams or "tangent" not in learns):
+    if learns and (b.streams or "tangent" not in learns):
         b.learn()
     if feedback.method.transparent:
         backward = markers.find(b.graph, markers.CUT_BACKWARD)
@@ -459,7 +417,4 @@ def replace_cuts(b: Builder, cotangents: dict[int, Node]) -> None:
     for index, node in markers.find(b.graph, markers.CUT_BACKWARD).items():
         new = cotangents.get(index)
         assert isinstance(new, Node)
-        if differs(node, new):
-            b.moved.append(new)
-        node.replace_all_uses_with(new)
-        b.graph.erase_node(node)
+        b.edit.put(new, node)

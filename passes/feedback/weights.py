@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.methods.base import Method
 from grapefx.passes.graph import meta
+from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.operators import BACKWARD_PRODUCTS
-from grapefx.passes.graph.order import dead_code, topological
-from grapefx.passes.graph.restride import differs, restride
 
 aten = torch.ops.aten
 
@@ -95,53 +94,33 @@ def stand_in(step: StepGraph, method: Method, states: dict[str, dict[str, Any]])
     Adds an input of role "feedback" for each state tensor and one of role "random" (N(0, 1), shaped
     like the weight) for each weight if the method reads noise.
     """
-    step = step.copy()
-    graph = step.gm.graph
+    edit = Edit(step)
+    step, em = edit.step, edit.emitter
     names = {n: s.name for s, n in step.select("parameter")}
-    em = Emitter(graph, phase="projection")
-    slots: list[Slot] = []
-    anchor = step.placeholders()[-1]
-
-    def placeholder(name: str, slot: Slot, like: Any) -> Node:
-        nonlocal anchor
-        with graph.inserting_after(anchor):
-            anchor = graph.placeholder(name)
-        with em.mode:
-            anchor.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        anchor.meta[meta.ROLE] = slot.role
-        slots.append(slot)
-        return anchor
-
     found = operands(step)
     inputs: dict[Node, tuple[dict[str, Node], Node | None]] = {}
     for k, w in enumerate(dict.fromkeys(o.parameter for o in found)):
         own, like = names[w], w.meta["val"]
         state = {
-            name: placeholder(f"feedback_w{k}_{name}", Slot("feedback", f"{own}/{name}"), t)
+            name: edit.add_input(f"feedback_w{k}_{name}", Slot("feedback", f"{own}/{name}"), t)
             for name, t in states[own].items()
         }
         noise = None
         if "noise" in method.reads:
-            noise = placeholder(f"random_w{k}", Slot("random", own), like)
+            noise = edit.add_input(f"random_w{k}", Slot("random", own), like)
         inputs[w] = (state, noise)
     made: dict[Node, Node] = {}
-    output = step.output_node()
-    moved = []
     for o in found:
         if o.value not in made:
-            with em.before(output, layer=meta.layer(o.product)):
+            with em.before(edit.output, phase="projection", layer=meta.layer(o.product)):
                 if o.parameter not in made:
                     state, noise = inputs[o.parameter]
                     made[o.parameter] = em.trace(_cast(method), state, o.parameter, noise)
                 _chain(em, o.value, made)
         new = made[o.value]
-        if differs(o.value, new):
-            moved.append(new)
+        edit.took_place(new, o.value)
         o.product.update_arg(o.position, new)
-    topological(graph)
-    dead_code(graph)
-    restride(graph, moved)
-    return replace(step, gm=GraphModule(step.gm, graph), inputs=step.inputs + tuple(slots))
+    return edit.finish(erase_markers=False)
 
 
 def _cast(method: Method) -> Callable[..., torch.Tensor]:

@@ -16,6 +16,8 @@ LAYER = "grapefx_layer"  # the name of the layer that it belongs to
 ROLE = "grapefx_role"  # of a placeholder: its slot's role
 NAME = "grapefx_name"  # of a placeholder: its slot's name
 FOLD = "grapefx_fold"  # of a noise placeholder: where the batch is, as (dim, outer, inner)
+NOISE_OF = "grapefx_noise_of"  # of noise at a feedback point: its (stream, layer index)
+TANGENT_OF = "grapefx_tangent_of"  # of a tangent at the error tap: its (stream, tap index)
 EDGE = "grapefx_edge"  # put on every edge into a weight layer (``residual="leak"``)
 
 # what a retraced graph keeps

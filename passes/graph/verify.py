@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch.fx import Node
 
 from grapefx.errors import VerifyError
@@ -29,17 +31,59 @@ def check(step: StepGraph, after: str) -> StepGraph:
     for slot in step.outputs:
         if slot.role not in OUTPUT_ROLES:
             raise VerifyError(f"{after}: unknown output role {slot.role!r}")
+    buffers = {n for _, n in step.select("buffer")}
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise VerifyError(f"{after}: node {node.name!r} is a {node.op}")
         mutable = node.op == "call_function" and writes(node)
-        if mutable and not node.users:  # its effect, a gradient perhaps, would be lost
+        # its effect, a gradient perhaps, would be lost; a forward graph ends by writing buffers
+        if mutable and not node.users and node.args[0] not in buffers:
             raise VerifyError(
                 f"{after}: node {node.name!r} ({node.target}) writes into a view, which the graph "
                 "cannot follow\n  remedy: please report this model"
             )
         if node.op != "output" and "val" not in node.meta:
             raise VerifyError(f"{after}: node {node.name!r} has no fake value")
+    return step
+
+
+def _has_markers(step: StepGraph) -> str:
+    taps = markers.find(step.gm.graph, markers.TAP)
+    return "" if taps else "it has no error tap"
+
+
+def _no_markers(step: StepGraph) -> str:
+    left = [n for n in step.gm.graph.nodes if n.op == "call_function" and n.target in markers.ALL]
+    return f"the marker {left[0].name!r} is left" if left else ""
+
+
+def _no_dead_code(step: StepGraph) -> str:
+    dead = [
+        n for n in step.gm.graph.nodes if n.op == "call_function" and not n.users and not writes(n)
+    ]
+    return f"nothing reads node {dead[0].name!r}" if dead else ""
+
+
+def _labelled(step: StepGraph) -> str:
+    bare = [n for n in step.gm.graph.nodes if n.op == "call_function" and meta.phase(n) is None]
+    return f"node {bare[0].name!r} has no phase" if bare else ""
+
+
+# What a pass may ask of a graph, or promise: each returns what is wrong, "" where it holds.
+PROPERTIES: dict[str, Callable[[StepGraph], str]] = {
+    "markers": _has_markers,
+    "no markers": _no_markers,
+    "no dead code": _no_dead_code,
+    "labelled": _labelled,
+}
+
+
+def require(step: StepGraph, names: Sequence[str], when: str) -> StepGraph:
+    """Raise ``VerifyError`` unless the named ``PROPERTIES`` hold; ``when`` names the pass."""
+    for name in names:
+        wrong = PROPERTIES[name](step)
+        if wrong:
+            raise VerifyError(f"{when}: the graph must have the property {name!r}, but {wrong}")
     return step
 
 

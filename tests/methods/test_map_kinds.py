@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import grapefx
 from grapefx.errors import BudgetError, OptionError
 from grapefx.ir import Layer
-from grapefx.lowering import prepare
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, from_samples, plain_maps, to_samples
 from grapefx.methods import get_method
 from grapefx.methods.base import Rows
 from grapefx.passes.divide.partition import split
+from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import build_plan
 from grapefx.seeded import signs, uniform
 from tests.zoo import assert_same_gradients
@@ -190,7 +190,7 @@ def test_a_compiled_step_with_seeded_maps_is_the_plain_one() -> None:
 
 def test_a_compiled_step_saves_no_seeded_map() -> None:
     plan = plan_with("seeded", method="dfa", calib_every=None)
-    parts = split(prepare(plan.graph("update"), None, "inductor"))
+    parts = split(prepare(plan.graph("update"), "update", "inductor", LowerContext()))
     output = next(n for n in parts.forward.graph.nodes if n.op == "output")
     saved = output.args[0][len(parts.forward_outputs) :]
     shapes = {str(tuple(m.shape)) for m in plan.maps}

@@ -15,7 +15,7 @@ from grapefx.capture import Scope, capture
 from grapefx.ir import Captured, Slot, StepGraph
 from grapefx.passes.differentiate.joint import trace_joint
 from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
-from grapefx.passes.differentiate.tangent import Tangents, add_tangents
+from grapefx.passes.differentiate.tangent import add_tangents, streams_of
 from grapefx.passes.graph import custom_functions as functions
 from grapefx.passes.place.placement import CutPoint, Placement, place
 from grapefx.torch_compat import (
@@ -74,7 +74,7 @@ class Case:
     noise: dict[int, Tensor]
     model: Any = None
 
-    def tangents(self, rows: int | None = None, batch_stats: str = "frozen") -> Tangents:
+    def tangents(self, rows: int | None = None, batch_stats: str = "frozen") -> StepGraph:
         """The joint graph with tangents; ``rows`` is only a hint, any number runs."""
         layers = tuple(c.layer for c in self.placed.cuts)
         return add_tangents(
@@ -96,19 +96,19 @@ class Case:
         """The number of samples."""
         return self.args[0].shape[self.batch_dim]
 
-    def run(self, made: Tangents, rows: int | None = None) -> Tensor:
+    def run(self, made: StepGraph, rows: int | None = None) -> Tensor:
         """``d`` at the error tap; of several taps, flat and one after the other."""
-        graph = made.step.gm.graph
+        graph = made.gm.graph
         graph.lint()
         keep = graph.output_node().args
-        at = made.streams[0].taps
+        at = streams_of(made)[0].taps
         graph.output_node().args = (tuple(at.values()),)
-        forward = torch.fx.GraphModule(made.step.gm, _pruned(graph))
+        forward = torch.fx.GraphModule(made.gm, _pruned(graph))
         graph.output_node().args = keep
         by_name = {c.layer.name: c for c in self.placed.cuts}
         inputs = iter(self.args)
         values: list[Tensor] = []
-        for slot in made.step.inputs:
+        for slot in made.inputs:
             if slot.role in ("parameter", "buffer", "constant"):
                 values.append(self.values[slot.name])
             elif slot.role == "input":

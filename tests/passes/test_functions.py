@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import CaptureError, TangentError
-from grapefx.passes.differentiate.tangent import add_tangents
+from grapefx.passes.differentiate.tangent import add_tangents, streams_of
 from grapefx.passes.graph.custom_functions import FUNCTION
 from grapefx.passes.graph.verify import independence
 from grapefx.plan import Plan, build_plan
@@ -139,12 +139,12 @@ def test_tangents_are_the_declared_gradient_transposed() -> None:
     plan = plan_of(model, x, points="a")
     made = add_tangents(plan.joint, plan.layers, batch=plan.batch, batch_size=8, streams=((0,),))
     v = torch.randn(8, 6).double()
-    graph = made.step.gm.graph
-    graph.output_node().args = ((made.streams[0].taps[0],),)
-    made.step.gm.recompile()
+    graph = made.gm.graph
+    graph.output_node().args = ((streams_of(made)[0].taps[0],),)
+    made.gm.recompile()
     values = dict(model.named_parameters())
     inputs = {"input": x, "noise": v, "cotangent": torch.zeros(8, 3).double()}
-    d = made.step.gm(*[inputs.get(s.role, values.get(s.name)) for s in made.step.inputs])[0]
+    d = made.gm(*[inputs.get(s.role, values.get(s.name)) for s in made.inputs])[0]
 
     def behind(h: Tensor) -> Tensor:
         h = Gelu.apply(h, 1.3)

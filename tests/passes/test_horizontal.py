@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from grapefx.lowering import prepare
 from grapefx.passes.divide import families, horizontal
 from grapefx.passes.divide.horizontal import WORTH, batch_layers
 from grapefx.passes.divide.partition import Split, split
+from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import Plan, build_plan
 from grapefx.runtime.program import sizes_of
 from tests.zoo import MLP, Masked, Residual, make, plan_of, step_inputs
@@ -73,7 +73,7 @@ def parts_of(plan: Plan, kind: str, args: tuple[Any, ...], backend: str, fixed: 
     step = plan.graph(kind)
     batch = args[0].shape[0]
     sizes = sizes_of(step, batch, plan.rows(batch)) if fixed else None
-    return split(prepare(step, sizes, backend))
+    return split(prepare(step, "update", backend, LowerContext(sizes)))
 
 
 def real_inputs(plan: Plan, kind: str, parts: Split, model: nn.Module, args: Any) -> list[Any]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grapefx.lowering import prepare
 from grapefx.passes.peephole.pooling import tile_pools
+from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import build_plan
 from tests.zoo import compiled, eager_twin
 
@@ -98,7 +98,7 @@ def test_nothing_is_saved_but_a_byte_a_window() -> None:
 
     model = Pooled(nn.MaxPool2d(2), 2)
     plan = build_plan(model, (torch.randn(3, 2, 12, 12),), method="dfa", calib_every=None)
-    parts = split(prepare(plan.graph("update"), None, "inductor"))
+    parts = split(prepare(plan.graph("update"), "update", "inductor", LowerContext()))
     inputs = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"]
     saved = [v for v in inputs[: parts.saved] if isinstance(v, Tensor)]
     assert not any(v.dtype == torch.int64 for v in saved)

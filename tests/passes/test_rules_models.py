@@ -292,7 +292,7 @@ def test_an_mlp_costs_one_more_product_a_layer(depth: int) -> None:
     for _ in range(depth):
         layers += [nn.Linear(6, 6), nn.ReLU()]
     case = make_case(nn.Sequential(*layers[:-1]), torch.randn(4, 6))
-    count = _count(case.tangents().step.gm.graph)
+    count = _count(case.tangents().gm.graph)
     assert count == depth - 1
 
 
@@ -304,7 +304,7 @@ def _count(graph: torch.fx.Graph) -> int:
 
 def test_relu_and_linear_layers_need_no_other_node() -> None:
     case = make_case(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), torch.randn(4, 6))
-    graph = case.tangents().step.gm.graph
+    graph = case.tangents().gm.graph
     made = [
         n
         for n in graph.nodes

@@ -65,7 +65,7 @@ def test_no_update_depends_on_another_layer(name: str) -> None:
 def _leaky(plan: Plan, index: int) -> object:
     """The method's update graph with one cut left to the chain rule."""
     feedback = Feedback(plan.method, plan.maps, plan.error_rows, plan.states())
-    b = Builder(plan.joint, feedback, ())
+    b = Builder(plan.joint, feedback)
     b.add_states()
     cotangents = b.cotangents(b.state_nodes)
     chain = markers.find(b.graph, markers.CUT_BACKWARD)[index].args[0]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import MethodError, OptionError
-from grapefx.passes.differentiate.tangent import Tangents, add_tangents
+from grapefx.ir import StepGraph
+from grapefx.passes.differentiate.tangent import add_tangents, streams_of
 from grapefx.plan import build_plan
 from tests.passes.tangent_oracle import Case, make_case
 
@@ -30,7 +31,7 @@ class Net(nn.Module):
         return self.out(torch.sigmoid(self.mid(x.flatten(1))))
 
 
-def tangents(case: Case, perturb: str, rows: int | None = None) -> Tangents:
+def tangents(case: Case, perturb: str, rows: int | None = None) -> StepGraph:
     layers = tuple(c.layer for c in case.placed.cuts)
     return add_tangents(
         case.joint,
@@ -43,9 +44,9 @@ def tangents(case: Case, perturb: str, rows: int | None = None) -> Tangents:
     )
 
 
-def run(case: Case, made: Tangents, drawn: list[Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+def run(case: Case, made: StepGraph, drawn: list[Tensor]) -> tuple[dict[int, Tensor], Tensor]:
     """The noise at each feedback point, and ``d``."""
-    step, stream = made.step, made.streams[0]
+    step, stream = made, streams_of(made)[0]
     points = sorted(stream.noise)
     step.output_node().args = ((*(stream.noise[i] for i in points), stream.taps[0]),)
     step.gm.graph.eliminate_dead_code()
@@ -114,7 +115,7 @@ def test_auto_takes_whichever_is_smaller() -> None:
         made = tangents(case, "auto")
         kernels = {
             int(s.name.split("/")[1] != "conv")
-            for s in made.step.inputs
+            for s in made.inputs
             if s.role == "noise" and s.name.count("/") == 2
         }
         assert kernels == at_weights

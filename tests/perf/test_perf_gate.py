@@ -90,8 +90,8 @@ def test_a_saved_value_too_many_is_named() -> None:
     before = measure(["cnn"], DFA_FORM, kernels=False)
     prepare = perf_measure.prepare
 
-    def early(step: Any, sizes: Any, backend: str) -> Any:
-        return prepare(step, sizes, "eager")
+    def early(step: Any, kind: str, backend: str, context: Any) -> Any:
+        return prepare(step, kind, "eager", context)
 
     with mock.patch.object(perf_measure, "prepare", early):
         found = compare(before, measure(["cnn"], DFA_FORM, kernels=False))

@@ -140,8 +140,8 @@ def build(name: str, variant: str, seed: int = 0, backend: str = "inductor") -> 
         with contextlib.redirect_stdout(io.StringIO()):  # it says which layers it converts
             made: nn.Module = peer.BioModule(model, mode=PEERS[variant], output_dim=10)
         return made
-    options = VARIANTS[variant][0] | dict(found.options)
-    return grapefx.compile(model, backend=backend, **options)
+    options: dict[str, Any] = VARIANTS[variant][0] | dict(found.options)
+    return grapefx.compile(model, **{"backend": backend, **options})
 
 
 @dataclass

@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
 
+from grapefx.passes.runner import without
 from tools.bench import models
 from tools.bench.measure import peak_memory, period
 from tools.bench.models import MODELS, VARIANTS, Step, make
@@ -34,58 +35,50 @@ TABLE = Table(
 
 @dataclass(frozen=True)
 class Feature:
-    """Something for speed: what it is, what stands for it when it is off, where to look at it.
+    """Something for speed: what it is, how it is switched off, where to look at it.
 
-    ``off`` maps "module.function" to what is called instead; ``options`` are compile options that
-    do without it.
+    ``off`` names the pass that is left out; ``options`` are compile options that do without it.
     """
 
     what: str
     models: tuple[str, ...]
     variants: tuple[str, ...]
-    off: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    off: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def without(self, variant: str) -> Iterator[None]:
         """Networks compiled inside do without it."""
         options, steps = VARIANTS[variant]
-        with contextlib.ExitStack() as stack:
-            for name, instead in self.off.items():
-                stack.enter_context(mock.patch(name, instead))
-            changed = {variant: (options | self.options, steps)}
-            stack.enter_context(mock.patch.dict(models.VARIANTS, changed))
+        changed = {variant: (options | self.options, steps)}
+        off = [self.off] if self.off else []
+        with without(*off), mock.patch.dict(models.VARIANTS, changed):
             yield
-
-
-def nothing(*_: Any) -> int:
-    """A pass that finds nothing to do."""
-    return 0
 
 
 FEATURES: dict[str, Feature] = {
     "masks": Feature(
         "input gradients that nobody reads are not computed (passes/graph/prune.py)",
-        ("cnn", "resnet20"), ("dfa",), {"grapefx.plan.prune_masks": nothing},
+        ("cnn", "resnet20"), ("dfa",), "prune_masks",
     ),
     "join": Feature(
         "a product and its tangent's as one (passes/peephole/join_products.py)",
         ("mlp8x1024", "mlp32x256"), ("grape", "grape 1/8"),
-        {"grapefx.lowering.join_products": nothing},
+        "join_products",
     ),
     "bias": Feature(
         "a product's bias is added where it is read (passes/peephole/late_bias.py)",
         ("mlp8x1024", "mlp3x1024", "mlp32x256"), ("bp", "dfa"),
-        {"grapefx.lowering.add_bias_late": nothing},
+        "late_bias",
     ),
     "pools": Feature(
         "max pooling without scatter (passes/peephole/pooling.py)",
-        ("lenet", "cnn"), ("bp", "dfa", "grape"), {"grapefx.lowering.tile_pools": nothing},
+        ("lenet", "cnn"), ("bp", "dfa", "grape"), "tile_pools",
     ),
     "order": Feature(
         "cotangents in the memory order of saved planes (passes/peephole/channels_last.py)",
         ("resnet20", "vgg16"), ("dfa", "grape"),
-        {"grapefx.runtime.parallel.channels_last": nothing},
+        "channels_last",
     ),
     "signs": Feature(
         'random signs instead of normal numbers (noise="rademacher")',

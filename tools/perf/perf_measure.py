@@ -25,9 +25,10 @@ from torch.fx import GraphModule, Node
 
 import grapefx
 from grapefx.analysis import build_dag
-from grapefx.lowering import lower_pair, prepare
+from grapefx.lowering import lower_saving, lower_update, update_for
 from grapefx.methods import Method
 from grapefx.passes.divide.partition import split
+from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import Plan, build_plan
 from grapefx.report.build import opened
 from grapefx.runtime import program
@@ -144,7 +145,7 @@ def step_figures(plan: Plan, kind: str, lowered: bool) -> dict[str, Any]:
         if n.op == "call_function"
     )
     sizes = program.sizes_of(step, plan.batch_size, plan.rows(plan.batch_size))
-    parts = split(prepare(step, sizes, "inductor"))
+    parts = split(prepare(step, kind, "inductor", LowerContext(sizes)))
     saved = [n for n in parts.update.graph.nodes if n.op == "placeholder"][: parts.saved]
     kept = {n.name for n in parts.forward.graph.nodes if n.op == "placeholder"}
     # a parameter or an input that the update reads again takes no memory of its own
@@ -158,13 +159,8 @@ def step_figures(plan: Plan, kind: str, lowered: bool) -> dict[str, Any]:
     }
     if lowered:
         with inductor_counts() as counts:
-            lower_pair(
-                parts.forward,
-                parts.update,
-                len(parts.forward_outputs),
-                parts.saved,
-                "inductor",
-            )
+            _, strides = lower_saving(parts, kind, "inductor")
+            lower_update(update_for(parts, strides, kind, "inductor"), strides, "inductor")
         figures |= {"kernels": counts.kernels, "bytes_moved": counts.bytes}
     return figures
 

@@ -55,9 +55,8 @@ class Trainer:
         self.setting = row.setting
         self.model = data.model(self.setting["model"]).to(device)
         initialise(self.model, self.setting["init"])
-        self.net = grapefx.compile(
-            self.model, method=row.method, seed=seed, backend=backend, **row.options
-        )
+        options: dict[str, Any] = {"seed": seed, "backend": backend, **row.options}
+        self.net = grapefx.compile(self.model, method=row.method, **options)
         self.opt = make_optimizer(self.net, self.setting["optimizer"])
         epochs, every = self.setting["epochs"], self.setting.get("bp_epoch_every")
         passes = epochs + (epochs // every if every else 0)

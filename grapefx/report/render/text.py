@@ -27,6 +27,8 @@ def render_text(report: ReportData) -> str:
             first = points.setdefault(m.plan.rows, m.method)
             same = first if first != m.method else None
         parts.append("\n".join([_method(m), *_plan(m, same)]))
+    if report.passes:
+        parts.append(_passes(report))
     if report.warnings:
         parts.append("Warnings\n" + "\n".join(_wrap("! " + w) for w in report.warnings))
     parts.append(_notes(report))
@@ -95,6 +97,14 @@ def _times(r: ReportData) -> str:
         for m in r.methods
     ]
     return "Predicted step time on P workers (and BP's time over it)\n" + table(header, rows)
+
+
+def _passes(r: ReportData) -> str:
+    rows = [
+        [f"{p.step} {p.name}", str(p.nodes_before), str(p.nodes_after), units.seconds(p.seconds)]
+        for p in r.passes
+    ]
+    return "Compiler passes\n" + table(["pass", "nodes before", "after", "time"], rows)
 
 
 def _method(m: MethodReport) -> str:

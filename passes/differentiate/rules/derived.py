@@ -1,7 +1,7 @@
 """Rules that torch derives: pointwise operators by their gradient, others by forward AD.
 
 ``derive`` tries, in this order: forward AD of the operator, the gradient of its gradient, and the
-same two on its decomposition. What it handled is reported (``Tangents.derived``).
+same two on its decomposition. What it handled is reported (``StepGraph.derived``).
 """
 
 from __future__ import annotations
