@@ -11,7 +11,6 @@ suite as it is.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import ROOT
-from tools.common import cli
+from tools.common import cli, results
 from tools.common.table import Table
 
 PAGE = ROOT / "docs" / "trust.md"
@@ -32,9 +31,9 @@ Row = tuple[str, str, str, str]
 
 
 def records(name: str) -> list[dict[str, Any]]:
-    """The lines of a results file."""
+    """The latest row of each operator or architecture in a results file."""
     path = ROOT / "docs" / "results" / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(results.latest(path, lambda r: f"{r.get('zoo')} {r['name']}").values())
 
 
 def operators() -> Row:
