@@ -101,7 +101,7 @@ def compile(
     if not isinstance(inplace, bool):
         raise OptionError(f"inplace={inplace!r} must be True or False")
     if not inplace:
-        if said := names.note(model, net):
+        if said := names.note(model, [*names.public(FeedbackModule), *vars(net)]):
             tell(said)
         return net
     in_place.install(model, net)

@@ -10,6 +10,10 @@ from grapefx.errors import OptionError
 from grapefx.layout import distributed_tensor
 
 
+class Compiled:
+    """The base of what ``grapefx.compile`` returns, which cannot be compiled once more."""
+
+
 def refuse_untraceable(model: nn.Module) -> None:
     """Raise ``OptionError`` naming a part that is compiled already, TorchScript or lazy."""
     for name, part in tree.named_modules(model):
@@ -20,9 +24,7 @@ def refuse_untraceable(model: nn.Module) -> None:
 
 def _untraceable(part: nn.Module) -> str | None:
     """Why a module cannot be captured, with the remedy."""
-    from grapefx.runtime.module import FeedbackModule  # which imports what needs this file
-
-    if isinstance(part, FeedbackModule):
+    if isinstance(part, Compiled):
         return "is compiled by grapefx already"
     if isinstance(part, torch.jit.ScriptModule):
         return "is a TorchScript module, which cannot be traced: use the Python module"

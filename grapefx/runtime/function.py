@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grapefx.errors import BackwardError
 from grapefx.layout import contiguous
+from grapefx.runtime.call import TrainingCall
 from grapefx.runtime.program import CompiledStep
 from grapefx.torch_compat import clear_saved_tensors, dual
 
@@ -19,26 +20,26 @@ DUAL = (
 
 
 class Step(torch.autograd.Function):
-    """``apply(owner, step, arguments, *differentiable inputs)``; see ``runtime.owner``."""
+    """``apply(call, step, arguments, *differentiable inputs)``; see ``runtime/call.py``."""
 
     @staticmethod
     def forward(
-        ctx: Any, owner: Any, step: CompiledStep, arguments: list[Any], *leaves: Tensor
+        ctx: Any, call: TrainingCall, step: CompiledStep, arguments: list[Any], *leaves: Tensor
     ) -> Any:
-        results = owner.run_forward(step, arguments)
+        results = call.run_forward(step, arguments)
         # h and h.detach() are one value of the graph, but two outputs
-        kept = zip(results[: step.outputs], owner.differentiable, strict=True)
+        kept = zip(results[: step.outputs], call.differentiable, strict=True)
         outs = tuple([o if keep else o.detach() for o, keep in kept])
         saved = results[step.outputs :]
         ctx.save_for_backward(*[saved[i] for i in step.saved_tensors])
         ctx.sizes = [saved[i] for i in step.saved_sizes]
-        ctx.owner = owner
+        ctx.call = call
         ctx.step = step
         ctx.used = False
         ctx.set_materialize_grads(False)  # which outputs the loss uses shows in what is None
         ctx.outputs = [(o.shape, None if contiguous(o) else o.stride(), o.dtype, o.device)
                        for o in outs]  # fmt: skip
-        fixed = [o for o, keep in zip(outs, owner.differentiable, strict=True) if not keep]
+        fixed = [o for o, keep in zip(outs, call.differentiable, strict=True) if not keep]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
         return outs
@@ -65,20 +66,20 @@ class Step(torch.autograd.Function):
             inputs[i] = t
         for i, s in zip(step.saved_sizes, ctx.sizes, strict=True):
             inputs[i] = s
-        owner = ctx.owner
+        call: TrainingCall = ctx.call
         given = [
             (g, output)
-            for g, output, keep in zip(grads, ctx.outputs, owner.differentiable, strict=True)
+            for g, output, keep in zip(grads, ctx.outputs, call.differentiable, strict=True)
             if keep
         ]
         unused = frozenset(i for i, (g, _) in enumerate(given) if g is None)
         wanted = [_laid_out(g, *output) for g, output in given]
         for role, ref in step.late:
-            inputs.append(wanted[ref] if role == "cotangent" else owner.late_input(role, ref))
+            inputs.append(wanted[ref] if role == "cotangent" else call.late_input(role, ref))
         del tensors, wanted
         clear_saved_tensors(ctx)
-        results = owner.run_update(step, inputs)
-        found = owner.commit(step, results, unused)
+        results = call.run_update(step, inputs)
+        found = call.commit(step, results, unused)
         ctx.used = True
         return (None, None, None, *found)
 

@@ -16,33 +16,24 @@ from torch import Tensor, nn
 
 from grapefx import tree
 from grapefx.capture import Scope, flatten_call
-from grapefx.errors import (
-    BackwardError,
-    CaptureError,
-    InputError,
-    OptionError,
-    StateError,
-    tell,
-)
+from grapefx.errors import BackwardError, CaptureError, InputError, OptionError
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
-from grapefx.runtime import distributed, inplace, names
+from grapefx.runtime import inplace, names
+from grapefx.runtime.call import TrainingCall, autocast_off, kept_buffers
 from grapefx.runtime.captures import Captures
 from grapefx.runtime.function import DUAL, Step
-from grapefx.runtime.history import History, StepRecord
-from grapefx.runtime.noise import draw, seed_of
-from grapefx.runtime.owner import Owner, autocast_off, kept_buffers
-from grapefx.runtime.program import CompiledStep, Program
-from grapefx.runtime.schedule import CalibrationSchedule
-from grapefx.runtime.state import VERSION, FeedbackState, architecture, check_architecture
+from grapefx.runtime.history import StepRecord
+from grapefx.runtime.program import Program
+from grapefx.runtime.training_state import TrainingState
 from grapefx.torch_compat import dual, in_dual_level, transforming
+from grapefx.untraceable import Compiled
 
 if TYPE_CHECKING:
     from grapefx.report import Report
     from grapefx.report.training import TrainingReport
 
-_SAVED = {"version", "method", "architecture", "tensors", "schedule", "momentum", "skipped"}
 # what Python looks up on the class: len(net), net[0], for layer in net
 _CONTAINER = ("__len__", "__getitem__", "__iter__", "__contains__")
 _HOOKS = (
@@ -57,7 +48,7 @@ _SHARED = (
 )  # fmt: skip
 
 
-class FeedbackModule(nn.Module):
+class FeedbackModule(Compiled, nn.Module):
     """The result of ``grapefx.compile``.
 
     It shares parameters, buffers and children with the wrapped module, so ``state_dict()`` has the
@@ -65,6 +56,14 @@ class FeedbackModule(nn.Module):
     reachable through it. Where a name is grapefx's (``runtime.names``), ``original`` has the
     model's.
     """
+
+    _original: nn.Module
+    _method: Method
+    _options: Options
+    _state: TrainingState
+    _captures: Captures
+    _installed: bool
+    _begun: frozenset[str]
 
     def __new__(cls, model: nn.Module, *_: Any) -> FeedbackModule:
         """An instance whose ``forward`` has the signature of ``model``'s: trainers read it."""
@@ -78,24 +77,7 @@ class FeedbackModule(nn.Module):
         self.__dict__.update(
             _method=method,
             _options=options,
-            _feedback=FeedbackState(method, options.seed),
-            _schedule=CalibrationSchedule(
-                options.calib_every,
-                options.calib_unit,
-                options.calib_init
-                if options.calib_init is not None
-                else options.calib_every is not None,
-                options.steps_per_epoch,
-                options.calib_threshold,
-                options.calib_budget,
-            ),
-            _momentum={},
-            _metrics={},
-            _skipped=0,
-            _warned_skip=False,
-            _targets=None,
-            _generators={},
-            _history=History(),
+            _state=TrainingState(method, options),
             _installed=False,
         )
         self.__dict__["_captures"] = Captures(model, method, options, self._run)
@@ -193,23 +175,14 @@ class FeedbackModule(nn.Module):
             return None  # the copy of a model that was compiled in place is a plain model
         new = FeedbackModule(copy.deepcopy(self._original, memo), self._method, self._options)
         memo[id(self)] = new
-        new._restore(*copy.deepcopy((self._saved(), self._set_by_user()), memo))
+        new._restore(*copy.deepcopy((self._state.saved(), self._set_by_user()), memo))
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._installed:
             return type(None), ()
         own = (self._original, self._method, self._options)
-        return _rebuild, (*own, self._saved(), self._set_by_user())
-
-    def _saved(self) -> dict[str, Any]:
-        return {
-            "tensors": self._feedback.latest(),
-            "readings": self._feedback.latest_readings(),
-            "schedule": self._schedule.state(),
-            "momentum": self._momentum,
-            "skipped": self._skipped,
-        }
+        return _rebuild, (*own, self._state.saved(), self._set_by_user())
 
     def _set_by_user(self) -> dict[str, Any]:
         """Hooks on the net itself, and attributes that it did not begin with."""
@@ -218,10 +191,7 @@ class FeedbackModule(nn.Module):
 
     def _restore(self, saved: dict[str, Any], more: dict[str, Any]) -> None:
         self.__dict__.update(more)
-        self._feedback.tensors = dict(saved["tensors"])
-        self._feedback.readings = dict(saved["readings"])
-        self._schedule.load(saved["schedule"])
-        self.__dict__.update(_momentum=saved["momentum"], _skipped=saved["skipped"])
+        self._state.restore(saved)
 
     # training
 
@@ -240,7 +210,7 @@ class FeedbackModule(nn.Module):
         if in_dual_level() and dual(flatten_call(args, kwargs)[0], self._original_tensors()):
             raise BackwardError(DUAL)
         scope = Scope(self._original, args, kwargs, self._installed)
-        return self._captures.call(scope, self._feedback)
+        return self._captures.call(scope, self._state.feedback)
 
     def _original_tensors(self) -> Iterator[Any]:
         for module in tree.modules(self._original):
@@ -262,7 +232,7 @@ class FeedbackModule(nn.Module):
     def _train(self, program: Program, given: list[Any]) -> Any:
         plan = program.plan
         assert plan is not None
-        self._schedule.tell_once()
+        self._state.schedule.tell_once()
         kind = self._kind(plan)
         device = self._captures.device_type
         if kind == "calibration" and self._options.calib_update == "sgd":
@@ -270,77 +240,39 @@ class FeedbackModule(nn.Module):
         batch = program.batch(given)
         with autocast_off(device):
             step = program.step(kind, batch)
-        drawn: dict[int, Tensor] = {}
-        if step.noise or step.random:
-            drawn = self._noise(step, plan.rows(batch), program.sizes(given), given[0].device)
+        drawn = self._state.noise(step, plan.rows(batch), program.sizes(given), given[0].device)
         arguments = [given[ref] if role == "given" else drawn[ref] for role, ref in step.sources]
-        owner = Owner(self, program, kind == "calibration", batch, given)
+        call = TrainingCall(self._state, program, kind == "calibration", batch, given, device)
         with autocast_off(device):
-            return Step.apply(owner, step, arguments, *[given[k] for k in step.leaves])
+            return Step.apply(call, step, arguments, *[given[k] for k in step.leaves])
 
     def _kind(self, plan: Plan) -> str:
         kinds = plan.kinds()
         if kinds == ("calibration",):
             return "calibration"
-        if self._schedule.due():
+        if self._state.schedule.due():
             return "calibration"
-        step, options = self._schedule.step, self._options
+        step, options = self._state.schedule.step, self._options
         if "align" in kinds and (
             "update" not in kinds or step < options.align_warmup or step % options.align_every == 0
         ):
             return "align"
         return "update"
 
-    def _noise(
-        self, step: CompiledStep, rows: int, sizes: dict[Any, int], device: torch.device
-    ) -> dict[int, Tensor]:
-        options = self._options
-        generator = self._generators.get(device)
-        if generator is None:
-            generator = self._generators[device] = torch.Generator(device)
-        generator.manual_seed(seed_of(options.seed, distributed.rank(), self._schedule.step))
-        drawn: dict[int, Tensor] = {}
-        if step.noise:
-            shapes = [n.sized(rows, sizes) for n in step.noise]
-            tensors = draw(shapes, step.noise[0].dtype, device, generator, options.noise)
-            drawn = {n.index: t for n, t in zip(step.noise, tensors, strict=True)}
-        for r in step.random:
-            (drawn[r.index],) = draw([r.shape], r.dtype, device, generator, "gaussian")
-        return drawn
-
-    # after a step
-
-    def _read_flags(self) -> None:
-        flags = self._metrics.pop("unread", ())
-        for ok in torch.stack(flags).tolist() if flags else ():
-            self._note_finite(ok)
-
-    def _note_finite(self, ok: bool) -> None:
-        if ok:
-            return
-        self.__dict__["_skipped"] += 1
-        if not self._warned_skip:
-            self.__dict__["_warned_skip"] = True
-            tell(
-                "the output error or a tangent is not finite: the feedback maps keep their values "
-                "for this step (net.skipped_updates counts such steps)"
-            )
-
     # what users ask
 
     @property
     def skipped_updates(self) -> int:
         """Steps whose feedback update was skipped because a value was not finite."""
-        self._read_flags()
-        return self._skipped
+        return self._state.skipped
 
     def set_epoch(self, epoch: int) -> None:
         """Announce the epoch that begins (as ``DistributedSampler.set_epoch``).
 
         A model's own ``set_epoch`` is called as well.
         """
-        self._read_flags()
-        self._schedule.set_epoch(epoch)
+        self._state.read_flags()
+        self._state.schedule.set_epoch(epoch)
         own = getattr(self._original, "set_epoch", None)
         if callable(own) and not self._installed:
             own(epoch)  # in place, the model's own is where it was
@@ -351,75 +283,35 @@ class FeedbackModule(nn.Module):
         ``y``: class indices (N, ...) of an output (N, ..., C), negative where there is none, or one
         row of class probabilities each. They hold for one backward.
         """
-        self.__dict__["_targets"] = y.detach()
+        self._state.targets = y.detach()
 
     @contextlib.contextmanager
     def calibration(self) -> Iterator[None]:
         """Every training step inside is a calibration step."""
-        self._schedule.forced += 1
+        self._state.schedule.forced += 1
         try:
             yield
         finally:
-            self._schedule.forced -= 1
+            self._state.schedule.forced -= 1
 
     def alignment(self) -> dict[str, dict[str, float]]:
         """Last measured cosines by layer name.
 
-        ``cos_jacobian``: cos_F(B, J^) of the last aligned step (001 eq. 5). ``cos_gradient``: the
-        cosine between the feedback gradient and the true gradient of the layer's parameters at the
-        last calibration step. A key is absent while unknown.
+        ``cos_jacobian``: cos_F(B, J^) of the last aligned step (GrAPE 2026 eq. 5).
+        ``cos_gradient``: the cosine between the feedback gradient and the true gradient of the
+        layer's parameters at the last calibration step. A key is absent while unknown.
         """
-        self._read_flags()
-        out: dict[str, dict[str, float]] = {}
-        for name in ("cos_jacobian", "cos_gradient"):
-            if name not in self._metrics:
-                continue
-            values, layers = self._metrics[name]
-            for layer, v in zip(layers, values.tolist(), strict=True):
-                if v == v:
-                    out.setdefault(layer.name, {})[name] = v
-        return out
+        return self._state.alignment()
 
     def feedback_state_dict(self) -> dict[str, Any]:
         """The learning state: feedback maps, their optimizer, counters; beside ``state_dict``."""
-        saved = self._saved()
-        return {
-            "version": VERSION,
-            "method": self._method.name,
-            "architecture": architecture(self._original),
-            "seed": self._options.seed,
-            "tensors": {k: v.detach().clone() for k, v in saved["tensors"].items()},
-            "readings": saved["readings"],
-            "schedule": saved["schedule"],
-            "momentum": {k: v.clone() for k, v in self._momentum.items()},
-            "skipped": self.skipped_updates,
-        }
+        return self._state.state_dict(self._original)
 
     def load_feedback_state_dict(self, state: dict[str, Any]) -> None:
         """Take the learning state over; ``StateError``, and nothing changed, if it does not fit."""
-        if not isinstance(state, dict) or _SAVED - set(state):
-            raise StateError(
-                "this is not a feedback state dict (made by net.feedback_state_dict())"
-            )
-        if state["version"] != VERSION:
-            raise StateError(
-                f"feedback state version {state['version']}, this grapefx reads {VERSION}"
-            )
-        if state["method"] != self._method.name:
-            raise StateError(
-                f"the feedback state was learned by {state['method']!r}, this module uses "
-                f"{self._method.name!r}"
-            )
-        check_architecture(state["architecture"], self._original)
-        feedback = copy.copy(self._feedback)
-        feedback.load(state["tensors"], state.get("readings", {}))
+        feedback = self._state.checked(state, self._original)
         self._captures.ensure_states(feedback)
-        self._schedule.load(state["schedule"])
-        self.__dict__.update(
-            _feedback=feedback,
-            _momentum={k: v.clone() for k, v in state["momentum"].items()},
-            _skipped=state["skipped"],
-        )
+        self._state.load(state, feedback)
 
     def explain(self, **choices: Any) -> Report:
         """What was decided for this model and what it costs, as ``grapefx.inspect`` says it.
@@ -449,11 +341,11 @@ class FeedbackModule(nn.Module):
         as often.
         """
         if steps is None:
-            self._history.stop()
+            self._state.history.stop()
         elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"record(steps={steps!r}): a positive integer, or None to stop")
         else:
-            self._history.start(steps)
+            self._state.history.start(steps)
 
     @property
     def history(self) -> tuple[StepRecord, ...]:
@@ -461,12 +353,12 @@ class FeedbackModule(nn.Module):
 
         It belongs to this object: checkpoints and copies begin a new one.
         """
-        return self._history.records()
+        return self._state.history.records()
 
     @property
     def calibrations(self) -> int:
         """How many calibration steps there were, over checkpoints."""
-        return int(self._schedule.calibrations)
+        return self._state.schedule.calibrations
 
     def report(self) -> TrainingReport:
         """What happened in training: alignment over time, times, calibrations, memory, skips.
@@ -480,16 +372,17 @@ class FeedbackModule(nn.Module):
         from grapefx.report.training import training_report
 
         programs = self._captures.programs.values()
-        compiled = [s for p in programs for s in (*p.steps.values(), *p.forwards.values())]
+        compiled = [s.seconds for p in programs for s in p.steps.values()]
+        compiled += [f.seconds for p in programs for f in p.forwards.values()]
         return training_report(
             model=type(self._original).__name__,
             method=self._method.name,
-            steps=self._schedule.step,
-            epoch=self._schedule.epoch,
+            steps=self._state.schedule.step,
+            epoch=self._state.schedule.epoch,
             history=self.history,
             layers=[layer.name for layer in self.plan.layers] if self.plan is not None else [],
             calibration_count=self.calibrations,
-            compile_seconds=sum(s.seconds for s in compiled),
+            compile_seconds=sum(compiled),
             state=self.feedback,
             skipped=self.skipped_updates,
             explain=self.explain,
@@ -515,7 +408,7 @@ class FeedbackModule(nn.Module):
     @property
     def feedback(self) -> dict[str, Tensor]:
         """The feedback tensors by "layer/name" (read-only view of the present values)."""
-        return dict(self._feedback.latest())
+        return dict(self._state.feedback.latest())
 
 
 def _refuse_scaled(device: str) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from grapefx.runtime.module import FeedbackModule
 
 _PLAIN = frozenset(vars(nn.Module()))
 _STORES = ("_parameters", "_buffers", "_modules")
@@ -36,17 +33,19 @@ def public(wrapper: type[nn.Module]) -> frozenset[str]:
     ) - {"training"}
 
 
-def hidden(model: nn.Module, net: FeedbackModule) -> list[str]:
-    """Attributes of the model that ``net.name`` does not give, because grapefx or torch has one."""
-    wrapper = type(net).__mro__[1]
-    ours = [n for n in (*public(wrapper), *net._begun) if has(model, n)]
+def hidden(model: nn.Module, own: Iterable[str]) -> list[str]:
+    """Attributes of the model that ``net.name`` does not give, because grapefx or torch has one.
+
+    ``own``: the names of the compiled module.
+    """
+    ours = [n for n in own if has(model, n)]
     torchs = [n for n in vars(model) if n not in _PLAIN and hasattr(nn.Module, n)]
     return sorted({*ours, *torchs} - {"forward", "_compiled_call_impl"})
 
 
-def note(model: nn.Module, net: FeedbackModule) -> str:
+def note(model: nn.Module, own: Iterable[str]) -> str:
     """What to tell at ``compile`` about names that the model and the compiled module share."""
-    found = hidden(model, net)
+    found = hidden(model, own)
     both = "set_epoch" in found and callable(getattr(model, "set_epoch", None))
     lines = []
     if others := [n for n in found if not (both and n == "set_epoch")]:
@@ -78,8 +77,8 @@ def delegated(model: type[nn.Module], wrapper: type[nn.Module]) -> dict[str, Any
 
 def _on_original(method: Callable[..., Any]) -> Any:
     @functools.wraps(method)
-    def call(self: FeedbackModule, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self._original, method.__name__)(*args, **kwargs)
-        return self if result is self._original else result
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.original, method.__name__)(*args, **kwargs)
+        return self if result is self.original else result
 
     return call

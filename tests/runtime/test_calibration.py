@@ -96,7 +96,7 @@ def test_refit_variants() -> None:
         if refit == "feedback":  # the refitted maps already made this step's update
             again = compiled(make("mlp")[0], "dfa", calib_every=None)
             again(*args)
-            again._feedback.tensors = after
+            again._state.feedback.tensors = after
             train_step(again, args)
             for k, v in gradients(again).items():
                 torch.testing.assert_close(v, found[k])
@@ -219,11 +219,11 @@ def test_auto_reads_the_cosine_and_resumes() -> None:
         )
         for _ in range(3):  # calibrates at steps 0 and 2
             train_step(net, args)
-        assert net._schedule.calibrations == 2
-        assert net._schedule.gap == gap
+        assert net._state.schedule.calibrations == 2
+        assert net._state.schedule.gap == gap
         again = compiled(make("mlp")[0], "dfa", calib_every="auto", calib_budget=0.5)
         again.load_feedback_state_dict(net.feedback_state_dict())
-        assert again._schedule.gap == gap
+        assert again._state.schedule.gap == gap
 
 
 def test_warmup_moves_only_the_maps() -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grapefx.errors import MethodError
-from grapefx.runtime import owner as owner_module
+from grapefx.runtime import call as call_module
 from grapefx.runtime.function import Step
 from grapefx.runtime.module import FeedbackModule
+from grapefx.runtime.training_state import TrainingState
 from tests.zoo import compiled, eager_twin, loss_of, make, train_step
 
 ERRORS = (KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError)
@@ -197,17 +198,22 @@ def test_ctrl_c_before_every_line_of_the_commit(options: dict[str, Any]) -> None
     """All that a step changes is changed, or nothing is."""
     net, _, args = trained("mlp", **options)
     weights = {k: v.clone() for k, v in net.state_dict().items()}
-    learned, metrics = net.feedback_state_dict(), net._metrics
+    learned, metrics = net.feedback_state_dict(), net._state.metrics
 
     def rewind() -> dict[str, Any]:
         net.load_state_dict(weights)
         net.load_feedback_state_dict(learned)
-        net.__dict__["_metrics"] = metrics
+        net._state.metrics = metrics
         return everything(net)
 
     train_step(net, args)
     finished = everything(net)
-    for function in (Step.backward, owner_module.Owner.commit, owner_module.Owner._finish):
+    for function in (
+        Step.backward,
+        call_module.TrainingCall.commit,
+        call_module.TrainingCall._finish,
+        TrainingState.commit,
+    ):
         outcomes = set()
         for line in lines(function):
             before = rewind()

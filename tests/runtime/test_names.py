@@ -73,7 +73,7 @@ def with_attribute(name: str, how: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("how", ["instance", "buffer", "child", "method"])
-@pytest.mark.parametrize("name", [*OURS, "_schedule", "_original", "_feedback"])
+@pytest.mark.parametrize("name", [*OURS, "_state", "_original", "_captures"])
 def test_collisions_are_said_and_both_can_be_reached(name: str, how: str) -> None:
     model = with_attribute(name, how)
     with pytest.warns(GrapefxWarning, match=f"{name}") as said:
@@ -117,7 +117,7 @@ def test_a_models_own_set_epoch_is_called_too() -> None:
         net = grapefx.compile(model, method="dfa", backend="eager")
     assert "hidden" not in str(said[0].message)
     net.set_epoch(2)
-    assert model.epochs == [2] and net._schedule.epoch == 2
+    assert model.epochs == [2] and net._state.schedule.epoch == 2
     x = torch.randn(6, 4)
     torch.testing.assert_close(net(x), model(x))
 
@@ -126,7 +126,7 @@ def test_in_place_each_has_its_own() -> None:
     model = grapefx.compile(Curriculum(), method="dfa", backend="eager", inplace=True)
     model.set_epoch(1)
     model.grapefx.set_epoch(2)
-    assert model.epochs == [1] and model.grapefx._schedule.epoch == 2
+    assert model.epochs == [1] and model.grapefx._state.schedule.epoch == 2
 
 
 def test_methods_of_torch_that_a_model_redefines() -> None:

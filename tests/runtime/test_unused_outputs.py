@@ -78,7 +78,7 @@ def test_a_calibration_that_is_not_finite_is_done_again() -> None:
     for factor, done in ((float("inf"), 0), (float("inf"), 0), (1.0, 1), (1.0, 1)):
         a, b = net(x)
         ((a.sum() + b.sum()) * factor).backward()
-        assert net._schedule.calibrations == done
+        assert net._state.schedule.calibrations == done
     fitted = net.feedback_state_dict()["tensors"]
     assert start and any(not torch.equal(v, fitted[k]) for k, v in start.items())
 
@@ -108,18 +108,18 @@ def test_the_gradient_passes_a_frozen_model_exactly(method: str) -> None:
     twin = eager_twin(model)
     net = compiled(model, method)
     train_step(net, (x,))
-    calls, plan = net._schedule.step, net.plan
+    calls, plan = net._state.schedule.step, net.plan
     for m in (model, twin):
         m.requires_grad_(False)
     given = [x.clone().requires_grad_() for _ in range(2)]
     for m, z in zip((net, twin), given, strict=True):
         loss_of(m(z)).backward()
     torch.testing.assert_close(given[0].grad, given[1].grad)
-    assert (net._schedule.step, net.plan) == (calls, plan)
+    assert (net._state.schedule.step, net.plan) == (calls, plan)
     assert not net(x).requires_grad
     model.requires_grad_()
     train_step(net, (x,))
-    assert net._schedule.step == calls + 1
+    assert net._state.schedule.step == calls + 1
 
 
 @pytest.mark.parametrize("method", ["bp", "dfa", "grape", "fg-a"])
@@ -167,7 +167,7 @@ def test_an_output_layer_that_starts_at_zero(method: str) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
-        assert net._schedule.calibrations == min(step, 1)
+        assert net._state.schedule.calibrations == min(step, 1)
         sizes = [t.norm(dim=0).min() for k, t in net.feedback.items() if k.endswith("/B")]
         assert min(sizes) > 1e-6 or method in ("dkp", "fdfa")  # which start at 0
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())  # type: ignore[union-attr]

@@ -64,7 +64,7 @@ def test_whole_epochs_of_bp(small: Path) -> None:
     counts = []
     for _ in range(4):
         trainer.train_epoch()
-        schedule = trainer.net._schedule
+        schedule = trainer.net._state.schedule
         counts.append((schedule.calibrations, schedule.step))
     assert counts == [(0, 4), (4, 12), (4, 16), (8, 24)]
 

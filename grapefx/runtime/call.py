@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
-import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +15,7 @@ from grapefx.errors import InputError
 from grapefx.runtime import distributed
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.targets import one_hot
-from grapefx.torch_compat import subtraction
-
-if TYPE_CHECKING:
-    from grapefx.runtime.module import FeedbackModule
+from grapefx.runtime.training_state import TrainingState
 
 _NOTHING: Callable[[], Any] = contextlib.nullcontext
 
@@ -47,33 +42,38 @@ def kept_buffers(program: Program, given: list[Any]) -> Iterator[None]:
         raise
 
 
-class Owner:
-    """What one training call leaves for its backward: the runtime and the program's wiring."""
+class TrainingCall:
+    """One training call: what its forward leaves for its backward, and how that is committed.
+
+    ``differentiable``: which outputs of the model carry a gradient.
+    """
 
     __slots__ = (
         "batch",
         "calibration",
+        "device",
         "differentiable",
         "given",
         "layers",
-        "module",
         "plan",
         "program",
         "seconds",
+        "state",
         "took_targets",
         "weights",
     )
 
     def __init__(
         self,
-        module: FeedbackModule,
+        state: TrainingState,
         program: Program,
         calibration: bool,
         batch: int,
         given: list[Any],
+        device: str,
     ) -> None:
         assert program.plan is not None
-        self.module = module
+        self.state = state
         self.plan = program.plan
         self.differentiable = program.plan.differentiable
         self.layers = program.plan.layers
@@ -81,25 +81,25 @@ class Owner:
         self.batch = batch
         self.given: list[Any] | None = given  # the graph's inputs, until the forward has run
         self.program = program
+        self.device = device
         self.took_targets = False
         self.seconds: dict[str, float] = {}  # by graph, while steps are recorded
         self.weights: dict[str, Tensor] = {}  # for a calibration that takes its own step
-        if calibration and module._options.calib_update == "sgd":
+        if calibration and state.options.calib_update == "sgd":
             self.weights = {n: given[k] for (r, n), k in program.places.items() if r == "parameter"}
 
     def late_input(self, role: str, name: str) -> Tensor:
         """A feedback tensor as it is now, or the class targets of this step."""
         if role == "target":
             self.took_targets = True
-            return one_hot(self.module._targets, self.plan, self.batch)
-        return self.module._feedback.tensors[self.program.renamed.get(name, name)]
+            return one_hot(self.state.targets, self.plan, self.batch)
+        return self.state.feedback.tensors[self.program.renamed.get(name, name)]
 
     def run_forward(self, step: CompiledStep, arguments: list[Any]) -> Any:
         """The forward graph; buffers that it writes are as before if it fails."""
         given, self.given = self.given, None
         assert given is not None
-        module = self.module
-        timed = module._history.timed(self.seconds, "forward", module._captures.device_type)
+        timed = self.state.history.timed(self.seconds, "forward", self.device)
         with kept_buffers(self.program, given), timed:
             try:
                 return step.forward(arguments)
@@ -113,9 +113,8 @@ class Owner:
 
     def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
         """The update graph, with autocast off: the graph holds its own casts."""
-        device = self.module._captures.device_type
-        timed = self.module._history.timed(self.seconds, "update", device)
-        with autocast_off(device), timed:
+        timed = self.state.history.timed(self.seconds, "update", self.device)
+        with autocast_off(self.device), timed:
             return step.update(inputs)
 
     def commit(self, step: CompiledStep, results: Any, unused: frozenset[int]) -> list[Any]:
@@ -124,7 +123,7 @@ class Owner:
         ``unused``: the cotangents that the loss did not give. What depends on no other one has no
         gradient, as in eager mode.
         """
-        module = self.module
+        state = self.state
         renamed = self.program.renamed
         gradients: dict[tuple[str, str], Any] = {}
         learned: dict[str, Tensor] = {}
@@ -143,12 +142,12 @@ class Owner:
         if not any(role == "gradient" for role, _ in step.gradients):
             return found  # all is frozen: not a step of training
         if (learned or metrics) and distributed.parallel():
-            refits = self.calibration and module._method.refits
+            refits = self.calibration and state.method.refits
             learned, metrics = distributed.agree(
-                learned, module._feedback.tensors, metrics, module._method if refits else None
+                learned, state.feedback.tensors, metrics, state.method if refits else None
             )
-        exact = self.calibration and module._options.calib_refit != "feedback"
-        if not exact and module._schedule.step < module._options.align_warmup:
+        exact = self.calibration and state.options.calib_refit != "feedback"
+        if not exact and state.schedule.step < state.options.align_warmup:
             # zeros, not None: DistributedDataParallel and GradScaler wait for a gradient
             found = [
                 torch.zeros_like(g) if role == "gradient" and g is not None else g
@@ -164,52 +163,40 @@ class Owner:
         found: list[Any],
     ) -> list[Any]:
         """Everything that a step changes, in one assignment: an interrupt finds all or nothing."""
-        module, options = self.module, self.module._options
-        new = {**module._metrics, **{k: (v, self.layers) for k, v in metrics.items()}}
+        state, options = self.state, self.state.options
+        measured = {**state.metrics, **{k: (v, self.layers) for k, v in metrics.items()}}
+        finite = measured.pop("finite", (None,))[0]
         cosine = math.nan
-        if self.calibration and options.calib_every == "auto" and "cos_gradient" in new:
-            cosine = float(new["cos_gradient"][0].nanmean())
-        ok = True
-        flag = new.pop("finite", (None,))[0]
-        if flag is not None and flag.device.type == "cpu":
-            ok = bool(flag)
-        elif flag is not None:
-            # reading a flag on an accelerator would wait for it: it is read with the metrics
-            new["unread"] = (*new.get("unread", ()), flag)
-        schedule = copy.copy(module._schedule)
+        if self.calibration and options.calib_every == "auto" and "cos_gradient" in measured:
+            cosine = float(measured["cos_gradient"][0].nanmean())
         # one that fitted nothing (not finite, no gradient yet): the next step tries again
-        schedule.done(self.calibration and ok and self._fitted(step, learned, found), cosine)
-        state: dict[str, Any] = {"_schedule": schedule, "_metrics": new}
+        ok = finite is None or finite.device.type != "cpu" or bool(finite)
+        schedule = copy.copy(state.schedule)
+        schedule.done(self.calibration and ok and self._fitted(learned, step, found), cosine)
+        changes: dict[str, Any] = {"schedule": schedule, "metrics": measured}
         if learned:
-            state["_feedback"] = module._feedback.having(learned)
+            changes["feedback"] = state.feedback.having(learned)
         if self.took_targets:
-            state["_targets"] = None  # used up: old targets never train a new batch
+            changes["targets"] = None  # used up: old targets never train a new batch
+        weights: list[Tensor] = []
+        momenta: dict[str, Tensor] = {}
         if self.calibration and options.calib_update == "sgd":
             weights, momenta, found = self._own_sgd(step, found)
-            state["_momentum"] = {**module._momentum, **momenta}
-            write = subtraction(weights, list(momenta.values()), 0.01)
-            take = functools.partial(module.__dict__.update, state)
-            with torch.no_grad():
-                # called from C: Python looks for signals between its own instructions only
-                list(map(operator.call, (write, take)))  # type: ignore[arg-type]
-        else:
-            module.__dict__.update(state)
+            changes["momentum"] = {**state.momentum, **momenta}
+        state.commit(changes, finite, weights, list(momenta.values()))
         was = schedule.step - 1
-        module._history.note(was, schedule.epoch, step.kind, self.layers, metrics, self.seconds)
-        module._note_finite(ok)
-        if len(new.get("unread", ())) >= 256:
-            module._read_flags()
+        state.history.note(was, schedule.epoch, step.kind, self.layers, metrics, self.seconds)
         return found
 
-    def _fitted(self, step: CompiledStep, learned: dict[str, Tensor], found: list[Any]) -> bool:
+    def _fitted(self, learned: dict[str, Tensor], step: CompiledStep, found: list[Any]) -> bool:
         """Whether a calibration had a true gradient to fit maps to: it moved one, or found none
         to move (the same batch and weights again).
         """
-        old = self.module._feedback.tensors
+        old = self.state.feedback.tensors
         if not learned or any(not torch.equal(t, old[k]) for k, t in learned.items()):
             return True
         behind = {p for layer in self.layers for p in layer.parameters}
-        exact = self.module._options.calib_refit != "feedback"
+        exact = self.state.options.calib_refit != "feedback"
         return exact and any(
             g is not None and name in behind and bool(g.any())
             for (_, name), g in zip(step.gradients, found, strict=True)
@@ -218,7 +205,7 @@ class Owner:
     def _own_sgd(
         self, step: CompiledStep, found: list[Any]
     ) -> tuple[list[Tensor], dict[str, Tensor], list[Any]]:
-        """001 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None.
+        """GrAPE 2026 appendix E: calibration by its own SGD(0.01, momentum 0.9), leaving grad None.
 
         Returns the weights, their new momenta, and what is left of ``found``.
         """
@@ -233,7 +220,7 @@ class Owner:
         weights, momenta = [], {}
         for k, grad in zip(own, grads, strict=True):
             name = step.gradients[k][1]
-            old = self.module._momentum.get(name)
+            old = self.state.momentum.get(name)
             momenta[name] = grad.clone() if old is None else old * 0.9 + grad
             weights.append(self.weights[name])
         return weights, momenta, [None if k in own else g for k, g in enumerate(found)]
