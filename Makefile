@@ -26,12 +26,12 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "grapefx needs Python >= 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'
+	$(BIN)/python -m pip install $(2) --disable-pip-version-check -e '.[$(1)]'
 	@touch $@
 endef
 
 $(STAMP): pyproject.toml
-	$(call install,dev)
+	$(call install,dev,--quiet)
 
 $(DEMO): pyproject.toml
 	@echo "installing what the demo needs into .venv: torch is large, this takes a minute or two"
