@@ -2,14 +2,14 @@
 
 A method says how the output error e becomes the gradient at each feedback point and how its
 feedback maps learn. Papers are cited as GrAPE 2026 (Caillon et al., ICLR 2026), GrAPE 2024 (its
-earlier submission; "review" is the public discussion of that) and FDFA 2024 (Bacho and Chu 2024);
-docs/method.md calls them 001, 002, 004 and 003.
+earlier submission; "review" is the public discussion of that) and FDFA 2024 (Bacho and Chu 2024).
 """
 
 from __future__ import annotations
 
 from grapefx.methods.base import MECHANISMS, READS, Method, Rows, State
 from grapefx.methods.bp import BP
+from grapefx.methods.builtin import BUILTIN
 from grapefx.methods.dfa import DFA
 from grapefx.methods.dkp import DKP
 from grapefx.methods.drtp import DRTP
@@ -24,18 +24,25 @@ from grapefx.methods.pepita import PEPITA
 from grapefx.methods.registry import find, get_method, names, option_names, preset_options
 from grapefx.methods.sign_symmetric import BRSF, FRSF, USF
 
-_ALL: tuple[type[Method], ...] = (
-    *(BP, FA, USF, BRSF, FRSF),
-    *(DFA, DRTP, PEPITA, DKP, FDFA),
-    *(FGW, FGA, LGFGA),
-    *(GrAPE, GrAPE2024),
-)
-BUILTIN: dict[str, type[Method]] = {m.name: m for m in _ALL}
-
 __all__ = [
+    "BP",
+    "BRSF",
     "BUILTIN",
+    "DFA",
+    "DKP",
+    "DRTP",
+    "FA",
+    "FDFA",
+    "FGA",
+    "FGW",
+    "FRSF",
+    "LGFGA",
     "MECHANISMS",
+    "PEPITA",
     "READS",
+    "USF",
+    "GrAPE",
+    "GrAPE2024",
     "Method",
     "Rows",
     "State",

@@ -167,13 +167,6 @@ class Method:
         return {**state, "B": fitted}
 
 
-def option_names(method: Any) -> frozenset[str]:
-    """The option names of a method given by name (none for an instance or an unknown name)."""
-    from grapefx.methods.registry import option_names as names
-
-    return names(method)
-
-
 def choose(name: str, value: str, valid: tuple[str, ...]) -> None:
     """Refuse an option's value that is not one of the valid ones."""
     if value not in valid:
@@ -213,7 +206,6 @@ __all__ = [
     "choose",
     "he_bound",
     "he_uniform",
-    "option_names",
     "positive",
     "unit_columns",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from grapefx.errors import MethodError, OptionError, nearest
 from grapefx.methods.base import MECHANISMS, READS, Method
+from grapefx.methods.builtin import BUILTIN
 
 GROUP = "grapefx.methods"
 PRESETS = ("recommended", "paper")
@@ -25,8 +26,6 @@ def _registered() -> dict[str, importlib.metadata.EntryPoint]:
 
 def names() -> list[str]:
     """Every known method name, built-in ones first."""
-    from grapefx.methods import BUILTIN
-
     return [*BUILTIN, *sorted(set(_registered()) - set(BUILTIN))]
 
 
@@ -36,8 +35,6 @@ def find(name: str) -> type[Method]:
     Raises ``OptionError`` for an unknown name, naming the nearest one, and ``MethodError`` for an
     entry point that cannot be loaded or is no method.
     """
-    from grapefx.methods import BUILTIN
-
     if name in BUILTIN:
         return BUILTIN[name]
     entry = _registered().get(name)

@@ -106,6 +106,25 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def _add_step_options(s: Any) -> None:
+    for name, more in STEP_OPTIONS.items():
+        field = OPTIONS[name]
+        meaning = field.metadata["meaning"].replace("``", "").replace("%", "%%")
+        s.add_argument(
+            "--" + name.replace("_", "-"), **{"default": field.default, "help": meaning, **more}
+        )
+
+
+def _add_report_options(o: Any) -> None:
+    o.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="text by default, or what -o ends in; dot, svg and png draw the graph of the last "
+        "method asked for",
+    )
+    o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
+
+
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="grapefx-inspect",
@@ -145,12 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=names(),
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
-    for name, more in STEP_OPTIONS.items():
-        field = OPTIONS[name]
-        meaning = field.metadata["meaning"].replace("``", "").replace("%", "%%")
-        s.add_argument(
-            "--" + name.replace("_", "-"), **{"default": field.default, "help": meaning, **more}
-        )
+    _add_step_options(s)
     d = p.add_argument_group("the machine")
     d.add_argument(
         "--device-model",
@@ -165,14 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,4,8,inf",
         help="numbers of workers to schedule for",
     )
-    o = p.add_argument_group("the report")
-    o.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="text by default, or what -o ends in; dot, svg and png draw the graph of the last "
-        "method asked for",
-    )
-    o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
+    _add_report_options(p.add_argument_group("the report"))
     return p
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,19 +13,16 @@ from grapefx.errors import OptionError
 from grapefx.runtime.hooks import BACKWARD, FORWARD
 from grapefx.torch_compat import global_hooks, plain_call, set_call
 
-if TYPE_CHECKING:
-    from grapefx.runtime.module import FeedbackModule
-
 NAME = "grapefx"
 
 
-def installed(model: nn.Module) -> FeedbackModule | None:
+def installed(model: nn.Module) -> Any:
     """The net that ``model`` trains through, if it was compiled in place."""
     net = model.__dict__.get(NAME)
     return net if getattr(net, "_installed", False) is True else None
 
 
-def install(model: nn.Module, net: FeedbackModule) -> None:
+def install(model: nn.Module, net: Any) -> None:
     """From now on ``model(x)`` is a training step of ``net`` when gradients are enabled."""
     if hasattr(model, NAME) and model.__dict__.get(NAME, model) is not None:
         raise OptionError(f"the model has an attribute {NAME!r} already; inplace=True needs it")
@@ -80,7 +77,7 @@ def uninstall(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _forward_of(model: nn.Module, net: FeedbackModule) -> Iterator[None]:
+def _forward_of(model: nn.Module, net: Any) -> Iterator[None]:
     """The model's own hooks run around the net: torch runs them around ``self.forward``."""
     held = model.__dict__.get("forward", ...)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from grapefx.capture import Capture
 from grapefx.errors import tell
@@ -282,6 +283,39 @@ def _source(step: StepGraph, index: int, places: Places) -> tuple[str, int]:
     return ("given", places[slot.role, slot.name])
 
 
+def _drawn(step: StepGraph) -> tuple[tuple[NoiseInput, ...], tuple[RandomInput, ...]]:
+    """The inputs that are drawn, used or not: the stream of draws does not depend on dead code."""
+    noise, random = [], []
+    for i, (slot, node) in enumerate(zip(step.inputs, step.placeholders(), strict=True)):
+        if slot.role == "noise":
+            noise.append(_noise_input(node, i))
+        elif slot.role == "random":
+            val = node.meta["val"]
+            random.append(RandomInput(i, tuple(val.shape), val.dtype))
+    return tuple(noise), tuple(random)
+
+
+def _noise_input(node: Node, index: int) -> NoiseInput:
+    dim, outer, inner = node.meta[meta.FOLD]
+    val = node.meta["val"]
+    shape = tuple(
+        0 if d == dim else s if isinstance(s, int) else batch_symbol(s)
+        for d, s in enumerate(val.shape)
+    )
+    return NoiseInput(index, dim, outer * inner, shape, val.dtype)
+
+
+def _late(step: StepGraph, late_inputs: Sequence[int]) -> tuple[tuple[str, Any], ...]:
+    """Where the late inputs of the update come from, as ``CompiledStep.late``."""
+    cotangents = [i for i, s in enumerate(step.inputs) if s.role == "cotangent"]
+    return tuple(
+        ("cotangent", cotangents.index(i))
+        if step.inputs[i].role == "cotangent"
+        else (step.inputs[i].role, step.inputs[i].name)
+        for i in late_inputs
+    )
+
+
 def compile_step(
     step: StepGraph,
     kind: str,
@@ -299,19 +333,7 @@ def compile_step(
     if places is None:
         places = {(s.role, s.name): i for i, s in enumerate(step.inputs)}
     start = time.perf_counter()
-    placeholders = step.placeholders()
-    # every noise input is drawn, used or not: the stream of draws does not depend on dead code
-    noise = tuple(
-        _noise_input(step, i, placeholders[i].meta["val"])
-        for i, s in enumerate(step.inputs)
-        if s.role == "noise"
-    )
-    random = tuple(
-        RandomInput(i, tuple(val.shape), val.dtype)
-        for i, s in enumerate(step.inputs)
-        if s.role == "random" and (val := placeholders[i].meta["val"]) is not None
-    )
-    needs = cotangents_of(step)
+    noise, random = _drawn(step)
     gradients = [s for s in step.outputs if s.role in ("gradient", "input_gradient")]
     runs: list[PassRun] = []
     parts, tail = divide(step, kind, backend, LowerContext(sizes, options), runs)
@@ -319,13 +341,6 @@ def compile_step(
     saved = [n.meta["val"] for n in parts.update.graph.nodes if n.op == "placeholder"][
         : parts.saved
     ]
-    cotangents = [i for i, s in enumerate(step.inputs) if s.role == "cotangent"]
-    late = tuple(
-        ("cotangent", cotangents.index(i))
-        if step.inputs[i].role == "cotangent"
-        else (step.inputs[i].role, step.inputs[i].name)
-        for i in parts.late_inputs
-    )
     device = _device_of(step)
     forms = forms_of(parallel, device, fixed=sizes is not None)
     forward, strides = lower_saving(parts, kind, backend, options, runs)
@@ -355,13 +370,13 @@ def compile_step(
         outputs=len(parts.forward_outputs),
         saved_tensors=tuple(i for i, v in enumerate(saved) if isinstance(v, Tensor)),
         saved_sizes=tuple(i for i, v in enumerate(saved) if not isinstance(v, Tensor)),
-        late=late,
+        late=_late(step, parts.late_inputs),
         results=tuple(results),
         gradients=tuple((s.role, s.name) for s in gradients),
         leaves=tuple(
             places["parameter" if s.role == "gradient" else "input", s.name] for s in gradients
         ),
-        needs=needs,
+        needs=cotangents_of(step),
         seconds=time.perf_counter() - start,
         passes=tuple(runs),
     )
@@ -392,16 +407,6 @@ def _followed(update: Compiled, tail: Tail) -> Compiled:
 def _device_of(step: StepGraph) -> str:
     vals = (n.meta["val"] for n in step.placeholders())
     return next(v.device.type for v in vals if isinstance(v, Tensor))
-
-
-def _noise_input(step: StepGraph, index: int, val: Tensor) -> NoiseInput:
-    layer = step.placeholders()[index].meta[meta.FOLD]
-    dim, outer, inner = layer
-    shape = tuple(
-        0 if d == dim else s if isinstance(s, int) else batch_symbol(s)
-        for d, s in enumerate(val.shape)
-    )
-    return NoiseInput(index, dim, outer * inner, shape, val.dtype)
 
 
 def _unbound(scope: Any) -> Any:

@@ -15,7 +15,7 @@ class CalibrationSchedule:
 
     A step counts when its backward has finished, so a forward alone changes nothing. In units of
     epochs the first step of every ``every``-th epoch calibrates; a shuffled loader makes it a
-    uniform draw (001 section 3.4). ``at_start`` adds step 0.
+    uniform draw (GrAPE 2026 section 3.4). ``at_start`` adds step 0.
 
     ``every="auto"``: a calibration that finds the mean cosine of the gradients under ``threshold``
     halves the gap to the next one, any other doubles it; no gap is under 1 / ``budget`` steps.

@@ -25,6 +25,7 @@ from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import aliases, writes
 from grapefx.passes.place.placement import Placement
 from grapefx.torch_compat import (
+    FakeTensorMode,
     batch_symbol,
     fake_tensor,
     functionalized,
@@ -128,29 +129,7 @@ def trace_joint(
     symbols of the trace's own. ``trainable``: names of the parameters that get a gradient.
     """
     mode = new_fake_mode()
-    fakes: list[Any] = []
-    wanted: list[int] = []
-    shared: dict[int, Any] = {}
-    for k, (slot, node, real) in enumerate(
-        zip(cap.inputs, cap.placeholders(), examples, strict=True)
-    ):
-        if slot.role == "input":
-            sizes = node.meta["val"].shape
-            dynamic = [d for d, s in enumerate(sizes) if batch_symbol(s) is not None]
-            fake = fake_tensor(mode, real.detach(), dynamic)
-            if real.requires_grad:
-                fake.requires_grad_()
-                wanted.append(k)
-        else:
-            if id(real) in shared:  # tied weights: one leaf, gradients add up
-                fakes.append(shared[id(real)])
-                continue
-            fake = fake_tensor(mode, real.detach())
-            if slot.role == "parameter" and slot.name in trainable:
-                fake.requires_grad_()
-                wanted.append(k)
-            shared[id(real)] = fake
-        fakes.append(fake)
+    fakes, wanted = _fakes(mode, cap, examples, trainable)
     unique = list(dict.fromkeys(fakes))
     where = {f: i for i, f in enumerate(unique)}
 
@@ -207,6 +186,36 @@ def trace_joint(
             gm = make_fx(functionalized(joint), tracing_mode="real")(unique, cotangents)
             step = _finish(gm, cap, fakes, unique, wanted, differentiable)
     return step
+
+
+def _fakes(
+    mode: FakeTensorMode, cap: Captured, examples: Sequence[torch.Tensor], trainable: set[str]
+) -> tuple[list[Any], list[int]]:
+    """A fake tensor for each input, one for tied weights; and the inputs that want a gradient."""
+    fakes: list[Any] = []
+    wanted: list[int] = []
+    shared: dict[int, Any] = {}
+    for k, (slot, node, real) in enumerate(
+        zip(cap.inputs, cap.placeholders(), examples, strict=True)
+    ):
+        if slot.role == "input":
+            sizes = node.meta["val"].shape
+            dynamic = [d for d, s in enumerate(sizes) if batch_symbol(s) is not None]
+            fake = fake_tensor(mode, real.detach(), dynamic)
+            if real.requires_grad:
+                fake.requires_grad_()
+                wanted.append(k)
+        else:
+            if id(real) in shared:  # tied weights: one leaf, gradients add up
+                fakes.append(shared[id(real)])
+                continue
+            fake = fake_tensor(mode, real.detach())
+            if slot.role == "parameter" and slot.name in trainable:
+                fake.requires_grad_()
+                wanted.append(k)
+            shared[id(real)] = fake
+        fakes.append(fake)
+    return fakes, wanted
 
 
 def _finish(

@@ -11,7 +11,7 @@ from torch.fx import Node
 from grapefx.ir import Layer, StepGraph
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.order import ancestors, descendants
-from grapefx.passes.place.blocks import module_path
+from grapefx.passes.graph.source import module_path
 
 HEAD = "head"
 

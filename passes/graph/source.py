@@ -19,6 +19,18 @@ def quoted(node: Node) -> str:
     return "".join(f"\n  {line}" for line in _frame(node) if line)
 
 
+def module_path(node: Node) -> list[tuple[str, str]]:
+    """The modules around a node, outermost first: (path, class name)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    out = []
+    for path, cls in stack.values():
+        name = cls if isinstance(cls, str) else cls.__qualname__
+        path = path.removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
+        if path:
+            out.append((path, name.rsplit(".", 1)[-1]))
+    return out
+
+
 def _frame(node: Node) -> tuple[str, str]:
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
     starts = [i for i, line in enumerate(lines) if line.startswith("File ")]
@@ -43,4 +55,4 @@ def _module(node: Node) -> str:
     return f"in the module {path!r} ({getattr(cls, '__name__', cls)})"
 
 
-__all__ = ["quoted", "source_of"]
+__all__ = ["module_path", "quoted", "source_of"]

@@ -5,24 +5,10 @@ In: the segments of a sweep (see ``passes.sweep``). Out: the ones to keep.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch.fx import Node
 
-if TYPE_CHECKING:
-    from grapefx.passes.place.sweep import Segment, Sweep
-
-
-def module_path(node: Node) -> list[tuple[str, str]]:
-    """The modules around a node, outermost first: (path, class name)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    out = []
-    for path, cls in stack.values():
-        name = cls if isinstance(cls, str) else cls.__qualname__
-        path = path.removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
-        if path:
-            out.append((path, name.rsplit(".", 1)[-1]))
-    return out
+from grapefx.passes.graph.source import module_path
+from grapefx.passes.place.sweep import Segment, Sweep
 
 
 def blocks(segments: list[Segment], sweep: Sweep, taps: list[Node]) -> list[Segment]:

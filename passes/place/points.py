@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
 from grapefx.errors import OptionError, PlacementError, nearest
-from grapefx.passes.place.blocks import module_path
-
-if TYPE_CHECKING:
-    from grapefx.passes.place.sweep import Sweep
+from grapefx.passes.graph.source import module_path
+from grapefx.passes.place.sweep import Sweep
 
 Choice = str | type[nn.Module] | Callable[[Node], bool]
 
