@@ -8,8 +8,14 @@ from typing import Any
 
 from grapefx.errors import InputError
 from grapefx.report.records import ReportData
-from grapefx.report.training_records import PARTS, Curve, Found, Memory, TrainingData
-from grapefx.runtime.history import StepRecord
+from grapefx.report.training_records import (
+    PARTS,
+    Curve,
+    Found,
+    Memory,
+    StepRecord,
+    TrainingData,
+)
 
 
 @dataclass(frozen=True)

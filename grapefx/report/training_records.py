@@ -25,6 +25,30 @@ PARTS = {
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """One completed training step.
+
+    Attributes:
+        step: its number, counted from 0 over checkpoints.
+        epoch: as announced by ``set_epoch``; None where none was.
+        kind: "update", "align" or "calibration".
+        cosines: "cos_jacobian" and "cos_gradient" of ``net.alignment()``, each by layer, as far as
+            this step measured them.
+        finite: whether the feedback maps could learn from it.
+        seconds: of the "forward" and the "update" graph; empty unless it was recorded.
+        at: ``time.perf_counter()`` at its end.
+    """
+
+    step: int
+    epoch: int | None
+    kind: str
+    cosines: dict[str, dict[str, float]]
+    finite: bool
+    seconds: dict[str, float]
+    at: float
+
+
+@dataclass(frozen=True)
 class Curve:
     """One cosine of one layer: pairs of step and value."""
 

@@ -24,7 +24,6 @@ from grapefx.runtime import inplace, names
 from grapefx.runtime.call import TrainingCall, autocast_off, kept_buffers
 from grapefx.runtime.captures import Captures
 from grapefx.runtime.function import DUAL, Step
-from grapefx.runtime.history import StepRecord
 from grapefx.runtime.program import Program
 from grapefx.runtime.training_state import TrainingState
 from grapefx.torch_compat import dual, in_dual_level, transforming
@@ -33,6 +32,7 @@ from grapefx.untraceable import Compiled
 if TYPE_CHECKING:
     from grapefx.report import Report
     from grapefx.report.training import TrainingReport
+    from grapefx.report.training_records import StepRecord
 
 # what Python looks up on the class: len(net), net[0], for layer in net
 _CONTAINER = ("__len__", "__getitem__", "__iter__", "__contains__")
