@@ -1,4 +1,6 @@
 # make demo   trains the demo networks and prints a table (a few minutes on 2 cores)
+# make docs   the documentation as a site, in site/
+# make versions   the tests on the oldest and the newest torch
 # make test   lint, types, tests
 # make perf   the compiler's deterministic figures against those recorded
 # make gpu-check   parity and step times on a CUDA GPU, under 10 minutes
@@ -10,23 +12,36 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# what `make demo` needs is installed by itself: tests need several times as much
 STAMP := .venv/.installed
+DEMO := .venv/.demo
 
-.PHONY: demo test test-all lint types pytest perf gpu-check figures coverage fuzz clean
+.PHONY: demo docs versions test test-all lint types pytest perf gpu-check figures coverage fuzz clean
 # One thread a worker: tests are small, and workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DEFAULT_GOAL := test
 
-# The stamp is touched last: an interrupted install is done again.
-$(STAMP): pyproject.toml
+# A stamp is touched last: an interrupted install is done again.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "grapefx needs Python >= 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,demo]'
+	$(BIN)/python -m pip install $(2) --disable-pip-version-check -e '.[$(1)]'
 	@touch $@
+endef
 
-demo: $(STAMP)
+$(STAMP): pyproject.toml
+	$(call install,dev,--quiet)
+
+$(DEMO): pyproject.toml
+	@echo "installing what the demo needs into .venv: torch is large, this takes a minute or two"
+	$(call install,demo)
+
+demo: $(DEMO)
 	$(BIN)/python -m tools.demo $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 test: lint types pytest
 
@@ -50,11 +65,14 @@ perf: $(STAMP)
 gpu-check:
 	$(PYTHON) -m tools.gpu_check $(ARGS)
 
+# each in an environment of its own: installs torch twice
+versions: $(STAMP)
+	$(BIN)/nox $(ARGS)
+
 figures: $(STAMP)
 	$(BIN)/python -m tools.figures $(ARGS)
 
 coverage: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[zoo]'
 	for zoo in other transformers timm torchvision; do $(BIN)/python -m tools.coverage --zoo $$zoo; done
 	$(BIN)/python -m tools.coverage --table
 

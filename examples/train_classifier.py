@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.live import Live
+from rich.text import Text
 from torch import Tensor, nn
 
 import grapefx
@@ -84,6 +86,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", metavar="FILE.html", help="write what happened as a page")
     args = parser.parse_args()
     if args.dataset != "MNIST" and args.data_dir is None:
         parser.error("only a subset of MNIST is bundled: --data-dir must hold the others")
@@ -108,19 +111,24 @@ def main() -> None:
         sys.exit(f"--batch-size must be from 1 to {len(y)}, the number of images")
     steps = len(y) // args.batch_size
     decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=args.epochs * steps)
-    for epoch in range(args.epochs):
-        net.set_epoch(epoch)
-        order = torch.randperm(len(y), device=args.device)
-        for index in order[: steps * args.batch_size].split(args.batch_size):
-            loss = F.cross_entropy(net(x[index]), y[index])
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            decay.step()
-        percent = accuracy(net, test_x, test_y)
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy {percent:.2f} %")
-        for layer, cosines in net.alignment().items():
-            print(f"    {layer}: " + ", ".join(f"{k} {v:.2f}" for k, v in cosines.items()))
+    net.record()  # for the report: alignment by layer, times
+    with Live(auto_refresh=False) as live:
+        for epoch in range(args.epochs):
+            net.set_epoch(epoch)
+            order = torch.randperm(len(y), device=args.device)
+            for index in order[: steps * args.batch_size].split(args.batch_size):
+                loss = F.cross_entropy(net(x[index]), y[index])
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                decay.step()
+            percent = accuracy(net, test_x, test_y)
+            live.console.print(
+                f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy {percent:.2f} %"
+            )
+            live.update(Text(net.report().text()), refresh=True)
+    if args.report:
+        Path(args.report).write_text(net.report().html(), encoding="utf-8")
 
 
 if __name__ == "__main__":

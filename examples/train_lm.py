@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.live import Live
+from rich.text import Text
 from torch import Tensor, nn
 
 import grapefx
@@ -119,22 +121,24 @@ def main() -> None:
     net = grapefx.compile(model, method=args.method, granularity="block", seed=args.seed)
     opt = torch.optim.Adam(net.parameters(), lr=args.lr)
     decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=args.steps)
-    for step in range(args.steps):
-        net.set_epoch(step // args.epoch_steps)
-        starts = torch.randint(len(train) - args.context - 1, (args.batch_size,))
-        x, y = windows(train, starts, args.context)
-        loss = token_loss(net(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        decay.step()
-        if (step + 1) % args.epoch_steps == 0 or step + 1 == args.steps:
-            # The weights are the plain model's: it can be used, saved and sampled as ever.
-            model.load_state_dict(net.state_dict())
-            print(f"step {step + 1}: validation loss {validation_loss(model.eval(), valid):.3f}")
-            model.train()
-            for layer, cosines in net.alignment().items():
-                print(f"    {layer}: " + ", ".join(f"{k} {v:.2f}" for k, v in cosines.items()))
+    net.record()  # for the report: alignment by layer, times
+    with Live(auto_refresh=False) as live:
+        for step in range(args.steps):
+            net.set_epoch(step // args.epoch_steps)
+            starts = torch.randint(len(train) - args.context - 1, (args.batch_size,))
+            x, y = windows(train, starts, args.context)
+            loss = token_loss(net(x), y)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            decay.step()
+            if (step + 1) % args.epoch_steps == 0 or step + 1 == args.steps:
+                # The weights are the plain model's: it can be used, saved and sampled as ever.
+                model.load_state_dict(net.state_dict())
+                nats = validation_loss(model.eval(), valid)
+                live.console.print(f"step {step + 1}: validation loss {nats:.3f}")
+                live.update(Text(net.report().text()), refresh=True)
+                model.train()
 
     prompt = codes[:1] if "\n" not in number else torch.tensor([number["\n"]])
     written = sample(model.eval(), prompt, args.sample, args.temperature)

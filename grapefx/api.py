@@ -21,7 +21,7 @@ from grapefx.runtime.stages.module import StagedModule
 from grapefx.untraceable import refuse_untraceable
 
 M = TypeVar("M", bound=nn.Module)
-CalibEvery = int | Literal["auto"] | EllipsisType | None
+CalibEvery = int | Literal["auto", "geometric"] | EllipsisType | None
 
 
 @overload

@@ -41,6 +41,17 @@ def check_together(method: Method, options: Options) -> None:
             f"method {method.name!r} takes one direction for all parameters\n"
             "  remedy: leave directions and streams out"
         )
+    if options.calib_forget is not None and not (method.refits and options.calibrates):
+        raise OptionError(
+            f"calib_forget={options.calib_forget!r} is for calibrations that refit feedback maps, "
+            f"and method {method.name!r} with calib_every={options.calib_every!r}, "
+            f"calib_refit={options.calib_refit!r} has none\n  remedy: leave calib_forget out"
+        )
+    if options.radial is True and method.mechanism != "points":
+        raise OptionError(
+            f"radial=True corrects cotangents at feedback points, and method {method.name!r} has "
+            "none\n  remedy: leave radial out"
+        )
     if options.align_warmup and not method.aligns():
         raise OptionError(
             f"align_warmup={options.align_warmup!r}: method {method.name!r} learns no feedback "

@@ -184,12 +184,14 @@ class FeedbackMap:
 class StateSpec:
     """Something that keeps a state: its key in the state dict, and the shape that ``init`` gets.
 
-    ``reading``: what else gives the state its meaning, see ``FeedbackMap.reading``.
+    ``reading``: what else gives the state its meaning, see ``FeedbackMap.reading``. ``memory``:
+    tensors beside the method's, by name and shape, which start at zero.
     """
 
     key: str
     shape: tuple[int, ...]
     reading: str = ""
+    memory: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,33 @@ def _option(default: Any, values: Values, meaning: str) -> Any:
 class Options:
     """What ``grapefx.compile`` takes beside the method and its own options."""
 
-    calib_every: int | Literal["auto"] | None = _option(
+    calib_every: int | Literal["auto", "geometric"] | None = _option(
         1,
-        Values(("auto", None), least=1),
+        Values(("auto", "geometric", None), least=1),
         "T, calibrate once every T epochs (GrAPE 2026 section 3.4; default 1); None for "
         'never; "auto": when the gradients\' alignment asks for it. A calibration that finds '
         "their mean cosine with the true ones under ``calib_threshold`` halves the gap to the "
-        "next, another doubles it; at most a part ``calib_budget`` of the steps calibrates.",
+        "next, another doubles it; at most a part ``calib_budget`` of the steps calibrates. "
+        '"geometric": in steps, often at first and then at gaps that grow by ``calib_growth`` up '
+        "to ``calib_gap``; epochs need not be announced.",
+    )
+    calib_growth: float = _option(
+        1.1,
+        Values(between=(1, math.inf)),
+        'With calib_every="geometric": calibrations are at the steps floor(1 + g + ... + g^(k-1)) '
+        "and step 0.",
+    )
+    calib_gap: int | None = _option(
+        None,
+        Values((None,), least=1),
+        'With calib_every="geometric": the most steps between two calibrations.',
+    )
+    calib_forget: float | None = _option(
+        None,
+        Values((None,), between=(0, 1)),
+        "The part of the earlier calibrations' normal equations that each new one keeps when it "
+        "refits the maps; None (default) fits to the one batch alone. Takes one more matrix of a "
+        "map's size. Among several processes the fit is that of all their samples.",
     )
     calib_unit: Literal["epoch", "step"] = _option(
         "epoch",
@@ -184,6 +204,14 @@ class Options:
         Values(PERTURB),
         'Where noise is added for a Jacobian estimate: "activation" (default), "weight", or '
         '"auto", whichever has fewer entries in a sample (GrAPE 2026 section 3.2). See '
+        "docs/method.md.",
+    )
+    radial: bool | Literal["auto"] = _option(
+        False,
+        Values(("auto", True, False)),
+        "Correct each cotangent along its value, so that <h, c> is what Euler's theorem says of "
+        "the true gradient: at feedback points behind which everything is linear, ReLU, pooling or "
+        'addition, as the graph shows. True needs at least one such point, "auto" none. See '
         "docs/method.md.",
     )
     granularity: Literal["layer", "sublayer", "block", "auto"] = _option(
@@ -272,6 +300,11 @@ class Options:
                 "residual='leak' chooses its own points: leave points and granularity out"
             )
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibrations refit the maps."""
+        return self.calib_every is not None and self.calib_refit != "weights"
+
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Options)}
 OPTION_NAMES = frozenset(OPTIONS)
@@ -289,6 +322,9 @@ def described() -> str:
 class CompileOptions(TypedDict, total=False):
     """The keyword arguments of ``grapefx.compile`` that the signature does not name."""
 
+    calib_growth: float
+    calib_gap: int | None
+    calib_forget: float | None
     calib_unit: Literal["epoch", "step"]
     calib_init: bool | None
     calib_refit: Literal["weights", "feedback", "both"]
@@ -304,6 +340,7 @@ class CompileOptions(TypedDict, total=False):
     directions: int
     noise: Literal["gaussian", "rademacher"]
     perturb: Literal["activation", "weight", "auto"]
+    radial: bool | Literal["auto"]
     granularity: Literal["layer", "sublayer", "block", "auto"]
     points: Any
     error_at: Any

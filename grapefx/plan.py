@@ -6,6 +6,7 @@ each kind of step of the joint graph.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
 from grapefx.passes.differentiate.joint import trace_joint
+from grapefx.passes.feedback.normal_equations import memory_shapes
+from grapefx.passes.feedback.radial import homogeneous_points
 from grapefx.passes.feedback.second_forward import input_size
 from grapefx.passes.feedback.update import Feedback
 from grapefx.passes.feedback.weights import weight_shapes
@@ -71,7 +74,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         options = self.options
-        calibrates = options.calib_every is not None and options.calib_refit != "weights"
         self.maps, self.error_rows, said = choose_maps(
             self.full_maps,
             self.full_rows,
@@ -79,7 +81,7 @@ class Plan:
             budget=default_budget(options, self.captured),
             method=self.method,
             seed=options.seed,
-            refits=self.method.refits and calibrates,
+            refits=self.method.refits and options.calibrates,
         )
         self.notes = [*self.captured.notes, *said]
         if self.method.feedback:
@@ -115,6 +117,12 @@ class Plan:
             self._graphs[kind] = self._build(kind)
         return self._graphs[kind]
 
+    @functools.cached_property
+    def radial(self) -> frozenset[int]:
+        """The feedback points whose cotangents get the radial correction, by index."""
+        wanted = self.options.radial is not False and self.method.mechanism == "points"
+        return homogeneous_points(self.joint) if wanted and self.maps else frozenset()
+
     @property
     def derived(self) -> tuple[str, ...]:
         """The operators whose tangent rule was made from torch's own derivatives, so far."""
@@ -135,8 +143,11 @@ class Plan:
             size = input_size(self.joint, self.method.name)
             return (StateSpec("input", (size, self.error_rows["dense"].dim)),)
         seed = self.options.seed
+        remembers = self.options.calib_forget is not None
         return tuple(
-            StateSpec(m.layer.name, m.shape, m.reading(seed)) for m in self.maps if m.seed is None
+            StateSpec(m.layer.name, m.shape, m.reading(seed), memory_shapes(m) if remembers else ())
+            for m in self.maps
+            if m.seed is None
         )
 
     def states(self) -> tuple[dict[str, torch.Tensor], ...]:
@@ -145,7 +156,14 @@ class Plan:
         dtype = torch.promote_types(like.dtype.to_real(), torch.float32)
         generator = torch.Generator(like.device)
         with new_fake_mode():
-            return tuple(self.method.init(s.shape, generator, dtype) for s in self.state_specs())
+            return tuple(
+                self.method.init(spec.shape, generator, dtype)
+                | {
+                    k: torch.zeros(shape, dtype=dtype, device=like.device)
+                    for k, shape in spec.memory
+                }
+                for spec in self.state_specs()
+            )
 
     def _point_states(self) -> tuple[dict[str, torch.Tensor], ...]:
         """The state of each map, empty where it keeps none."""
@@ -210,6 +228,8 @@ class Plan:
             ridge=options.ridge,
             refit=options.calib_refit != "weights",
             true_gradients=options.calib_refit != "feedback",
+            keep=options.calib_forget or 0.0,
+            radial=self.radial,
         )
         streams = self.streams()
         quiet: tuple[int, ...] = ()
@@ -492,6 +512,12 @@ def _check_feedback(plan: Plan) -> None:
         raise PlacementError(
             f"method {plan.method.name!r} found no feedback point: the model has one layer with "
             "weights, or none that keeps the batch; use method='bp'"
+        )
+    if plan.options.radial is True and not plan.radial:
+        raise PlacementError(
+            "radial=True: behind no feedback point is the network homogeneous of degree 1 (linear "
+            "layers, ReLU, pooling, sums; no normalisation, no shortcut from in front of it)\n"
+            "  remedy: radial='auto', which then corrects nothing, or radial=False"
         )
     excess = plan.over_budget()
     if excess:

@@ -33,6 +33,7 @@ ORDER = [
     ["api"],
     ["integrations"],
     [""],
+    ["__main__"],
 ]
 RANK = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
 

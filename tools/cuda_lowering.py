@@ -6,9 +6,9 @@
 Values: each network, method, kind of step and form on a batch of 4, lowered for CUDA and run by
 Triton's interpreter (``tools/gpu/cuda_standin.py``), against the same graphs run uncompiled; a
 line of JSON each. Launches: Triton kernels and library calls of one forward and one update at batch
-8, the transformer of 001 table 5 by depth. Attention is written out in both, for autograd cannot
-trace CUDA's without a driver. Exit codes: 0; 1, something differs or failed; 2, this machine cannot
-do it.
+8, the transformer of GrAPE 2026 table 5 by depth. Attention is written out in both, for autograd
+cannot trace CUDA's without a driver. Exit codes: 0; 1, something differs or failed; 2, this machine
+cannot do it.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def page(found: dict[tuple[str, str], list[tuple[int, int]]], depths: Sequence[i
         "# Launches of a step on a CUDA GPU",
         "",
         "Triton kernels and library calls that Inductor generates for one forward + one update of",
-        "the transformer of 001 table 5 (width 128, 64 tokens, batch 8), counted in the code.",
-        "No GPU has run it. Attention is written out, not one fused operator.",
+        "the transformer of GrAPE 2026 table 5 (width 128, 64 tokens, batch 8), counted in the",
+        "code. No GPU has run it. Attention is written out, not one fused operator.",
         "",
         f"Made by `TRITON_INTERPRET=1 python -m tools.cuda_lowering`, torch {torch.__version__}.",
         "",

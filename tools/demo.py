@@ -1,7 +1,10 @@
 """Train the demo networks with every method in lock-step and compare them in one table.
 
-    python -m tools.demo            the whole demo, a few minutes on 2 cores
-    python -m tools.demo --quick    a minute's look: one epoch, 1,000 images, small networks
+    python -m tools.demo            a first look, then the whole demo: some minutes on 2 cores
+    python -m tools.demo --quick    one epoch, 1,000 images, small networks
+
+The first look trains a small network without compiling anything, so that there is something to see
+at once.
 
 All variants of a network see the same batches in the same order, one step each in turn, so that
 their times are paired and their accuracies differ by the method alone. Results are appended to
@@ -12,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import shutil
 import statistics
 import sys
 import time
@@ -33,6 +35,7 @@ import grapefx
 from tools import ROOT
 from tools.common import cli, results
 from tools.common.data import DATASETS, DataError, ImageData, load_images
+from tools.common.live import Progress, bar
 from tools.common.machine import machine
 from tools.common.networks import initialise, mlp
 from tools.common.table import Table
@@ -51,6 +54,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fdfa + calibration": ("fdfa", CALIBRATED),
     "grape + calibration": ("grape", CALIBRATED),
 }
+# without being asked for: what fits into a few minutes; --methods has them all
+SHOWN = ("dfa", "fdfa", "grape", "grape + calibration")
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 PROBES = 3  # times an epoch that gradients are compared with the true ones
 
@@ -69,6 +74,9 @@ TASKS = {
     "mlp": Task("MLP, 8 layers x 512", epochs=4, lr=3e-4, width=512),
     "cnn": Task("CNN, 3 conv blocks", epochs=2, lr=1e-3, width=8),
 }
+FIRST_LOOK = "first look"
+FIRST_TASK = Task("First look: MLP, 8 layers x 128, not compiled", epochs=2, lr=1e-3, width=128)
+FIRST_METHODS = ("dfa", "grape + calibration")
 QUICK_TASKS = {
     "mlp": Task("MLP, 8 layers x 64", epochs=1, lr=1e-3, width=64),
     "cnn": Task("CNN, 3 conv blocks", epochs=1, lr=1e-3, width=4),
@@ -88,7 +96,7 @@ def cnn(channels: int, size: int, classes: int, width: int) -> nn.Sequential:
 def build(name: str, data: ImageData, width: int) -> nn.Sequential:
     """The network of a task, sized for ``data``."""
     _, channels, size, _ = data.train_x.shape
-    if name == "cnn":
+    if name == "cnn":  # all others are MLPs
         return cnn(channels, size, data.classes, width)
     model = mlp((channels, size, size), data.classes, 8, width, "relu", False)
     initialise(model, "he_uniform")
@@ -161,37 +169,13 @@ class Variant(Training):
         }
 
 
-class Progress:
-    """One live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = sys.stdout.isatty()
-        self.last = 0.0
-
-    def show(self, text: str, force: bool = False) -> None:
-        """Replace the live line (at most ten times a second)."""
-        now = time.monotonic()
-        if self.live and (force or now - self.last > 0.1):
-            self.last = now
-            columns = shutil.get_terminal_size().columns
-            print("\r" + text[: columns - 1] + "\x1b[K", end="", flush=True)
-
-    def line(self, text: str = "") -> None:
-        """A line that stays."""
-        print(("\r\x1b[K" if self.live else "") + text, flush=True)
-
-
-def bar(done: int, total: int, width: int = 24) -> str:
-    filled = width * done // total
-    return "[" + "#" * filled + "." * (width - filled) + "]"
-
-
 def train(
     name: str,
     task: Task,
     labels: Sequence[str],
     data: ImageData,
     args: argparse.Namespace,
+    backend: str,
     record: Callable[[dict[str, Any]], None],
     progress: Progress,
 ) -> None:
@@ -207,7 +191,7 @@ def train(
     for label in labels:
         model = build(name, data, task.width)
         model.load_state_dict(start_model.state_dict())
-        variants.append(Variant(label, model, task, total, args.backend))
+        variants.append(Variant(label, model, task, total, backend))
     probe_at = {round((i + 1) * per_epoch / (PROBES + 1)) for i in range(PROBES)}
     progress.line(f"{task.title}: {len(labels)} variants, {task.epochs} epochs on {data.name}")
     shuffle = torch.Generator().manual_seed(args.seed)
@@ -229,12 +213,14 @@ def train(
                 if step in probe_at:
                     v.probe(scratch, x, y)
                 v.update()
-            rounds = [*rounds[-19:], time.monotonic() - began]
-            left = statistics.median(rounds) * (total - done - 1)
+            if done:  # the first round compiles
+                rounds = [*rounds[-19:], time.monotonic() - began]
+            seconds = statistics.median(rounds) * (total - done - 1) if rounds else 0
+            left = f", {seconds:.0f} s left" if rounds else ""
             losses = "  ".join(f"{v.label} {v.last_loss:.2f}" for v in variants)
             progress.show(
-                f"{name} {bar(done + 1, total)} epoch {epoch + 1}/{task.epochs}, "
-                f"{left:.0f} s left  loss: {losses}"
+                f"{name} {bar(done + 1, total)} epoch {epoch + 1}/{task.epochs}"
+                f"{left}  loss: {losses}"
             )
         progress.show(f"{name} testing ...", force=True)
         shown = []
@@ -254,6 +240,21 @@ TABLE = Table(
     "model", "method", "accuracy %:", "cos gradient:", "cos Jacobian:", "ms/step:", "x BP:",
     "compile s:",
 )  # fmt: skip
+
+
+FIRST_TABLE = Table("method", "accuracy %:", "cos gradient:", "cos Jacobian:")
+LEGEND = """
+cos gradient: a layer's weight gradient against the true one, mean over the hidden layers
+cos Jacobian: feedback map against its estimate from tangents (-: none made)
+ms/step: forward, loss and gradients, median; x BP: median of the paired ratios to bp"""
+NEXT = """
+Three things to try next:
+  .venv/bin/grapefx-inspect torchvision:resnet18 -o resnet18.html
+      what waits for what in a training step, as a page, before anything is trained
+  .venv/bin/python examples/train_classifier.py --method grape --report training.html
+      a plain loop with one line changed, and a page on what happened
+  examples/tutorial.ipynb
+      alignment by layer: where it lags, and how it is repaired"""
 
 
 def last_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -334,7 +335,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(VARIANTS),
+        default=list(SHOWN),
         choices=list(VARIANTS),
         metavar="METHOD",
         help="any of: " + ", ".join(VARIANTS),
@@ -378,32 +379,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     config["variants"] = {label: dict(VARIANTS[label][1]) for label in args.methods}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
+    return run(args, tasks, data, folder)
+
+
+def run(args: argparse.Namespace, tasks: dict[str, Task], data: ImageData, folder: Path) -> int:
+    """Train, show and keep the results; the exit code."""
     records: list[dict[str, Any]] = []
-    progress = Progress()
-    progress.line(machine())
     start, status = time.monotonic(), 0
 
     def record(result: dict[str, Any]) -> None:
         records.append(result)
         results.append(folder / "metrics.jsonl", result)
 
-    try:
-        for name in args.models:
-            labels = [REFERENCE, *args.methods]
-            train(name, tasks[name], labels, data, args, record, progress)
-    except KeyboardInterrupt:
-        progress.line("interrupted; what follows is what there is")
-        status = 130
+    with Progress() as progress:
+        progress.line(machine())
+        try:
+            if not args.quick:
+                first_look(data, args, record, progress)
+                progress.line(f"({time.monotonic() - start:.0f} s so far)\n")
+            for name in args.models:
+                labels = [REFERENCE, *args.methods]
+                train(name, tasks[name], labels, data, args, args.backend, record, progress)
+        except KeyboardInterrupt:
+            progress.line("interrupted; what follows is what there is")
+            status = 130
+    records = [r for r in records if r["model"] in tasks]
     if records:
         rows = table_rows(records)
-        progress.line()
-        print(TABLE.text(rows))
-        print(
-            "\ncos gradient: a layer's weight gradient against the true one, mean over the hidden "
-            "layers\ncos Jacobian: feedback map against its estimate from tangents (-: none made)"
-            "\nms/step: forward, loss and gradients, median; x BP: median of the paired ratios to "
-            "bp (torch.compile)"
-        )
+        print("\n" + TABLE.text(rows))
+        print(LEGEND)
         plot(records, folder / "curves.png")
         if args.update_readme and status == 0:
             caption = (
@@ -412,7 +416,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             update_readme(args.update_readme, rows, caption)
     print(f"\n{time.monotonic() - start:.0f} s; results in {folder}")
+    if status == 0:
+        print(NEXT)
     return status
+
+
+def first_look(
+    data: ImageData,
+    args: argparse.Namespace,
+    record: Callable[[dict[str, Any]], None],
+    progress: Progress,
+) -> None:
+    """A small network on a part of the images, uncompiled: a table within seconds."""
+    rows: list[dict[str, Any]] = []
+
+    def both(result: dict[str, Any]) -> None:
+        rows.append(result)
+        record(result)
+
+    some = data.head(4000, 1000)
+    labels = [REFERENCE, *FIRST_METHODS]
+    train(FIRST_LOOK, FIRST_TASK, labels, some, args, "eager", both, progress)
+    progress.line("\n" + FIRST_TABLE.text([row[1:5] for row in table_rows(rows)]))
+    progress.line(
+        "The last layers' gradients are exact; cos gradient says how well the others point."
+    )
 
 
 if __name__ == "__main__":

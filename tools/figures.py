@@ -62,7 +62,7 @@ def slope_label(name: str, xs: Iterable[float], ys: Iterable[Mean]) -> str:
 
 
 def sphere(ax: Axes) -> None:
-    """001 eq. 11."""
+    """GrAPE 2026 eq. 11."""
     ns = list(range(2, 129))
     line(ax, ns, [theory.sphere_mean(n) / theory.sphere_bound(n) for n in ns], 0, "closed form")
     generator = torch.Generator().manual_seed(0)
@@ -73,12 +73,12 @@ def sphere(ax: Axes) -> None:
         found.append(Mean.of(p[:, 0].abs() / p.norm(dim=1) / bound))
     points(ax, (2, 4, 8, 32, 128), found, 0, "sampled")
     ax.axhline(1, color="k", lw=0.8, ls="--", label="bound of eq. 11")
-    title = "001 eq. 11 holds: E|s$_1$| ≥ √(2/πn)"
+    title = "GrAPE 2026 eq. 11 holds: E|s$_1$| ≥ √(2/πn)"
     finish(ax, title, "n", "E|s$_1$| / √(2/πn)", "log linear")
 
 
 def bound(ax: Axes) -> None:
-    """001 eq. 4: E cos times sqrt(n), so that bound and bracket are level lines."""
+    """GrAPE 2026 eq. 4: E cos times sqrt(n), so that bound and bracket are level lines."""
     for k, spectrum in enumerate(("rank one", "decaying", "flat")):
         got = [measure.expected_cosine(spectrum, n, "gaussian") for n in NS]
         scaled = [Mean(e.value * n**0.5, e.se * n**0.5) for n, (_, e) in zip(NS, got, strict=True)]
@@ -91,13 +91,13 @@ def bound(ax: Axes) -> None:
     ax.axhspan((2 / torch.pi) ** 0.5, 1, color="k", alpha=0.07, label="bracket [√(2/π), 1]")
     ax.axhline(0.5**0.5, color=COLOURS[3], lw=0.8, ls="--", label="Khintchine √(1/2)")
     ax.set_ylim(0, 1.25)
-    title = "001 eq. 4 holds for Gaussian noise, loose by ‖J‖$_F$/‖J‖$_2$"
+    title = "GrAPE 2026 eq. 4 holds for Gaussian noise, loose by ‖J‖$_F$/‖J‖$_2$"
     finish(ax, title, "n", "√n · E cos$_F$(J, J^), one sample", "log linear")
     ax.legend(fontsize=6, ncols=2, loc="lower left")
 
 
 def concentration(ax: Axes) -> None:
-    """001 appendix B.3."""
+    """GrAPE 2026 appendix B.3."""
     found = measure.concentration()
     stds = []
     for c in found.values():
@@ -106,7 +106,7 @@ def concentration(ax: Axes) -> None:
     points(ax, BATCHES, stds, 0, slope_label("Std of the mean cosine", BATCHES, stds))
     one = (1 / 32 - theory.sphere_mean(32) ** 2) ** 0.5
     line(ax, BATCHES, [one * b**-0.5 for b in BATCHES], 0, "Std(C) / √B")
-    title = "001 B.3: Std of the mean of B cosines is O(1/√B)"
+    title = "GrAPE 2026 B.3: Std of the mean of B cosines is O(1/√B)"
     finish(ax, title, "B", "Std")
 
 
@@ -118,14 +118,14 @@ def batch_mean(ax: Axes) -> None:
         ratio = theory.noise_to_signal(32, noise)
         line(ax, BATCHES, [theory.batch_cosine(ratio, b) for b in BATCHES], k)
     means = [Mean.of(c) for c in measure.concentration().values()]
-    points(ax, BATCHES, means, 2, "mean of the cosines (001 B.3)")
+    points(ax, BATCHES, means, 2, "mean of the cosines (GrAPE 2026 B.3)")
     line(ax, BATCHES, [theory.sphere_mean(32)] * len(BATCHES), 2)
     title = "Averaging J^ first: cos = (1 + (n±1)/B)$^{-1/2}$ → 1"
     finish(ax, title, "B (n = 32)", "cosine with J", "log linear")
 
 
 def composition(ax: Axes) -> None:
-    """001 lemma B.2 along a run of grape."""
+    """GrAPE 2026 lemma B.2 along a run of grape."""
     run = measure.alignment_run()
     low = [theory.composed(t.learned, t.estimated)[0] for t in run]
     for k, layer in enumerate(sorted({t.layer for t in run})):
@@ -137,12 +137,12 @@ def composition(ax: Axes) -> None:
         f"    {len(run)} triples, least margin {margin:.3g}, {sum(b > 0 for b in low)} bounds > 0"
     )
     ax.plot([-1, 1], [-1, 1], "k--", lw=0.8, label="equality")
-    title = "001 lemma B.2: cos(B, J) ≥ ab - √(1-a²)√(1-b²)"
+    title = "GrAPE 2026 lemma B.2: cos(B, J) ≥ ab - √(1-a²)√(1-b²)"
     finish(ax, title, "bound from cos(B, J^), cos(J^, J)", "cos$_F$(B, J)", "linear linear")
 
 
 def variance_alpha(ax: Axes) -> None:
-    """003 proposition 2, and a map that runs."""
+    """FDFA 2024 proposition 2, and a map that runs."""
     found = measure.variance_in_alpha()
     values = [m for m, _ in found.values()]
     points(ax, found, values, 0, slope_label("from B = W", found, values))
@@ -151,7 +151,7 @@ def variance_alpha(ax: Axes) -> None:
     points(ax, measure.RUNNING, [measure.running(a).variance for a in measure.RUNNING], 1,
            "B left to run")  # fmt: skip
     line(ax, found, [theory.running_factor(a) * unit for a in found], 1, "a/(2-a) Var(FG-A)")
-    title = "003 prop. 2: Var(FDFA) has slope 2 from B = W, 1 if B runs"
+    title = "FDFA 2024 prop. 2: Var(FDFA) has slope 2 from B = W, 1 if B runs"
     finish(ax, title, "a", "variance of the gradient")
 
 
@@ -164,37 +164,37 @@ def _variance(ax: Axes, which: str) -> None:
 
 
 def variance_n0(ax: Axes) -> None:
-    """003 figure 6a."""
+    """FDFA 2024 figure 6a."""
     _variance(ax, "n0")
-    title = "003 prop. 5, 6: Var(FG-W) = O(n$_0$), Var(FG-A) = O(1)"
+    title = "FDFA 2024 prop. 5, 6: Var(FG-W) = O(n$_0$), Var(FG-A) = O(1)"
     finish(ax, title, "n$_0$ (n$_1$ = 16)", "variance of a gradient entry")
 
 
 def variance_n1(ax: Axes) -> None:
-    """003 figure 6b."""
+    """FDFA 2024 figure 6b."""
     _variance(ax, "n1")
     found = measure.variance_in_size("fg-a", "n1", True)
     values = [m for m, _ in found.values()]
     points(ax, NS, values, 2, slope_label("fg-a, W$^{(2)}$/√n$_1$", NS, values))
     line(ax, NS, [e for _, e in found.values()], 2)
-    title = "003 prop. 5, 6: Var(FG-W), Var(FG-A) = O(n$_1$)"
+    title = "FDFA 2024 prop. 5, 6: Var(FG-W), Var(FG-A) = O(n$_1$)"
     finish(ax, title, "n$_1$ (n$_0$ = 16)", "variance of a gradient entry")
 
 
 def penultimate(ax: Axes) -> None:
-    """003 eq. 13."""
+    """FDFA 2024 eq. 13."""
     found = measure.approach()
     steps = range(1, found.shape[1] + 1)
     shown = steps[::8]
     points(ax, shown, [Mean.of(found[:, t - 1]) for t in shown], 0, "10 chains, fdfa, a = 0.05")
     line(ax, steps, [1 - 0.95**t for t in steps], 0, "1 - (1-a)$^t$")
     ax.axhline(1, color="k", lw=0.8, ls="--", label="B = W$^{(L)}$")
-    title = "003 eq. 13: E[B$^{(L-1)}$] → W$^{(L)}$"
+    title = "FDFA 2024 eq. 13: E[B$^{(L-1)}$] → W$^{(L)}$"
     finish(ax, title, "step", "⟨B, W⟩ / ‖W‖²", "linear linear")
 
 
 def depth(ax: Axes) -> None:
-    """002 figure 2: against the batch, for each depth."""
+    """GrAPE 2024 figure 2: against the batch, for each depth."""
     for k, d in enumerate(measure.DEPTHS):
         sizes = measure.SIZES
         found = [measure.first_layer(d, b) for b in sizes]
@@ -208,19 +208,19 @@ def depth(ax: Axes) -> None:
     found = [measure.first_layer(8, b, "per_layer") for b in sizes]
     points(ax, sizes, [f.found.cosine for f in found], 3, "8, a tangent pass each")
     line(ax, sizes, [theory.batch_cosine(f.ratio, b) for f, b in zip(found, sizes, strict=True)], 3)
-    title = "002 fig. 2: first layer's cosine, up with B, down with depth"
+    title = "GrAPE 2024 fig. 2: first layer's cosine, up with B, down with depth"
     finish(ax, title, "batch size B (one JVP)", "cos$_F$(J$_1$, J^$_1$)", "log linear")
 
 
 def iterations(ax: Axes) -> None:
-    """002 figure 2: against the JVPs averaged."""
+    """GrAPE 2024 figure 2: against the JVPs averaged."""
     for k, b in enumerate(measure.SIZES):
         f = measure.first_layer(2, b)
         steps = range(1, len(f.cumulative) + 1)
         ax.plot(steps, f.cumulative, MARKS[k], ms=2.5, color=COLOURS[k], label=f"B = {b}")
         print(f"    B = {b}: {float(f.cumulative[0]):.3f} -> {float(f.cumulative[-1]):.3f}")
         line(ax, steps, [theory.batch_cosine(f.ratio, b * t) for t in steps], k)
-    title = "002 fig. 2: averaging t JVPs is a batch of B t (2 layers behind)"
+    title = "GrAPE 2024 fig. 2: averaging t JVPs is a batch of B t (2 layers behind)"
     finish(ax, title, "JVPs averaged, t", "cos$_F$(J$_1$, mean J^$_1$)", "log linear")
 
 

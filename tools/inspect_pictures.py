@@ -1,4 +1,4 @@
-"""Makes docs/img/*.png: what grapefx-inspect shows, in headless Chromium and by graphviz.
+"""Makes docs/img/*.png: what grapefx-inspect and net.report() show, in Chromium and by graphviz.
 
 python -m tools.inspect_pictures [--only NAME]
 """
@@ -12,9 +12,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+import grapefx
 from grapefx.report.cli import main as inspect_main
 from tools import ROOT
 from tools.common import cli
+from tools.common.data import load_images
+from tools.common.networks import initialise, mlp
 
 IMAGES = ROOT / "docs" / "img"
 MODEL = f"{ROOT / 'tools' / 'inspect_models.py'}:mlp"
@@ -40,6 +46,7 @@ SHOTS = {
     "inspect-wide-dark": ("resnet18", 1280, 1100, True),
     "inspect-phone": ("mlp", 390, 1500, False),
     "inspect-phone-dark": ("mlp", 390, 900, True),
+    "training-report": ("training", 1100, 1200, False),
 }
 
 
@@ -91,6 +98,25 @@ def _inspect(*arguments: str) -> None:
         raise SystemExit(f"grapefx-inspect {' '.join(arguments)} failed")
 
 
+def _train(page: Path) -> None:
+    """A page of ``net.report()``: an MLP of 8 layers, three epochs on the bundled digits."""
+    torch.manual_seed(0)
+    data = load_images()
+    model = mlp((1, 28, 28), data.classes, 8, 128, "relu", False)
+    initialise(model, "he_uniform")
+    net = grapefx.compile(model, method="grape", backend="eager")
+    net.record()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for epoch in range(3):
+        net.set_epoch(epoch)
+        for index in torch.randperm(5120).split(128):
+            x, y = data.pixels(data.train_x[index]), data.train_y[index]
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    page.write_text(net.report().html(), encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write every picture."""
     parser = cli.parser("tools.inspect_pictures", __doc__)
@@ -98,12 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = parser.parse_args(argv).only
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        pages = {"mlp": Path(folder) / "mlp.html", "resnet18": Path(folder) / "resnet18.html"}
+        pages = {key: Path(folder) / f"{key}.html" for key in ("mlp", "resnet18", "training")}
         wanted = {n: s for n, s in SHOTS.items() if only in (None, n)}
         calibration = ["--calib-every", "1", "--steps-per-epoch", "390"]
         sources = {"mlp": MODEL, "resnet18": "torchvision:resnet18"}
         for key in {s[0] for s in wanted.values()}:
-            _inspect(sources[key], *calibration, "-o", str(pages[key]))
+            if key == "training":
+                _train(pages[key])
+            else:
+                _inspect(sources[key], *calibration, "-o", str(pages[key]))
         for name, (key, width, height, dark) in wanted.items():
             picture = IMAGES / f"{name}.png"
             screenshot(pages[key], picture, width, height, dark)
@@ -111,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _crop(picture, (0, ROWS[name][0], width, ROWS[name][1]))
         if only in (None, "inspect-graph"):
             _inspect(MODEL, "--method", "dfa", "-o", str(IMAGES / "inspect-graph.png"))
-    for path in sorted(IMAGES.glob("inspect-*.png")):
+    for path in sorted(IMAGES.glob("*-*.png")):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1024} KiB", file=sys.stderr)
     return 0
 

@@ -117,8 +117,7 @@ def _add_step_options(s: Any) -> None:
         )
 
 
-def _add_machine(p: argparse.ArgumentParser) -> None:
-    d = p.add_argument_group("the machine")
+def _add_machine_options(d: Any) -> None:
     d.add_argument(
         "--device-model",
         default="cpu-2core",
@@ -141,6 +140,16 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     d.add_argument(
         "--microbatches", type=_positive, default=1, metavar="M", help="of a batch, with --stages"
     )
+
+
+def _add_report_options(o: Any) -> None:
+    o.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="text by default, or what -o ends in; dot, svg and png draw the graph of the last "
+        "method asked for",
+    )
+    o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,15 +192,8 @@ def _parser() -> argparse.ArgumentParser:
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
     _add_step_options(s)
-    _add_machine(p)
-    o = p.add_argument_group("the report")
-    o.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="text by default, or what -o ends in; dot, svg and png draw the graph of the last "
-        "method asked for",
-    )
-    o.add_argument("-o", "--output", metavar="FILE", help="write there instead of to stdout")
+    _add_machine_options(p.add_argument_group("the machine"))
+    _add_report_options(p.add_argument_group("the report"))
     return p
 
 

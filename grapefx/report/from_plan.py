@@ -123,6 +123,9 @@ def _calibrations(o: Options) -> str:
         times.append("at step 0")
     if o.calib_every == "auto":
         times.append(f"when alignment asks for it, in {o.calib_budget:.0%} of the steps at most")
+    elif o.calib_every == "geometric":
+        most = "" if o.calib_gap is None else f", {o.calib_gap} at most"
+        times = [f"at steps whose gaps grow by {o.calib_growth:g}{most}"]
     elif o.calib_every is not None:
         unit = o.calib_unit if o.calib_every == 1 else f"{o.calib_every} {o.calib_unit}s"
         times.append(f"once every {unit}")

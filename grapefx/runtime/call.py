@@ -57,6 +57,7 @@ class TrainingCall:
         "layers",
         "plan",
         "program",
+        "seconds",
         "state",
         "took_targets",
         "weights",
@@ -82,6 +83,7 @@ class TrainingCall:
         self.program = program
         self.device = device
         self.took_targets = False
+        self.seconds: dict[str, float] = {}  # by graph, while steps are recorded
         self.weights: dict[str, Tensor] = {}  # for a calibration that takes its own step
         if calibration and state.options.calib_update == "sgd":
             self.weights = {n: given[k] for (r, n), k in program.places.items() if r == "parameter"}
@@ -97,7 +99,8 @@ class TrainingCall:
         """The forward graph; buffers that it writes are as before if it fails."""
         given, self.given = self.given, None
         assert given is not None
-        with kept_buffers(self.program, given):
+        timed = self.state.history.timed(self.seconds, "forward", self.device)
+        with kept_buffers(self.program, given), timed:
             try:
                 return step.forward(arguments)
             except RuntimeError as e:
@@ -110,7 +113,8 @@ class TrainingCall:
 
     def run_update(self, step: CompiledStep, inputs: list[Any]) -> Any:
         """The update graph, with autocast off: the graph holds its own casts."""
-        with autocast_off(self.device):
+        timed = self.state.history.timed(self.seconds, "update", self.device)
+        with autocast_off(self.device), timed:
             return step.update(inputs)
 
     def commit(self, step: CompiledStep, results: Any, unused: frozenset[int]) -> list[Any]:
@@ -140,7 +144,11 @@ class TrainingCall:
         if (learned or metrics) and distributed.parallel():
             refits = self.calibration and state.method.refits
             learned, metrics = distributed.agree(
-                learned, state.feedback.tensors, metrics, state.method if refits else None
+                learned,
+                state.feedback.tensors,
+                metrics,
+                state.method if refits else None,
+                state.options.ridge,
             )
         exact = self.calibration and state.options.calib_refit != "feedback"
         if not exact and state.schedule.step < state.options.align_warmup:
@@ -180,6 +188,8 @@ class TrainingCall:
             weights, momenta, found = self._own_sgd(step, found)
             changes["momentum"] = {**state.momentum, **momenta}
         state.commit(changes, finite, weights, list(momenta.values()))
+        was = schedule.step - 1
+        state.history.note(was, schedule.epoch, step.kind, self.layers, metrics, self.seconds)
         return found
 
     def _fitted(self, learned: dict[str, Tensor], step: CompiledStep, found: list[Any]) -> bool:

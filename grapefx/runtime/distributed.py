@@ -9,10 +9,12 @@ For a state that moves linearly with its estimate (fdfa: B + a (J^ - B)) the mea
 the update with the mean of J^. A cosine step (grape) takes each rank's direction at length 1 before
 the mean, as it does not within a batch: where ranks disagree the step is shorter. Columns of the
 mean are a little under norm 1 until the next step rescales them. Maps that a calibration fitted are
-the mean of the ranks' fits, not the fit of all samples, and go through the method's ``refit`` once
-more, for what it derives from a fitted map. A step that is not finite on one rank is skipped by
-all. Ranks may have batches of their own size, and other sample shapes where the maps are the same
-(tokens share one); otherwise the step is refused on all ranks, before anything is exchanged.
+the mean of the ranks' fits, and go through the method's ``refit`` once more, for what it derives
+from a fitted map; where calibrations remember (``calib_forget``), the ranks' normal equations are
+averaged and solved, which is the fit of all samples. A step that is not finite on one rank is
+skipped by all. Ranks may have batches of their own size, and other sample shapes where the maps are
+the same (tokens share one); otherwise the step is refused on all ranks, before anything is
+exchanged.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from grapefx.errors import InputError
 from grapefx.methods import Method
+from grapefx.passes.feedback.normal_equations import solve, without_memory
 
 
 def rank() -> int:
@@ -66,12 +69,13 @@ def agree(
     old: dict[str, Tensor],
     metrics: dict[str, Tensor],
     refitted: Method | None = None,
+    ridge: float = 0.0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The feedback states and metrics that all ranks go on with.
 
     ``old``: the states before the step, kept where the flag ``metrics["finite"]`` is false on any
-    rank. ``refitted``: the method, if the states come from a refit. Integer states (counters) are
-    equal on all ranks already.
+    rank. ``refitted``: the method, if the states come from a refit with ``ridge``. Integer states
+    (counters) are equal on all ranks already.
     """
     keys = [k for k, t in learned.items() if t.is_floating_point()]
     names = list(metrics)
@@ -84,7 +88,7 @@ def agree(
     seen = dict(zip(names, found, strict=False))
     new = {**learned, **dict(zip(keys, found[len(names) :], strict=True))}
     if refitted is not None:
-        new = _derived(refitted, new)
+        new = _derived(refitted, new, ridge)
     if "finite" in seen:
         # a mean of 1: true on all. Compared on the device: nobody waits for the flag here
         seen["finite"] = seen["finite"] == 1
@@ -114,12 +118,24 @@ def _same_everywhere(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _derived(method: Method, states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each layer's state for the mean of the fitted maps (a scale is that map's own, ...)."""
+def _derived(method: Method, states: dict[str, Tensor], ridge: float) -> dict[str, Tensor]:
+    """Each layer's state for what the ranks fitted together.
+
+    With normal equations in the states their mean is solved: the fit of all samples. Else the mean
+    of the maps goes through the method's refit once more (a scale is that map's own, ...).
+    """
     out = dict(states)
     layers = {key.rpartition("/")[0] for key in states}
     for layer in layers:
         own = {k.rpartition("/")[2]: t for k, t in states.items() if k.rpartition("/")[0] == layer}
-        if "B" in own:
-            out.update({f"{layer}/{k}": t for k, t in method.refit(own, own["B"]).items()})
+        if "B" not in own:
+            continue
+        fitted = own["B"]
+        if "gram" in own:
+            parts = solve(own["gram"], own["cross"], ridge)
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            size = whole.abs().sum()
+            fitted = torch.where(torch.isfinite(size) & (size > 0), whole, fitted).to(fitted.dtype)
+        made = method.refit(without_memory(own), fitted)
+        out.update({f"{layer}/{k}": t for k, t in made.items()})
     return out

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grapefx import tree
 from grapefx.capture import Scope, flatten_call
-from grapefx.errors import BackwardError, CaptureError, InputError
+from grapefx.errors import BackwardError, CaptureError, InputError, OptionError
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
@@ -31,6 +31,8 @@ from grapefx.untraceable import Compiled
 
 if TYPE_CHECKING:
     from grapefx.report import Report
+    from grapefx.report.training import TrainingReport
+    from grapefx.report.training_records import StepRecord
 
 # what Python looks up on the class: len(net), net[0], for layer in net
 _CONTAINER = ("__len__", "__getitem__", "__iter__", "__contains__")
@@ -330,6 +332,61 @@ class FeedbackModule(Compiled, nn.Module):
             )
         name = type(self._original).__name__
         return explain(self.plan, name, lowered=self._captures.lowered(), **choices)
+
+    def record(self, steps: int | None = 10_000) -> None:
+        """Keep what each training step measures, for ``history`` and ``report()``.
+
+        Calibrations are kept without asking. ``steps``: how many of the others, the latest ones;
+        None stops. Recording reads a clock four times a step, and on an accelerator waits for it
+        as often.
+        """
+        if steps is None:
+            self._state.history.stop()
+        elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError(f"record(steps={steps!r}): a positive integer, or None to stop")
+        else:
+            self._state.history.start(steps)
+
+    @property
+    def history(self) -> tuple[StepRecord, ...]:
+        """The steps that were kept, oldest first: calibrations, and what ``record()`` asked for.
+
+        It belongs to this object: checkpoints and copies begin a new one.
+        """
+        return self._state.history.records()
+
+    @property
+    def calibrations(self) -> int:
+        """How many calibration steps there were, over checkpoints."""
+        return self._state.schedule.calibrations
+
+    def report(self) -> TrainingReport:
+        """What happened in training: alignment over time, times, calibrations, memory, skips.
+
+        Print it, or open ``report().html()``; a notebook shows the page. Without ``record()``
+        before training it knows calibrations only.
+
+        Raises:
+            InputError: there was no training step yet.
+        """
+        from grapefx.report.training import training_report
+
+        programs = self._captures.programs.values()
+        compiled = [s.seconds for p in programs for s in p.steps.values()]
+        compiled += [f.seconds for p in programs for f in p.forwards.values()]
+        return training_report(
+            model=type(self._original).__name__,
+            method=self._method.name,
+            steps=self._state.schedule.step,
+            epoch=self._state.schedule.epoch,
+            history=self.history,
+            layers=[layer.name for layer in self.plan.layers] if self.plan is not None else [],
+            calibration_count=self.calibrations,
+            compile_seconds=sum(compiled),
+            state=self.feedback,
+            skipped=self.skipped_updates,
+            explain=self.explain,
+        )
 
     def restore(self) -> nn.Module:
         """Undo ``compile(..., inplace=True)``: the model runs its own forward again.

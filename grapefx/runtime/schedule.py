@@ -15,23 +15,29 @@ class CalibrationSchedule:
 
     A step counts when its backward has finished, so a forward alone changes nothing. In units of
     epochs the first step of every ``every``-th epoch calibrates; a shuffled loader makes it a
-    uniform draw (001 section 3.4). ``at_start`` adds step 0.
+    uniform draw (GrAPE 2026 section 3.4). ``at_start`` adds step 0.
 
     ``every="auto"``: a calibration that finds the mean cosine of the gradients under ``threshold``
     halves the gap to the next one, any other doubles it; no gap is under 1 / ``budget`` steps.
+    ``every="geometric"``: step 0, and then gaps of 1, ``growth``, ``growth``^2, ... steps, of
+    ``longest`` at most.
     """
 
-    every: int | str | None
+    every: int | str | None  # a number, "auto" or "geometric"
     unit: str
     at_start: bool
     steps_per_epoch: int | None
     threshold: float = 0.0
     budget: float = 1.0
+    growth: float = 1.1
+    longest: int | None = None
     step: int = 0
     epoch: int | None = None
     calibrated_at: int = -1  # the last epoch (or step) that was calibrated
     calibrations: int = 0
     gap: int = 0  # "auto": steps between the last calibration and the next
+    due_at: float = 0.0  # "geometric": the step from which the next calibration is due
+    stride: float = 1.0  # and the gap behind it
     forced: int = 0
     told: bool = False
 
@@ -41,7 +47,7 @@ class CalibrationSchedule:
 
     def now(self) -> int:
         """The current epoch, or the step when the unit is steps."""
-        if self.unit == "step" or self.every == "auto":
+        if self.unit == "step" or self.every in ("auto", "geometric"):
             return self.step
         if self.epoch is not None:
             return self.epoch
@@ -52,6 +58,8 @@ class CalibrationSchedule:
         if self.forced:
             return True
         now = self.now()
+        if self.every == "geometric":
+            return now >= int(self.due_at) and (self.at_start or self.step > 0)
         if self.at_start and self.calibrated_at < 0:
             return True
         if self.every is None or self.step == 0:
@@ -72,6 +80,10 @@ class CalibrationSchedule:
                 self.gap *= 2
             self.calibrated_at = self.now()
             self.calibrations += 1
+            while int(self.due_at) <= self.step:
+                self.due_at += self.stride
+                most = self.longest if self.longest is not None else math.inf
+                self.stride = min(self.stride * self.growth, most)
         self.step += 1
 
     def _least(self) -> int:
@@ -79,7 +91,7 @@ class CalibrationSchedule:
 
     def tell_once(self) -> None:
         """Say that epochs are not announced, if calibration depends on them."""
-        if self.told or self.every in (None, "auto") or self.unit == "step":
+        if self.told or self.every in (None, "auto", "geometric") or self.unit == "step":
             return
         if self.epoch is None and self.steps_per_epoch is None:
             start = "only at step 0" if self.at_start else "never"
@@ -92,7 +104,7 @@ class CalibrationSchedule:
 
     def state(self) -> dict[str, Any]:
         """Counters, for a checkpoint."""
-        keep = ("step", "epoch", "calibrated_at", "calibrations", "gap")
+        keep = ("step", "epoch", "calibrated_at", "calibrations", "gap", "due_at", "stride")
         return {k: v for k, v in asdict(self).items() if k in keep}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -100,3 +112,4 @@ class CalibrationSchedule:
         self.step, self.epoch = state["step"], state["epoch"]
         self.calibrated_at, self.gap = state["calibrated_at"], state["gap"]
         self.calibrations = state["calibrations"]
+        self.due_at, self.stride = state.get("due_at", 0.0), state.get("stride", 1.0)

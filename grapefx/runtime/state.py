@@ -20,8 +20,9 @@ VERSION = 1
 class FeedbackState:
     """``tensors`` maps "layer/name" to a tensor. Values are replaced, never written in place."""
 
-    def __init__(self, method: Method, seed: int) -> None:
+    def __init__(self, method: Method, seed: int, memory: frozenset[str] = frozenset()) -> None:
         self.method = method
+        self.memory = memory  # names of what is kept beside the method's tensors
         self.seed = seed
         self.tensors: dict[str, Tensor] = {}
         self.readings: dict[str, str] = {}  # of each layer, see ``StateSpec``
@@ -58,7 +59,7 @@ class FeedbackState:
         }
         renamed: dict[str, str] = {}
         for m in specs:
-            like = self._like(m.shape)
+            like = {**self._like(m.shape), **dict(m.memory)}
             key = plain = m.key
             if self._fits(new, key, like) is False:
                 key = f"{plain}[{'x'.join(map(str, m.shape))}]"
@@ -68,6 +69,8 @@ class FeedbackState:
                 generator.manual_seed(seed_of(self.seed, *key.encode()))
                 for name, t in self.method.init(m.shape, generator, dtype).items():
                     new[f"{key}/{name}"] = t
+                for name, shape in m.memory:
+                    new[f"{key}/{name}"] = torch.zeros(shape, dtype=dtype, device=device)
         self.tensors = new
         return renamed
 
@@ -114,7 +117,7 @@ class FeedbackState:
 
     def load(self, loaded: dict[str, Tensor], readings: dict[str, str]) -> None:
         """Take over a checkpoint's tensors; checked first, so a refusal changes nothing."""
-        names = set(self._like((1, 1)))
+        names = set(self._like((1, 1))) | self.memory
         layers: dict[str, set[str]] = {}
         for key in loaded:
             layer, _, name = key.rpartition("/")

@@ -18,7 +18,9 @@ from grapefx.errors import StateError, tell
 from grapefx.ir import Layer
 from grapefx.methods import Method
 from grapefx.options import Options
+from grapefx.passes.feedback.normal_equations import MEMORY
 from grapefx.runtime import distributed
+from grapefx.runtime.history import History
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.program import CompiledStep
 from grapefx.runtime.schedule import CalibrationSchedule
@@ -33,13 +35,15 @@ class TrainingState:
 
     ``feedback``: the maps. ``schedule``: steps, epochs, when to calibrate. ``momentum``: of a
     calibration's own SGD, by parameter. ``targets``: given for the next backward. ``metrics``: the
-    last cosines, by name: (values, their layers).
+    last cosines, by name: (values, their layers). ``history``: what steps measured, for reports; it
+    is no part of copies and checkpoints.
     """
 
     def __init__(self, method: Method, options: Options) -> None:
         self.method = method
         self.options = options
-        self.feedback = FeedbackState(method, options.seed)
+        memory = frozenset(MEMORY if options.calib_forget is not None else ())
+        self.feedback = FeedbackState(method, options.seed, memory)
         start = options.calib_init
         self.schedule = CalibrationSchedule(
             options.calib_every,
@@ -48,10 +52,13 @@ class TrainingState:
             options.steps_per_epoch,
             options.calib_threshold,
             options.calib_budget,
+            options.calib_growth,
+            options.calib_gap,
         )
         self.momentum: dict[str, Tensor] = {}
         self.metrics: dict[str, tuple[Tensor, tuple[Layer, ...]]] = {}
         self.targets: Tensor | None = None
+        self.history = History()
         self._unread: tuple[Tensor, ...] = ()  # flags on an accelerator, read with the metrics
         self._skipped = 0
         self._generators: dict[torch.device, torch.Generator] = {}

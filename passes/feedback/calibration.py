@@ -14,6 +14,7 @@ from torch.fx import Node
 from grapefx.ir import StepGraph
 from grapefx.maps import FeedbackMap
 from grapefx.methods.base import State
+from grapefx.passes.feedback.normal_equations import products, solve, without_memory
 from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
 from grapefx.passes.graph import markers, meta
 
@@ -59,6 +60,13 @@ def refit(b: Builder) -> None:
         solved: Tensor = torch.linalg.solve(g, e.t())
         return solved
 
+    def refitted(parts: list[Tensor], state: State, m: FeedbackMap) -> State:
+        like = state["B"].dtype
+        if len(parts) == 1:
+            return method.refit(state, parts[0].to(like))
+        made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
+        return m.joined(made, state)
+
     def fit(solved: list[Tensor], e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
         dtype = solved[0].dtype
         rows = rows.to(dtype)
@@ -67,15 +75,22 @@ def refit(b: Builder) -> None:
             top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
             own = rows if m.groups == 1 else rows[:, m.columns(g)]
             parts.append(part @ (own / top))
+        new = refitted(parts, state, m)
         fitted = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        like = state["B"].dtype
-        if len(parts) == 1:
-            new = method.refit(state, fitted.to(like))
-        else:
-            made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
-            new = m.joined(made, state)
         # zeros where the true gradient is (an output layer that starts at zero) would stay zeros
         size = fitted.abs().sum()
+        ok = torch.isfinite(size) & (size > 0)
+        return {k: torch.where(ok, new[k], state[k]) for k in state}
+
+    def fit_with_memory(e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
+        gram, cross = products(m, e, rows)
+        kept = {
+            "gram": b.fb.keep * state["gram"] + gram.to(state["gram"].dtype),
+            "cross": b.fb.keep * state["cross"] + cross.to(state["cross"].dtype),
+        }
+        parts = solve(kept["gram"], kept["cross"], ridge)
+        new = {**refitted(parts, without_memory(state), m), **kept}
+        size = torch.stack([p.abs().sum() for p in parts]).sum()
         ok = torch.isfinite(size) & (size > 0)
         return {k: torch.where(ok, new[k], state[k]) for k in state}
 
@@ -85,6 +100,15 @@ def refit(b: Builder) -> None:
             b.new_states.append(state)
             continue
         e = b.error(m.rows)
+        if "gram" in state:
+            rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+            e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
+            new = b.emit(
+                lambda e, r, st, m=m: fit_with_memory(e, r, st, m), e, rows, state,
+                phase="refit", layer=m.layer.name,
+            )  # fmt: skip
+            b.new_states.append(new)
+            continue
         # groups pick by the layer's index: only full maps share a solve
         key = m.rows if m.groups == 1 else m.layer.name
         if key not in inverse:

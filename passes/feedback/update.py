@@ -22,6 +22,8 @@ from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream, streams_of
+from grapefx.passes.feedback.normal_equations import MEMORY, without_memory
+from grapefx.passes.feedback.radial import bias_of, corrected, radial_error
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.seeded import uniform
@@ -40,6 +42,8 @@ class Feedback:
     ridge: float = 1e-2
     refit: bool = True
     true_gradients: bool = True
+    radial: frozenset[int] = frozenset()  # points whose cotangent is corrected along its value
+    keep: float = 0.0  # of the normal equations of earlier calibrations, where states have them
 
 
 class Builder:
@@ -100,18 +104,34 @@ class Builder:
 
     def error(self, kind: str) -> Node:
         if kind not in self.rows_cache:
-            taps = markers.find(self.graph, markers.TAP_BACKWARD)
-            forward = markers.find(self.graph, markers.TAP)
-            nodes = []
-            for i in sorted(forward):
-                if i in taps:
-                    nodes.append(taps[i])
-                else:  # a tap whose output the loss does not use
-                    with self.em.before(self.output, phase="error"):
-                        nodes.append(self.em.call(aten.zeros_like.default, forward[i]))
             rows = self.fb.error_rows[kind]
-            self.rows_cache[kind] = self.emit(lambda ts: rows(ts), nodes, phase="error")
+            self.rows_cache[kind] = self.emit(lambda ts: rows(ts), self._errors(), phase="error")
         return self.rows_cache[kind]
+
+    def _errors(self) -> list[Node]:
+        """e at each tap, in order."""
+        taps = markers.find(self.graph, markers.TAP_BACKWARD)
+        forward = markers.find(self.graph, markers.TAP)
+        nodes = []
+        for i in sorted(forward):
+            if i in taps:
+                nodes.append(taps[i])
+            else:  # a tap whose output the loss does not use
+                with self.em.before(self.output, phase="error"):
+                    nodes.append(self.em.call(aten.zeros_like.default, forward[i]))
+        return nodes
+
+    def radial(self) -> Node:
+        """What the true gradient's inner product with its value is, for each sample."""
+        if "radial" not in self.rows_cache:
+            forward = markers.find(self.graph, markers.TAP)
+            values = [forward[i] for i in sorted(forward)]
+            folds = list(next(iter(self.fb.error_rows.values())).folds)
+            biases = [bias_of(tap) for tap in values]
+            self.rows_cache["radial"] = self.emit(
+                radial_error, self._errors(), values, biases, folds, phase="error"
+            )
+        return self.rows_cache["radial"]
 
     def tangent_rows(self, kind: str, stream: Stream) -> Node:
         key = f"{kind}/{id(stream)}"
@@ -228,6 +248,8 @@ class Builder:
             def step(
                 state: State, j: Any, found: Any, samples: Any, ok: Tensor, m: FeedbackMap = m
             ) -> State:
+                kept = {k: t for k, t in state.items() if k in MEMORY}
+                state = without_memory(state)
                 rows = _rows(m, state, found)
                 if j is not None:
                     rows = replace(rows, estimate=j.to(next(iter(state.values())).dtype))
@@ -239,7 +261,7 @@ class Builder:
                     shapes = {k: tuple(t.shape) for k, t in state.items()}
                     if {k: tuple(t.shape) for k, t in new.items()} != shapes:
                         raise TypeError(f"it has to return a state of {shapes}")
-                return {k: torch.where(ok, new[k], state[k]) for k in state}
+                return {**{k: torch.where(ok, new[k], state[k]) for k in state}, **kept}
 
             new = self.emit(
                 step, state, j, self.read(m, reads), samples, self.finite,
@@ -288,6 +310,7 @@ class Builder:
                 state: State, incoming: Any, found: Any, pairs: Any, like: Tensor,
                 m: FeedbackMap = m,
             ) -> Tensor:  # fmt: skip
+                state = without_memory(state)
                 dtype = next(iter(state.values())).dtype if state else like.dtype
                 rows = _rows(m, state, found, dtype)
                 if incoming is not None:
@@ -319,6 +342,16 @@ class Builder:
                 phase="projection",
                 layer=m.layer.name,
             )
+            if m.layer.index in self.fb.radial:
+                out[m.layer.index] = self.emit(
+                    corrected,
+                    out[m.layer.index],
+                    self._value(m),
+                    self.radial(),
+                    m.layer.fold,
+                    phase="projection",
+                    layer=m.layer.name,
+                )
         return out
 
     def decay_weights(self) -> None:

@@ -93,7 +93,9 @@ def test_span_of_bp_and_feedback():
 
 
 def test_span_with_a_layer_as_the_unit():
-    """BP grows by 3 products a layer, DFA by 1, GrAPE by 2 (001 appendix D plus weight grads)."""
+    """BP grows by 3 products a layer, DFA by 1, GrAPE by 2 (GrAPE 2026 appendix D plus weight
+    grads).
+    """
     n, c, N = WIDTH, CLASSES, BATCH
     product = 2 * N * n * n
     spans = {

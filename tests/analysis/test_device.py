@@ -133,7 +133,9 @@ def test_amortised_calibration():
     c = amortised_calibration(2.0, 3.0, every=1, steps_per_epoch=195)
     assert c.per_epoch == 195 * 2.0 + 3.0
     assert c.per_step == pytest.approx(c.per_epoch / 195)
-    assert c.backward_share == pytest.approx(0.005, abs=2e-4)  # "about 0.5 %", 001 section 4.1
+    assert c.backward_share == pytest.approx(
+        0.005, abs=2e-4
+    )  # "about 0.5 %", GrAPE 2026 section 4.1
     assert amortised_calibration(2.0, 3.0, every=10, steps_per_epoch=195).overhead == (
         pytest.approx(c.overhead / 10)
     )

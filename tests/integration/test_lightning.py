@@ -1,4 +1,4 @@
-"""PyTorch Lightning: its Trainer around a compiled net; checkpoints hold the learning state."""
+"""PyTorch Lightning: its Trainer around a compiled net, with the callback of the integrations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import grapefx
+from grapefx.errors import GrapefxWarning, OptionError, StateError
 
 lightning = pytest.importorskip("lightning", reason="needs lightning")
+
+from grapefx.integrations.lightning import FeedbackCallback  # noqa: E402
 
 # Lightning notes what a test run lacks (workers, a logger)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -45,15 +48,6 @@ class Classifier(lightning.LightningModule):  # type: ignore[name-defined,misc]
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), 1e-2)
 
-    def on_train_epoch_start(self) -> None:
-        self.net.set_epoch(self.current_epoch)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["grapefx"] = self.net.feedback_state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.net.load_feedback_state_dict(checkpoint["grapefx"])
-
 
 def data(shuffle: bool = False) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
@@ -62,9 +56,10 @@ def data(shuffle: bool = False) -> DataLoader[Any]:
 
 
 def trainer(folder: Path, epochs: int, **options: Any) -> Any:
+    settings = {"logger": False, "callbacks": [FeedbackCallback()], **options}
     return lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, **options,
+        max_epochs=epochs, accelerator="cpu", devices=1, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, log_every_n_steps=2, **settings,
     )  # fmt: skip
 
 
@@ -72,7 +67,7 @@ def test_trains_saves_and_resumes(tmp_path: Path) -> None:
     whole = Classifier()
     trainer(tmp_path / "a", 6, enable_checkpointing=False).fit(whole, data(), data())
     assert whole.seen[-1] < 0.8 * whole.seen[0]
-    assert whole.net.feedback_state_dict()["schedule"]["calibrations"] == 6
+    assert whole.net.calibrations == 6
 
     first = Classifier()
     run = trainer(tmp_path / "b", 3)
@@ -80,7 +75,7 @@ def test_trains_saves_and_resumes(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "half.ckpt")
     second = Classifier()
     trainer(tmp_path / "c", 6, enable_checkpointing=False).fit(
-        second, data(), data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=False
+        second, data(), data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True
     )
     assert second.seen == pytest.approx(whole.seen[12:])
     for k, v in whole.net.feedback.items():
@@ -89,12 +84,60 @@ def test_trains_saves_and_resumes(tmp_path: Path) -> None:
         torch.testing.assert_close(v, second.state_dict()[k])
 
 
-@pytest.mark.slow
-def test_the_default_backend_and_a_callback(tmp_path: Path) -> None:
-    class SetEpoch(lightning.Callback):  # type: ignore[name-defined,misc]
-        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-            module.net.set_epoch(trainer.current_epoch)
+def test_loggers_and_monitors_get_the_alignment(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logger = TensorBoardLogger(tmp_path, name="run")
+    module = Classifier()
+    run = trainer(tmp_path, 3, logger=logger, enable_checkpointing=False)
+    run.fit(module, data())
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    alignment = module.net.alignment()
+    assert set(alignment) == {"0", "2"}
+    for layer, cosines in alignment.items():
+        for kind, value in cosines.items():
+            seen = scalars[f"grapefx/net/{kind}/{layer}"]
+            assert [s.step for s in seen] == [2, 4, 6, 8, 10, 12]
+            assert seen[-1].value == pytest.approx(value, abs=1e-6)
+    assert [s.value for s in scalars["grapefx/net/calibrations"]] == [1, 1, 2, 2, 3, 3]
+    monitored = run.callback_metrics["grapefx/net/cos_gradient/mean"]
+    cosines = [c["cos_gradient"] for c in alignment.values()]
+    assert float(monitored) == pytest.approx(sum(cosines) / 2, abs=1e-6)
+
+
+def test_a_module_without_a_net_is_refused(tmp_path: Path) -> None:
+    module = Classifier()
+    module.net = nn.Linear(8, 3)  # type: ignore[assignment]
+    with pytest.raises(OptionError, match="nothing in this Classifier was compiled"):
+        trainer(tmp_path, 1).fit(module, data())
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    """One without a learning state is taken with a warning, one of other nets is refused."""
+    run = trainer(tmp_path / "a", 1, callbacks=[])
+    run.fit(Classifier(), data())
+    run.save_checkpoint(tmp_path / "without.ckpt")
+    with pytest.warns(GrapefxWarning, match="no learning state"):
+        trainer(tmp_path / "b", 2).fit(
+            Classifier(), data(), ckpt_path=str(tmp_path / "without.ckpt"), weights_only=True
+        )
+    run = trainer(tmp_path / "c", 1)
+    run.fit(Classifier(), data())
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    saved = torch.load(tmp_path / "other.ckpt", weights_only=True)
+    saved["grapefx"]["elsewhere"] = saved["grapefx"].pop("net")
+    torch.save(saved, tmp_path / "other.ckpt")
+    with pytest.raises(StateError, match="elsewhere"):
+        trainer(tmp_path / "d", 2).fit(
+            Classifier(), data(), ckpt_path=str(tmp_path / "other.ckpt"), weights_only=True
+        )
+
+
+@pytest.mark.slow
+def test_the_default_backend(tmp_path: Path) -> None:
     module = Classifier(backend="inductor")
-    trainer(tmp_path, 4, enable_checkpointing=False, callbacks=[SetEpoch()]).fit(module, data())
+    trainer(tmp_path, 4, enable_checkpointing=False).fit(module, data())
     assert module.seen[-1] < module.seen[0]

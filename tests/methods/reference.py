@@ -56,7 +56,7 @@ class Reference:
         return t @ self.weights[-1].t()
 
     def learn(self, estimates: list[Tensor]) -> None:
-        """B_l from J^_l: 003 eq. 8, or 001 eq. 5-6 and 17 with momentum."""
+        """B_l from J^_l: FDFA 2024 eq. 8, or GrAPE 2026 eq. 5-6 and 17 with momentum."""
         for i, j in enumerate(estimates):
             if self.method == "fdfa":
                 self.b[i] = (1 - self.alpha) * self.b[i] + self.alpha * j

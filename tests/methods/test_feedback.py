@@ -323,4 +323,4 @@ def test_alignment_rises_with_training_of_the_map() -> None:
     for k in (0, 1):
         assert _cos(net.feedback[f"{k}/B"], jacobian_behind(model, k)) > 0.75
         norms = net.feedback[f"{k}/B"].norm(dim=0)
-        torch.testing.assert_close(norms, torch.ones_like(norms))  # 001 eq. 6
+        torch.testing.assert_close(norms, torch.ones_like(norms))  # GrAPE 2026 eq. 6

@@ -112,7 +112,7 @@ def test_presets() -> None:
     paper = grapefx.compile(MLP(), method="grape", preset="paper")
     assert paper._method.norm == "unit"  # type: ignore[attr-defined]
     assert (paper._options.calib_refit, paper._options.calib_init) == ("weights", False)
-    assert paper._options.calib_every == 1  # 001 calibrates once an epoch
+    assert paper._options.calib_every == 1  # GrAPE 2026 calibrates once an epoch
     assert grapefx.compile(MLP(), method="dfa", preset="paper")._options.calib_every is None
     # what is given wins
     mine = grapefx.compile(MLP(), method="fdfa", preset="paper", calib_every=2, optimizer="ema")

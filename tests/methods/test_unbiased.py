@@ -1,4 +1,6 @@
-"""Forward gradients are unbiased: the mean of many draws is the true gradient (003 theorem 3)."""
+"""Forward gradients are unbiased: the mean of many draws is the true gradient (FDFA 2024 theorem
+3).
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from tests.zoo import compiled, make, train_step
 from tools.inspect_pictures import FLAGS, browser, screenshot
 
 PROBE = """
@@ -81,3 +82,22 @@ def test_screenshot(chromium, mlp_report, tmp_path, width, dark):
         colours = len(shot.convert("RGB").getcolors(1 << 20) or ())
     assert (sum(background) < 200) is dark
     assert colours > 100  # more than an empty page
+
+
+def test_training_page_fits(chromium, tmp_path):
+    """``net.report().html()``: both charts are drawn, and nothing sticks out on a narrow screen."""
+    net = compiled(make("mlp")[0], "grape", calib_every=1)
+    net.record()
+    for epoch in range(4):
+        net.set_epoch(epoch // 2)
+        train_step(net, make("mlp")[1])
+    probe = (
+        '<script>addEventListener("load", () => { document.title = ["probe", '
+        'document.querySelectorAll(".chart path").length, '
+        "document.documentElement.scrollWidth <= innerWidth].join(' '); });</script>"
+    )
+    page = tmp_path / "training.html"
+    page.write_text(net.report().html().replace("</body>", probe + "</body>"), encoding="utf-8")
+    found = re.search(r"<title>probe (\d+) (\w+)</title>", dom(chromium, page, tmp_path, 500))
+    curves = sum(len(c) for c in net.report().curves.values())
+    assert found and found.groups() == (str(curves), "true")

@@ -8,9 +8,9 @@ import grapefx.report
 FOLDER = Path(grapefx.report.__file__).parent
 # each may import those before it, and its own kind
 ORDER = (
-    {"records"},
+    {"records", "training_records"},
     {"render"},
-    {"report"},
+    {"report", "training"},
     {"build", "from_plan", "step"},
     {"inspect", "load"},
     {"cli"},

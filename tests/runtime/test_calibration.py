@@ -103,7 +103,9 @@ def test_refit_variants() -> None:
 
 
 def test_calibration_by_its_own_sgd() -> None:
-    """001 appendix E: SGD(0.01, momentum 0.9) inside backward; the user's optimizer sees None."""
+    """GrAPE 2026 appendix E: SGD(0.01, momentum 0.9) inside backward; the user's optimizer sees
+    None.
+    """
     model, args = make("mlp")
     twin = eager_twin(model)
     net = compiled(model, "dfa", calib_every=1, calib_unit="step", calib_update="sgd")

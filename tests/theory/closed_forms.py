@@ -1,4 +1,4 @@
-"""The papers' claims as formulas (001: GrAPE, 003: FDFA), and those that the tests found missing.
+"""The papers' claims as formulas (GrAPE 2026, FDFA 2024), and those that the tests found missing.
 
 No measuring here: what grapefx does is in ``measure.py``, and tests and figures compare the two.
 """
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def sphere_mean(n: int) -> float:
-    """E|s_1| on the sphere in R^n: Gamma(n/2) / (sqrt(pi) Gamma((n+1)/2)) (001 B.2)."""
+    """E|s_1| on the sphere in R^n: Gamma(n/2) / (sqrt(pi) Gamma((n+1)/2)) (GrAPE 2026 B.2)."""
     return math.exp(math.lgamma(n / 2) - math.lgamma((n + 1) / 2)) / math.sqrt(math.pi)
 
 
 def sphere_bound(n: int) -> float:
-    """001 eq. 11: E|s_1| >= sqrt(2 / (pi n))."""
+    """GrAPE 2026 eq. 11: E|s_1| >= sqrt(2 / (pi n))."""
     return math.sqrt(2 / (math.pi * n))
 
 
 def cosine_bound(j: Tensor) -> float:
-    """001 eq. 4 (= eq. 13): E[cos_F(J, J^)] >= sqrt(2 / (pi n)) |J|_2 / |J|_F, one sample."""
+    """GrAPE 2026 eq. 4, 13: E[cos_F(J, J^)] >= sqrt(2 / (pi n)) |J|_2 / |J|_F, one sample."""
     singular = torch.linalg.svdvals(j)
     return float(sphere_bound(j.shape[1]) * singular[0] / singular.norm())
 
@@ -60,18 +60,20 @@ def batch_cosine(ratio: float, samples: float) -> float:
 
 
 def composed(a: float, b: float) -> tuple[float, float]:
-    """001 lemma B.2: cos(B, J) lies in a b -+ sqrt(1 - a^2) sqrt(1 - b^2)."""
+    """GrAPE 2026 lemma B.2: cos(B, J) lies in a b -+ sqrt(1 - a^2) sqrt(1 - b^2)."""
     slack = math.sqrt(max(0.0, 1 - a * a)) * math.sqrt(max(0.0, 1 - b * b))
     return a * b - slack, a * b + slack
 
 
 def fgw_variance(gradient: Tensor) -> Tensor:
-    """003 proposition 5: Var g_ij = g_ij^2 + |g|^2 for the gradient g of the perturbed weights."""
+    """FDFA 2024 proposition 5: Var g_ij = g_ij^2 + |g|^2 for the gradient g of the perturbed
+    weights.
+    """
     return gradient**2 + (gradient**2).sum()
 
 
 def fga_variance(delta: Tensor, local: Tensor, noise: str) -> Tensor:
-    """003 proposition 6: Var g_ij = (delta_i^2 + |delta|^2) (dy_i/dw_ij)^2, for one sample.
+    """FDFA 2024 proposition 6: Var g_ij = (delta_i^2 + |delta|^2) (dy_i/dw_ij)^2, for one sample.
 
     ``delta`` (n_1,) is dL/dy, ``local`` (n_1, n_0) is dy_i/dw_ij. With random signs v_i^2 = 1 has
     no variance, and the first sign is a minus.
@@ -81,7 +83,7 @@ def fga_variance(delta: Tensor, local: Tensor, noise: str) -> Tensor:
 
 
 def fdfa_variance(delta: Tensor, local: Tensor, alpha: float, noise: str) -> Tensor:
-    """003 proposition 2 with its misprints mended: alpha^2 times the variance of FG-A.
+    """FDFA 2024 proposition 2 with its misprints mended: alpha^2 times the variance of FG-A.
 
     Eq. 19 as printed has dy_o^(1)/dy_k^(1) and no sum over o with dL/dy_o.
     """

@@ -60,7 +60,7 @@ def slope(xs: list[float], ys: list[Mean]) -> Mean:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Frobenius cosine, 001 eq. 3."""
+    """Frobenius cosine, GrAPE 2026 eq. 3."""
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
@@ -79,7 +79,9 @@ def gradient(model: nn.Sequential) -> Tensor:
 
 
 def two_layers(n0: int, n1: int, out: int, seed: int = 0) -> nn.Sequential:
-    """Linear, ReLU, linear output; no biases, W^(2) frozen (003: no noise at the output layer)."""
+    """Linear, ReLU, linear output; no biases, W^(2) frozen (FDFA 2024: no noise at the output
+    layer).
+    """
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(n0, n1, bias=False), nn.ReLU(), nn.Linear(n1, out, bias=False))
     weight(model, 2).requires_grad_(False)
@@ -169,7 +171,7 @@ def mean_cosines(j: Tensor, batch: int, steps: int, noise: str) -> Tensor:
 
 @functools.cache
 def expected_cosine(spectrum: str, n: int, noise: str) -> tuple[Tensor, Mean]:
-    """J and E[cos_F(J, J^)] of one sample (001 eq. 4), from 20 batches of 400."""
+    """J and E[cos_F(J, J^)] of one sample (GrAPE 2026 eq. 4), from 20 batches of 400."""
     j = jacobian_with(spectrum, 6, n)
     return j, Mean.of(mean_cosines(j, 400, 20, noise))
 
@@ -179,7 +181,7 @@ BATCHES = (1, 4, 16, 64)
 
 @functools.cache
 def concentration() -> dict[int, Tensor]:
-    """Samples of C-bar_B for each B (001 appendix B.3)."""
+    """Samples of C-bar_B for each B (GrAPE 2026 appendix B.3)."""
     j = jacobian_with("rank one", 6, 32)
     return {b: mean_cosines(j, b, 160, "gaussian") for b in BATCHES}
 
@@ -277,7 +279,7 @@ def alignment_run() -> list[Triple]:
 
 @functools.cache
 def column_weights() -> Mean:
-    """Sum of the weights w_k of 001 appendix C for unit columns of B and one sample's J^."""
+    """Sum of the weights w_k of GrAPE 2026 appendix C for unit columns of B and one sample's J^."""
     e = estimates(jacobian_with("decaying", 6, 128), 1, 100, "gaussian")
     norms = e.norm(dim=1)  # of columns (K, n); those of B are 1, |B|_F = sqrt(n)
     return Mean.of(norms.sum(1) / (128**0.5 * e.norm(dim=(1, 2))))
@@ -479,7 +481,7 @@ def approach(alpha: float = 0.05, chains: int = 10, steps: int = 80) -> Tensor:
     return torch.stack(out)
 
 
-# 002 figure 2
+# GrAPE 2024 figure 2
 
 DEPTHS = (2, 8, 32)
 SIZES = (1, 16, 256)

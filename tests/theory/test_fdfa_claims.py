@@ -1,4 +1,6 @@
-"""003 (FDFA) propositions 2, 5, 6 and eq. 13, and 002 figure 2, measured on grapefx's gradients."""
+"""FDFA 2024 propositions 2, 5, 6 and eq. 13, and GrAPE 2024 figure 2, measured on grapefx's
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,13 @@ def slope_in(method: str, which: str, kaiming: bool = False) -> measure.Mean:
 
 @pytest.mark.parametrize("which", ["n0", "n1"])
 def test_weight_perturbation_scales_with_inputs_and_neurons(which: str) -> None:
-    """003 proposition 5: slope 1 in n_0 and in n_1."""
+    """FDFA 2024 proposition 5: slope 1 in n_0 and in n_1."""
     assert abs(slope_in("fg-w", which).z(1)) < Z
 
 
 @pytest.mark.parametrize(("which", "expected"), [("n0", 0), ("n1", 1)])
 def test_activity_perturbation_scales_with_neurons_only(which: str, expected: float) -> None:
-    """003 proposition 6: slope 1 in n_1 and 0 in n_0."""
+    """FDFA 2024 proposition 6: slope 1 in n_1 and 0 in n_0."""
     # variance is proportional to n_1 + 1: the end points' own slope is 0.95
     fitted = slope_in("fg-a", which)
     finite = measure.slope(
@@ -52,7 +54,7 @@ def test_variance_of_one_large_entry(method: str, noise: str) -> None:
 
 
 def test_fdfa_from_a_converged_map_has_variance_alpha_squared() -> None:
-    """003 proposition 2: slope 2 in alpha, at alpha^2 times FG-A's variance."""
+    """FDFA 2024 proposition 2: slope 2 in alpha, at alpha^2 times FG-A's variance."""
     points = measure.variance_in_alpha()
     for alpha, (found, expected) in points.items():
         assert abs(found.z_of_scale(expected)) < Z, alpha
@@ -74,7 +76,7 @@ def test_fdfa_that_runs_has_variance_alpha(alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", RUNNING)
 def test_penultimate_feedback_converges_to_the_output_weights(alpha: float) -> None:
-    """003 eq. 13: E[B^(L-1)] = W^(L), entry by entry."""
+    """FDFA 2024 eq. 13: E[B^(L-1)] = W^(L), entry by entry."""
     blocks = measure.running(alpha).maps
     w = measure.weight(measure.random_setting().model, 2)
     z = (blocks.mean(0) - w) / (blocks.std(0) / len(blocks) ** 0.5)
@@ -93,7 +95,9 @@ def test_penultimate_feedback_approaches_geometrically() -> None:
 @pytest.mark.parametrize("batch", SIZES)
 @pytest.mark.parametrize(("depth", "streams"), [(2, "shared"), (8, "shared"), (8, "per_layer")])
 def test_cosine_against_batch_and_depth(depth: int, streams: str, batch: int) -> None:
-    """002 figure 2 has a closed form: the other layers' noise comes with depth, 1/B of it stays."""
+    """GrAPE 2024 figure 2 has a closed form: the other layers' noise comes with depth, 1/B of it
+    stays.
+    """
     r = measure.first_layer(depth, batch, streams)
     assert abs(r.found.projection.z(1)) < Z
     square = 1 + r.ratio / batch
@@ -105,7 +109,9 @@ def test_cosine_against_batch_and_depth(depth: int, streams: str, batch: int) ->
 
 
 def test_depth_costs_cosine_and_iterations_bring_it_back() -> None:
-    """002 figure 2's three claims: down with depth, up with the batch, up with averaged JVPs."""
+    """GrAPE 2024 figure 2's three claims: down with depth, up with the batch, up with averaged
+    JVPs.
+    """
     at = {(d, b): measure.first_layer(d, b) for d in (2, 8) for b in SIZES}
     for b in SIZES[1:]:
         assert at[2, b].found.cosine.value > at[8, b].found.cosine.value

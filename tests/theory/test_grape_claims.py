@@ -1,4 +1,4 @@
-"""001 (GrAPE) section 3.2 and appendices B, C: the cosine of J^ with J, on grapefx's own J^."""
+"""GrAPE 2026 section 3.2 and appendices B, C: the cosine of J^ with J, on grapefx's own J^."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.theory.measure import BATCHES, NS, SPECTRA, Z
 
 
 def test_mean_first_coordinate_on_the_sphere() -> None:
-    """E|s_1| has 001 B.2's closed form."""
+    """E|s_1| has GrAPE 2026 B.2's closed form."""
     generator = torch.Generator().manual_seed(0)
     for n in (2, 3, 10, 50):
         p = torch.randn(100_000, n, generator=generator, dtype=torch.float64)
@@ -22,7 +22,9 @@ def test_mean_first_coordinate_on_the_sphere() -> None:
 
 
 def test_bound_on_the_sphere() -> None:
-    """001 eq. 11 holds at every n, is strict, and tight: the ratio falls to 1 as 1 + 1 / (4 n)."""
+    """GrAPE 2026 eq. 11 holds at every n, is strict, and tight: the ratio falls to 1 as 1 + 1 / (4
+    n).
+    """
     for n in [*range(1, 300), 10**4]:
         ratio = theory.sphere_mean(n) / theory.sphere_bound(n)
         assert 1 < ratio < 1 + 0.26 / n
@@ -33,7 +35,7 @@ def test_bound_on_the_sphere() -> None:
 @pytest.mark.parametrize("n", NS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_expected_cosine_of_one_sample(spectrum: str, n: int) -> None:
-    """001 eq. 4, and the tighter bracket that does not know the spectrum."""
+    """GrAPE 2026 eq. 4, and the tighter bracket that does not know the spectrum."""
     j, found = measure.expected_cosine(spectrum, n, "gaussian")
     low, high = theory.cosine_bracket(n)
     assert found.value > theory.cosine_bound(j) - Z * found.se
@@ -65,7 +67,7 @@ def test_bound_does_not_hold_for_random_signs() -> None:
 
 
 def test_mean_of_cosines_concentrates() -> None:
-    """001 B.3: Std(C-bar_B) falls as B^(-1/2); its mean stays where one sample's is."""
+    """GrAPE 2026 B.3: Std(C-bar_B) falls as B^(-1/2); its mean stays where one sample's is."""
     found = measure.concentration()
     stds = []
     for b, c in found.items():
@@ -96,7 +98,9 @@ def test_cosine_of_a_batch_mean(batch: int, noise: str) -> None:
 
 
 def test_cosines_compose_along_a_run() -> None:
-    """001 lemma B.2 on grape's own B and J^ while it trains, and on what ``alignment()`` says."""
+    """GrAPE 2026 lemma B.2 on grape's own B and J^ while it trains, and on what ``alignment()``
+    says.
+    """
     run = measure.alignment_run()
     for t in run:
         low, high = theory.composed(t.learned, t.estimated)
@@ -118,7 +122,7 @@ def test_composition_bound_is_attained() -> None:
 
 
 def test_second_half_of_the_composition_lemma_needs_a_sum_of_at_least_zero() -> None:
-    """Lower bounds a_0, b_0 may be put into the lemma only if a_0 + b_0 >= 0 (not in 001)."""
+    """Lower bounds a_0, b_0 may go into the lemma only if a_0 + b_0 >= 0 (not in GrAPE 2026)."""
     grid = torch.linspace(-1, 1, 41).tolist()
     for a0 in grid:
         for b0 in grid:
@@ -131,7 +135,9 @@ def test_second_half_of_the_composition_lemma_needs_a_sum_of_at_least_zero() -> 
 
 
 def test_weights_of_the_columnwise_cosines_do_not_sum_to_one() -> None:
-    """001 appendix C prints sum_k w_k = 1; it is sqrt(2 / pi) for one sample and unit columns."""
+    """GrAPE 2026 appendix C prints sum_k w_k = 1; it is sqrt(2 / pi) for one sample and unit
+    columns.
+    """
     found = measure.column_weights()
     assert found.value + Z * found.se < 0.9
     # mean |p| / rms p over n = 128 entries: sqrt(2 / pi) (1 + 1 / (4 n)) to the first order

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_interrupt_shows_what_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(*args: Any) -> None:
-        args[5](record("dfa", accuracy=12.3))
+        args[6](record("dfa", accuracy=12.3))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "train", train)
@@ -148,18 +149,26 @@ def test_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
     assert readme.read_text() == "nothing here"
 
 
-def test_live_line_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_first_look_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "20")
-    progress = demo.Progress()
-    progress.show("x" * 100, force=True)
-    progress.show("too soon")
-    progress.line("stays")
+    monkeypatch.setattr(demo, "FIRST_TASK", demo.Task("First look", epochs=1, lr=1e-3, width=32))
+    monkeypatch.setattr(demo, "TASKS", demo.QUICK_TASKS)
+    args = ["--models", "mlp", "--methods", "dfa", "--backend", "eager", "--out", str(tmp_path)]
+    small = load_images().head(4000, 1000)
+    monkeypatch.setattr(demo, "load_images", lambda *_: small)
+    assert demo.main([*args, "--name", "a"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("\r" + "x" * 19 + "\x1b[K") and "too soon" not in out
-    assert out.endswith("stays\n")
+    first, _, rest = out.partition("s so far")
+    assert "First look" in first and "accuracy %" in first and "grape + calibration" in first
+    assert "ms/step" in rest and "grape + calibration" not in rest  # its own table, not the demo's
+    assert rest.count("\n  .venv/bin/") == 2 and "tutorial.ipynb" in rest
+    assert {r["model"] for r in read(tmp_path / "a" / "metrics.jsonl")} == {"first look", "mlp"}
+
+
+def test_what_is_named_next_exists() -> None:
+    for path in re.findall(r"examples/\S+", demo.NEXT):
+        assert (demo.ROOT / path).is_file()
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def cnn() -> nn.Module:
 
 
 def transformer(depth: int) -> Callable[[], nn.Module]:
-    """001 table 5: width 128."""
+    """GrAPE 2026 table 5: width 128."""
     return lambda: networks.Transformer(VOCABULARY, CONTEXT, 128, 4, depth, 512, 0.0)
 
 

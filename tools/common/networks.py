@@ -53,7 +53,9 @@ def _flat(layers: list[nn.Module], shape: tuple[int, ...]) -> int:
 def fdfa_cnn(
     shape: tuple[int, ...], classes: int, activation: str, batch_norm: bool, pools: int
 ) -> nn.Sequential:
-    """003 table 2: 15C5-P2-40C5-P2-128-10; ``pools: 1`` drops the first pool (003's code)."""
+    """FDFA 2024 table 2: 15C5-P2-40C5-P2-128-10; ``pools: 1`` drops the first pool (FDFA 2024's
+    code).
+    """
     layers = _convolution(shape[0], 15, 5, activation, batch_norm, pools == 2)
     layers += _convolution(15, 40, 5, activation, batch_norm, True)
     layers += [nn.Flatten()]
@@ -224,7 +226,7 @@ MODEL_KEYS = {k: v[1] for k, v in IMAGE_MODELS.items()} | {"transformer": TEXT_K
 def initialise(model: nn.Module, init: str) -> None:
     """``torch`` keeps PyTorch's default, ``he_uniform`` is Kaiming-uniform with biases of 0.
 
-    ``zero`` is the forward start that 003 appendix A prints for DFA.
+    ``zero`` is the forward start that FDFA 2024 appendix A prints for DFA.
     """
     if init == "torch":
         return

@@ -26,7 +26,7 @@ def render_html(report: ReportData) -> str:
     """A whole HTML document, readable from 320 px up, light and dark by the reader's setting."""
     methods = report.methods[1:] or report.methods
     return (
-        _templates()
+        templates()
         .get_template("page.html.j2")
         .render(
             report=report,
@@ -35,15 +35,19 @@ def render_html(report: ReportData) -> str:
             shown_method=methods[-1].method,
             shown_workers=worker_key(_first_workers(report)),
             notes=notes(report),
-            phases=PHASES,
         )
     )
 
 
 def render_notebook(report: ReportData) -> str:
     """The page inside a frame, so that its styles stay its own."""
+    return framed(render_html(report))
+
+
+def framed(page: str) -> str:
+    """A page inside a frame, for notebooks."""
     return (
-        f'<iframe srcdoc="{escape(render_html(report))}" style="width:100%;height:900px;'
+        f'<iframe srcdoc="{escape(page)}" style="width:100%;height:900px;'
         'border:1px solid #8884;border-radius:8px" title="grapefx report"></iframe>'
     )
 
@@ -55,7 +59,7 @@ def _first_workers(report: ReportData) -> int | None:
 
 
 @functools.cache
-def _templates() -> Environment:
+def templates() -> Environment:
     """The templates, with what they call: units and names as filters, panels as functions."""
     env = Environment(
         loader=PackageLoader("grapefx.report.render"),
@@ -80,9 +84,10 @@ def _templates() -> Environment:
         "workers": units.workers,
     }
     env.filters.update(filters)
-    functions: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "cards": cards,
         "css_variables": css_variables,
+        "phase_colours": tuple(PHASES),
         "gantt": gantt,
         "layer_columns": panels.layer_columns,
         "layer_picture": layer_picture,
@@ -92,7 +97,7 @@ def _templates() -> Environment:
         "schedules": panels.schedules,
         "worker_key": worker_key,
     }
-    env.globals.update(functions)
+    env.globals.update(shared)
     return env
 
 

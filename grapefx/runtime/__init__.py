@@ -1,0 +1,1 @@
+"""What runs a plan: the module that users hold, its captured calls, schedule, state and history."""
