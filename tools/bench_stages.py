@@ -239,7 +239,9 @@ def data_parallel(name: str, backend: Backend, method: str | None) -> Variant:
     return Variant(f"data parallelism, {method or 'bp'}", run, 1 / world)
 
 
-def variants(name: str, counts: list[int], backend: Backend, refused: dict[str, str]) -> list[Variant]:
+def variants(
+    name: str, counts: list[int], backend: Backend, refused: dict[str, str]
+) -> list[Variant]:
     """Every way that runs; why the others do not goes into ``refused``."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",))["pp"]
     wanted: list[tuple[str, Callable[[], Variant]]] = [
