@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -26,6 +27,7 @@ from tests.stages.reference import OPTIONS
 from tests.zoo import MLP, make
 
 STEPS = 20
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter, not by group
 
 
 def model() -> nn.Module:
@@ -145,7 +147,7 @@ def save(net: Any, optimizer: Any, folder: str) -> None:
     dcp.save(
         {
             "model": net.state_dict(),
-            "optimizer": get_optimizer_state_dict(net, optimizer),
+            "optimizer": get_optimizer_state_dict(net, optimizer, options=FLAT),
             "feedback": net.feedback_state_dict(),
         },
         checkpoint_id=folder,
@@ -160,12 +162,12 @@ def load(net: Any, folder: str) -> Any:
         p.data.zero_()
     found = {
         "model": net.state_dict(),
-        "optimizer": get_optimizer_state_dict(net, optimizer),
+        "optimizer": get_optimizer_state_dict(net, optimizer, options=FLAT),
         "feedback": net.feedback_state_dict(),
     }
     dcp.load(found, checkpoint_id=folder)
     net.load_state_dict(found["model"])
-    set_optimizer_state_dict(net, optimizer, optim_state_dict=found["optimizer"])
+    set_optimizer_state_dict(net, optimizer, found["optimizer"], options=FLAT)
     net.load_feedback_state_dict(found["feedback"])
     return optimizer
 
