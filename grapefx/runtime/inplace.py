@@ -94,7 +94,7 @@ def uninstall(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _forward_of(model: nn.Module, net: FeedbackModule) -> Iterator[None]:
+def _forward_of(model: nn.Module, net: nn.Module) -> Iterator[None]:
     """The model's own hooks run around the net: torch runs them around ``self.forward``."""
     held = model.__dict__.get("forward", ...)
 
