@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from grapefx.choices import resolve
 from grapefx.errors import OptionError, tell
@@ -14,6 +17,7 @@ from grapefx.options import CompileOptions, described
 from grapefx.runtime import inplace as in_place
 from grapefx.runtime import names
 from grapefx.runtime.module import FeedbackModule
+from grapefx.runtime.stages.module import StagedModule
 from grapefx.untraceable import refuse_untraceable
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,6 +48,23 @@ def compile(
 ) -> M: ...
 
 
+@overload
+def compile(
+    model: nn.Module,
+    *,
+    method: str | Method = ...,
+    preset: Literal["recommended", "paper"] = ...,
+    calib_every: CalibEvery = ...,
+    inplace: Literal[False] = ...,
+    pipeline: DeviceMesh | ProcessGroup,
+    microbatches: int = ...,
+    stages: Literal["auto"] | Sequence[str] = ...,
+    data_parallel: DeviceMesh | ProcessGroup | None = ...,
+    stage_timeout: float = ...,
+    **options: Unpack[CompileOptions],
+) -> StagedModule: ...
+
+
 def compile(
     model: nn.Module,
     *,
@@ -51,6 +72,11 @@ def compile(
     preset: Literal["recommended", "paper"] = "recommended",
     calib_every: CalibEvery = ...,
     inplace: bool = False,
+    pipeline: DeviceMesh | ProcessGroup | None = None,
+    microbatches: int = 1,
+    stages: Literal["auto"] | Sequence[str] = "auto",
+    data_parallel: DeviceMesh | ProcessGroup | None = None,
+    stage_timeout: float = 300.0,
     **options: Unpack[CompileOptions],
 ) -> nn.Module:
     """Wrap ``model`` so that ``loss.backward()`` fills gradients without a backward chain.
@@ -75,6 +101,14 @@ def compile(
             attributes, hooks and state dict stay; ``model.grapefx`` is the module for set_epoch,
             alignment, feedback_state_dict, explain; ``grapefx.restore(model)`` undoes it. Calls
             without gradients run the model's own forward. Copies and pickles are plain models.
+        pipeline: the dim of a DeviceMesh (or a process group) whose ranks are the stages of the
+            model, under ``torchrun``. The result then is a ``StagedModule``, trained by
+            ``net.step(x, target=y, loss=loss_fn)``; see docs/distributed.md.
+        microbatches: M, into how many parts a pipeline divides each batch.
+        stages: "auto" (equal predicted seconds), or the names of the modules or feedback points
+            behind which the stages end.
+        data_parallel: the other dim of the mesh, whose ranks train copies of the pipeline.
+        stage_timeout: seconds after which a rank that does not answer counts as lost.
         options: everything else, by keyword: ``grapefx.options.CompileOptions`` has the names and
             types, docs/options.md and ``help(grapefx.compile)`` say what each does.
 
@@ -97,9 +131,25 @@ def compile(
     choices: dict[str, Any] = dict(options)
     if calib_every is not ...:
         choices["calib_every"] = calib_every
-    net = FeedbackModule(model, *resolve(method, choices, preset))
     if not isinstance(inplace, bool):
         raise OptionError(f"inplace={inplace!r} must be True or False")
+    if pipeline is not None:
+        if inplace:
+            raise OptionError("inplace=True does not go with pipeline=: a rank has one stage only")
+        return StagedModule(
+            model,
+            *resolve(method, choices, preset),
+            pipeline=pipeline,
+            microbatches=microbatches,
+            stages=stages,
+            data_parallel=data_parallel,
+            stage_timeout=stage_timeout,
+        )
+    if (microbatches, stages, data_parallel, stage_timeout) != (1, "auto", None, 300.0):
+        raise OptionError(
+            "microbatches, stages, data_parallel and stage_timeout are for pipeline=mesh['pp']"
+        )
+    net = FeedbackModule(model, *resolve(method, choices, preset))
     if not inplace:
         if said := names.note(model, [*names.public(FeedbackModule), *vars(net)]):
             tell(said)

@@ -58,6 +58,10 @@ class StateError(GrapefxError):
     """A feedback state dict belongs to another architecture or method."""
 
 
+class StageError(GrapefxError):
+    """A rank of a pipeline failed, or ranks disagree; it names the rank, stage and action."""
+
+
 class GrapefxWarning(UserWarning):
     """Something works, but not as the user may expect."""
 

@@ -17,7 +17,7 @@ from grapefx import tree
 from grapefx.capture import Capture, Scope, capture
 from grapefx.choices import check_together, resolve
 from grapefx.errors import BudgetError, CaptureError, PlacementError, tell
-from grapefx.ir import Captured, Layer, StepGraph
+from grapefx.ir import Captured, Layer, Role, StepGraph
 from grapefx.map_choice import choose_maps
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
 from grapefx.methods import Method, get_method
@@ -522,3 +522,16 @@ def _check_feedback(plan: Plan) -> None:
     excess = plan.over_budget()
     if excess:
         raise BudgetError(excess)
+
+
+def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
+    """What each symbol of a step graph stands for: the batch, or the samples with tangents."""
+    sizes: dict[Any, int] = {}
+    numbers: dict[Role, int] = {"input": batch, "noise": rows}
+    for role, number in numbers.items():
+        for _, node in step.select(role):
+            for size in node.meta["val"].shape:
+                expr = batch_symbol(size)
+                for symbol in expr.free_symbols if expr is not None else ():
+                    sizes.setdefault(symbol, number)
+    return sizes

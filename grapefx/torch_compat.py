@@ -826,3 +826,8 @@ def functional_graph(
     written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     assert isinstance(gm, torch.fx.GraphModule)
     return gm, {str(out): str(name) for out, name in written.items()}
+
+
+def default_store() -> Any:
+    """The key-value store that the default process group met in."""
+    return torch.distributed.distributed_c10d._get_default_store()

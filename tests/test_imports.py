@@ -27,6 +27,7 @@ ORDER = [
     ["options"],
     ["choices", "placing", "untraceable"],
     ["plan"],
+    ["staging"],
     ["report"],
     ["runtime"],
     ["api"],

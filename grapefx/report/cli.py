@@ -22,6 +22,7 @@ from grapefx.options import OPTIONS
 from grapefx.report.inspect import METHODS, build_plans, report_plans, shown_dag
 from grapefx.report.load import Loaded, ModelError, UsageError, load
 from grapefx.report.render.dot import dot_source, drawn, write_graph
+from grapefx.report.stages import stages_text
 from grapefx.torch_compat import pytree
 
 FORMATS = ("text", "json", "html", "dot", "svg", "png")
@@ -47,6 +48,7 @@ examples:
   grapefx-inspect model.py --method bp --method grape --tangent-fraction 0.125 --format json
   grapefx-inspect model.py --calib-every 1 --steps-per-epoch 390 --workers 1,2,inf
   grapefx-inspect model.py --method grape -o graph.svg
+  grapefx-inspect model.py --stages 4 --microbatches 4 --batch 64
 
 exit codes: 0 done, 1 the model is the problem, 2 the command line is
 """
@@ -115,6 +117,31 @@ def _add_step_options(s: Any) -> None:
         )
 
 
+def _add_machine_options(d: Any) -> None:
+    d.add_argument(
+        "--device-model",
+        default="cpu-2core",
+        metavar="NAME|FILE.yaml",
+        help="cpu-2core (default), a100, h100, h200, or a YAML file",
+    )
+    d.add_argument(
+        "--workers",
+        type=_workers,
+        default=(1, 2, 4, 8, None),
+        metavar="1,2,4,8,inf",
+        help="numbers of workers to schedule for",
+    )
+    d.add_argument(
+        "--stages",
+        type=_positive,
+        metavar="P",
+        help="instead of the report: the model in P stages on P devices, and what a step takes",
+    )
+    d.add_argument(
+        "--microbatches", type=_positive, default=1, metavar="M", help="of a batch, with --stages"
+    )
+
+
 def _add_report_options(o: Any) -> None:
     o.add_argument(
         "--format",
@@ -165,20 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         help="repeatable (default: bp, dfa, grape; bp is always there to compare with)",
     )
     _add_step_options(s)
-    d = p.add_argument_group("the machine")
-    d.add_argument(
-        "--device-model",
-        default="cpu-2core",
-        metavar="NAME|FILE.yaml",
-        help="cpu-2core (default), a100, h100, h200, or a YAML file",
-    )
-    d.add_argument(
-        "--workers",
-        type=_workers,
-        default=(1, 2, 4, 8, None),
-        metavar="1,2,4,8,inf",
-        help="numbers of workers to schedule for",
-    )
+    _add_machine_options(p.add_argument_group("the machine"))
     _add_report_options(p.add_argument_group("the report"))
     return p
 
@@ -232,6 +246,17 @@ def _result(
         align_every=options.align_every,
         calib_every=options.calib_every,
     )
+    if options.stages:
+        if form != "text":
+            raise UsageError(f"--stages gives text, not {form}")
+        return stages_text(
+            plans,
+            options.stages,
+            options.microbatches,
+            options.batch,
+            options.device_model,
+            loaded.name,
+        )
     if form in ("dot", "svg", "png"):
         chosen = options.method[-1] if options.method else plans[-1].method.name
         plan = next(p for p in plans if p.method.name == chosen)
@@ -346,7 +371,8 @@ def _write(result: Any, form: str, path: Path | None) -> int:
             else:
                 write_graph(result, path, form)
         else:
-            text = {"text": result.text, "json": result.json, "html": result.html}[form]()
+            made = result if isinstance(result, str) else getattr(result, form)
+            text = made if isinstance(made, str) else made()
             if path is None:
                 sys.stdout.write(text if text.endswith("\n") else text + "\n")
             else:

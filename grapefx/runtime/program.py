@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from grapefx.capture import Capture
 from grapefx.errors import tell
-from grapefx.ir import Role, StepGraph
+from grapefx.ir import StepGraph
 from grapefx.layout import strided
 from grapefx.lowering import Compiled, lower_forward, lower_saving
 from grapefx.options import Options
@@ -21,7 +21,7 @@ from grapefx.passes.divide.tail import Tail
 from grapefx.passes.graph import meta
 from grapefx.passes.pipeline import LowerContext, divide, inference
 from grapefx.passes.runner import PassRun
-from grapefx.plan import Plan
+from grapefx.plan import Plan, sizes_of
 from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building
 from grapefx.runtime.cudagraph import Graphed
@@ -250,19 +250,6 @@ def _sparse(step: StepGraph | None) -> str:
                 return f"tensor {int(slot.name) + 1} of the arguments"
             return f"the {slot.role} {slot.name!r}"
     return ""
-
-
-def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:
-    """What each symbol of a step graph stands for: the batch, or the samples with tangents."""
-    sizes: dict[Any, int] = {}
-    numbers: dict[Role, int] = {"input": batch, "noise": rows}
-    for role, number in numbers.items():
-        for _, node in step.select(role):
-            for size in node.meta["val"].shape:
-                expr = batch_symbol(size)
-                for symbol in expr.free_symbols if expr is not None else ():
-                    sizes.setdefault(symbol, number)
-    return sizes
 
 
 def _symbols_of(step: StepGraph, places: Places) -> dict[Any, tuple[int, int]]:

@@ -6,6 +6,7 @@ compute what the one does, bit for bit. Layers' parts do not wait for each other
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from grapefx.passes.divide.families import layers_alone
+from grapefx.passes.graph.order import ancestors
 
 # Where a value comes from: (index of a task, index among its outputs); task -1: the graph's inputs.
 Ref = tuple[int, int]
@@ -53,6 +55,31 @@ def split_tasks(update: GraphModule) -> Tasks:
     group = {n: SHARED if n in free else own.get(n, REST) for n in inside}
     layers = dict.fromkeys(own.values())
     names = [g for g in (SHARED, *layers, REST) if g in set(group.values())]
+    return _cut(update, names, group)
+
+
+def split_by_results(update: GraphModule, names: Sequence[str], parts: Sequence[str]) -> Tasks:
+    """Cut ``update``, which is not changed, by what its nodes lead to.
+
+    ``parts``: for each output the name of the part that computes it. ``names``: the parts in order;
+    what several need belongs to the first of them. Parts without nodes of their own are left out.
+    """
+    (output,) = (n for n in update.graph.nodes if n.op == "output")
+    group: dict[Node, str] = {}
+    for name in names:
+        own = [r for r, p in zip(output.args[0], parts, strict=True) if p == name]  # type: ignore[arg-type]
+        for n in ancestors(r for r in own if isinstance(r, Node)):
+            if n.op == "call_function":
+                group.setdefault(n, name)
+    for n in update.graph.nodes:  # a part of a result goes where the whole is
+        if n.target is operator.getitem and n.args[0] in group:
+            group[n] = group[n.args[0]]
+    used = set(group.values())
+    return _cut(update, [n for n in names if n in used], group)
+
+
+def _cut(update: GraphModule, names: Sequence[str], group: dict[Node, str]) -> Tasks:
+    inside = [n for n in update.graph.nodes if n in group]
     (output,) = (n for n in update.graph.nodes if n.op == "output")
     refs: dict[Node, Ref] = {
         n: (-1, i) for i, n in enumerate(n for n in update.graph.nodes if n.op == "placeholder")
@@ -90,4 +117,4 @@ def _graph(
     return GraphModule(update, graph)
 
 
-__all__ = ["REST", "SHARED", "Ref", "Task", "Tasks", "split_tasks", "take"]
+__all__ = ["REST", "SHARED", "Ref", "Task", "Tasks", "split_by_results", "split_tasks", "take"]

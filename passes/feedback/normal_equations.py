@@ -54,4 +54,4 @@ def solve(gram: Tensor, cross: Tensor, ridge: float) -> list[Tensor]:
     return fitted
 
 
-__all__ = ["MEMORY", "memory_shapes", "products", "solve", "without_memory"]
+__all__ = ["CROSS", "GRAM", "MEMORY", "memory_shapes", "products", "solve", "without_memory"]

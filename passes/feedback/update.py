@@ -24,7 +24,7 @@ from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream, streams_of
 from grapefx.passes.feedback.normal_equations import MEMORY, without_memory
 from grapefx.passes.feedback.radial import bias_of, corrected, radial_error
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.seeded import uniform
 
@@ -230,7 +230,9 @@ class Builder:
                 return mean
 
             ds, vs = [d for d, _ in pairs], [v for _, v in pairs]
-            out.append(self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name))
+            made = self.emit(estimate, ds, vs, phase="alignment", layer=m.layer.name)
+            made.meta[meta.REDUCE] = "mean"
+            out.append(made)
         return out
 
     def learn(self) -> None:
@@ -285,6 +287,7 @@ class Builder:
             return torch.isfinite(total)  # type: ignore[arg-type]
 
         made: Node = self.emit(finite, unique, phase="error")
+        made.meta[meta.REDUCE] = "all"
         return made
 
     def metric(self, name: str, m: FeedbackMap, fn: Any, *args: Any) -> None:

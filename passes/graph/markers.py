@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from grapefx.layout import strides
+from grapefx.passes.graph import meta
 
 _LIB = torch.library.Library("grapefx", "DEF")
 for _name in ("cut", "cut_backward", "tap", "tap_backward"):
@@ -84,6 +85,8 @@ def erase(graph: Graph) -> list[Node]:
             source: Node = node.args[0]  # type: ignore[assignment]
             if strides(source.meta["val"]) != strides(node.meta["val"]):
                 moved.append(source)
+            if meta.REDUCE in node.meta:
+                source.meta[meta.REDUCE] = node.meta[meta.REDUCE]
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     return moved

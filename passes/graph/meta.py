@@ -19,6 +19,7 @@ FOLD = "grapefx_fold"  # of a noise placeholder: where the batch is, as (dim, ou
 NOISE_OF = "grapefx_noise_of"  # of noise at a feedback point: its (stream, layer index)
 TANGENT_OF = "grapefx_tangent_of"  # of a tangent at the error tap: its (stream, tap index)
 EDGE = "grapefx_edge"  # put on every edge into a weight layer (``residual="leak"``)
+REDUCE = "grapefx_reduce"  # how the values of all microbatches become one
 
 # what a retraced graph keeps
 KEPT = (PHASE, LAYER, ROLE, NAME, FOLD)
