@@ -50,7 +50,8 @@ def solve(gram: Tensor, cross: Tensor, ridge: float) -> list[Tensor]:
         # errors are scaled by 1/N and by any loss scale: normalise before the solve
         size = (a.trace() / c).clamp_min(1e-30)
         eye = torch.eye(c, dtype=a.dtype, device=a.device)
-        fitted.append(torch.linalg.solve(a / size + ridge * eye, r / size))
+        # LAPACK's result lies by columns; the steps were compiled for rows
+        fitted.append(torch.linalg.solve(a / size + ridge * eye, r / size).contiguous())
     return fitted
 
 
