@@ -30,7 +30,7 @@ def install(model: nn.Module, net: nn.Module) -> None:
     if hasattr(model, NAME) and model.__dict__.get(NAME, model) is not None:
         raise OptionError(f"the model has an attribute {NAME!r} already; inplace=True needs it")
 
-    @torch.compiler.disable(reason=f"{_BY_ITSELF} torch.compile(..., fullgraph=True)")  # type: ignore  # type: ignore
+    @torch.compiler.disable(reason=f"{_BY_ITSELF} torch.compile(..., fullgraph=True)")  # type: ignore
     def trained(*args: Any, **kwargs: Any) -> Any:
         hooked = any(model.__dict__[k] for k in BACKWARD + FORWARD[:1]) or global_hooks()
         if not hooked and len(model.__dict__[FORWARD[1]]) == ("_seen" in net.__dict__):  # ours
@@ -53,7 +53,7 @@ def install(model: nn.Module, net: nn.Module) -> None:
     net.__dict__["_seen"] = model.register_forward_pre_hook(_not_inlined)
 
 
-@torch.compiler.disable(reason=f"{_BY_ITSELF} model.compile(fullgraph=True)")  # type: ignore  # type: ignore
+@torch.compiler.disable(reason=f"{_BY_ITSELF} model.compile(fullgraph=True)")  # type: ignore
 def _still_ours(model: nn.Module, net: nn.Module) -> None:
     if call_of(model) is not net.__dict__["_call"]:
         raise OptionError(
