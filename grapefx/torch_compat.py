@@ -38,6 +38,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "batch_symbol",
+    "call_of",
     "clear_saved_tensors",
     "concrete",
     "copy_all",
@@ -498,6 +499,12 @@ def set_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
         module.__dict__.pop("_compiled_call_impl", None)
     else:
         module.__dict__["_compiled_call_impl"] = call
+
+
+def call_of(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What ``set_call`` or ``nn.Module.compile`` set, or None."""
+    found: Callable[..., Any] | None = module.__dict__.get("_compiled_call_impl")
+    return found
 
 
 def global_hooks() -> bool:

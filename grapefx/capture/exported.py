@@ -24,6 +24,7 @@ from grapefx.capture.around_trace import as_parameters, custom_functions
 from grapefx.capture.call import Symbolic, choices, dense, examples, flatten, flatten_call
 from grapefx.capture.constants import refuse_unregistered, tensor_attributes
 from grapefx.capture.cumulative import cumulative_norms
+from grapefx.capture.data_writes import DataWritesRefused
 from grapefx.capture.fingerprint import Fingerprint, describe_leaf
 from grapefx.capture.record import Capture, Run, Scope, fixed_lead, keeps_batch
 from grapefx.capture.tidy import keep_no_grad, passes_gradient, tidy
@@ -68,7 +69,9 @@ class _Flat(nn.Module):
         leaves = [next(it) if leaf is TENSOR else leaf for leaf in self._template]
         args, kwargs = pytree.tree_unflatten(leaves, self._call_spec)
         call = self.model.forward if self._inner else self.model
-        out, spec = flatten(call(*args, **kwargs))
+        with DataWritesRefused():
+            result = call(*args, **kwargs)
+        out, spec = flatten(result)
         for leaf in out:
             if not isinstance(leaf, (Tensor, *_PLAIN)) and size_expression(leaf) is None:
                 raise CaptureError(

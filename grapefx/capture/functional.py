@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx import tree
+from grapefx.capture.data_writes import refuse_data_writes
 from grapefx.capture.tidy import tidy
 from grapefx.errors import CaptureError
 from grapefx.ir import Captured, Slot
@@ -85,8 +86,9 @@ def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Fun
 
     Raises:
         CaptureError: the model writes into a parameter or into an argument that wants a gradient,
-            or makes a number or a shape from the values of a tensor.
+            gives a tensor other memory, or makes a number or a shape from the values of a tensor.
     """
+    refuse_data_writes(trace.gm)
     nodes = [n for n in trace.gm.graph.nodes if n.op == "placeholder"]
     places = [i for i, e in enumerate(trace.example_inputs) if isinstance(e, Tensor)]
     fakes = [nodes[i].meta["example_value"] for i in places]

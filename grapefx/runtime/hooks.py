@@ -16,8 +16,8 @@ from grapefx.errors import CaptureError
 
 FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
-# theirs only compute (weight norm, pruning) or record what the call returns
-_QUIET = ("torch.", "transformers.")
+# theirs only compute (weight norm, pruning) or record what the call returns; ours sets nothing
+_QUIET = ("torch.", "transformers.", "grapefx.")
 
 
 def _name(path: str) -> str:

@@ -11,50 +11,66 @@ from torch import nn
 
 from grapefx.errors import OptionError
 from grapefx.runtime.hooks import BACKWARD, FORWARD
-from grapefx.torch_compat import global_hooks, plain_call, set_call
+from grapefx.torch_compat import call_of, global_hooks, plain_call, set_call
 
 NAME = "grapefx"
+_BY_ITSELF = "grapefx compiles it by itself: leave the model, or a model around it, out of"
 
 
 def installed(model: nn.Module) -> Any:
-    """The net that ``model`` trains through, if it was compiled in place."""
+    """The net (a ``FeedbackModule``) that ``model`` trains through, or None if it was not compiled
+    in place.
+    """
     net = model.__dict__.get(NAME)
     return net if getattr(net, "_installed", False) is True else None
 
 
-def install(model: nn.Module, net: Any) -> None:
+def install(model: nn.Module, net: nn.Module) -> None:
     """From now on ``model(x)`` is a training step of ``net`` when gradients are enabled."""
     if hasattr(model, NAME) and model.__dict__.get(NAME, model) is not None:
         raise OptionError(f"the model has an attribute {NAME!r} already; inplace=True needs it")
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # without gradients there is nothing to replace: generation loops need no capture a length
-        if not torch.is_grad_enabled():
-            return plain_call(model, *args, **kwargs)
+    @torch.compiler.disable(reason=f"{_BY_ITSELF} torch.compile(..., fullgraph=True)")  # type: ignore
+    def trained(*args: Any, **kwargs: Any) -> Any:
         hooked = any(model.__dict__[k] for k in BACKWARD + FORWARD[:1]) or global_hooks()
         if not hooked and len(model.__dict__[FORWARD[1]]) == ("_seen" in net.__dict__):  # ours
             return net.forward(*args, **kwargs)
         with _forward_of(model, net):
             return plain_call(model, *args, **kwargs)
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # without gradients there is nothing to replace: generation loops need no capture a length,
+        # and another torch.compile may have the model as it is
+        return (trained if torch.is_grad_enabled() else plain_call_of)(*args, **kwargs)
+
+    def plain_call_of(*args: Any, **kwargs: Any) -> Any:
+        return plain_call(model, *args, **kwargs)
+
     # not a child: no key of the state dict, no module of the tree
     model.__dict__[NAME] = net
-    net.__dict__["_installed"] = True
-    set_call(model, torch.compiler.disable(call, reason="grapefx compiles it by itself"))
+    net.__dict__.update(_installed=True, _call=call)
+    set_call(model, call)
     net.__dict__["_seen"] = model.register_forward_pre_hook(_not_inlined)
 
 
-@torch.compiler.disable(reason="grapefx compiles it by itself")  # type: ignore
-def _ours() -> None:
-    pass
+@torch.compiler.disable(reason=f"{_BY_ITSELF} model.compile(fullgraph=True)")  # type: ignore
+def _still_ours(model: nn.Module, net: nn.Module) -> None:
+    if call_of(model) is not net.__dict__["_call"]:
+        raise OptionError(
+            f"model.compile() was called on this {type(model).__name__}, which grapefx compiled "
+            "in place: its call would train by backpropagation\n"
+            f"  remedy: {_BY_ITSELF} model.compile(); or model.grapefx.restore(), which undoes "
+            "grapefx's part"
+        )
 
 
 def _not_inlined(model: nn.Module, args: Any) -> None:
-    """Another ``torch.compile`` would trace the model's own forward, and so backpropagation: it
-    stops here, and calls the model.
+    """Another compiler that runs the model's own forward with gradients, and so backpropagation,
+    is refused here: ``nn.Module.compile`` puts its call where grapefx's was.
     """
-    if model.__dict__.get(NAME) is not None:  # a copy of the model is a plain one
-        _ours()
+    net = model.__dict__.get(NAME)
+    if net is not None and torch.is_grad_enabled():  # a copy of the model is a plain one
+        _still_ours(model, net)
 
 
 def traced(part: nn.Module) -> None:
@@ -69,7 +85,8 @@ def uninstall(model: nn.Module) -> nn.Module:
     net = installed(model)
     if net is None:
         raise OptionError("this model was not compiled by grapefx in place")
-    set_call(model, None)
+    if call_of(model) is net.__dict__.pop("_call"):
+        set_call(model, None)
     traced(model)
     del model.__dict__[NAME]
     net.__dict__["_installed"] = False
@@ -77,7 +94,7 @@ def uninstall(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _forward_of(model: nn.Module, net: Any) -> Iterator[None]:
+def _forward_of(model: nn.Module, net: nn.Module) -> Iterator[None]:
     """The model's own hooks run around the net: torch runs them around ``self.forward``."""
     held = model.__dict__.get("forward", ...)
 

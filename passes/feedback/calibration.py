@@ -13,8 +13,14 @@ from torch.fx import Node
 
 from grapefx.ir import StepGraph
 from grapefx.maps import FeedbackMap
-from grapefx.methods.base import State
-from grapefx.passes.feedback.normal_equations import products, solve, without_memory
+from grapefx.methods.base import Method, State
+from grapefx.passes.feedback.normal_equations import (
+    CROSS,
+    GRAM,
+    products,
+    solve,
+    without_memory,
+)
 from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
 from grapefx.passes.graph import markers, meta
 
@@ -48,63 +54,19 @@ def refit(b: Builder) -> None:
     """
     backward = markers.find(b.graph, markers.CUT_BACKWARD)
     inverse: dict[str, list[Node]] = {}
-    ridge, method = b.fb.ridge, b.fb.method
-
-    def gram(e: Tensor) -> Tensor:
-        e = e.to(torch.promote_types(e.dtype, torch.float32))
-        # rows are scaled by 1/N and by any loss scale: normalise before the solve
-        e = e / e.abs().amax().clamp_min(1e-30)
-        g = e.t() @ e
-        c = g.shape[0]
-        g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
-        solved: Tensor = torch.linalg.solve(g, e.t())
-        return solved
-
-    def refitted(parts: list[Tensor], state: State, m: FeedbackMap) -> State:
-        like = state["B"].dtype
-        if len(parts) == 1:
-            return method.refit(state, parts[0].to(like))
-        made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
-        return m.joined(made, state)
-
-    def fit(solved: list[Tensor], e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
-        dtype = solved[0].dtype
-        rows = rows.to(dtype)
-        parts = []
-        for g, part in enumerate(solved):
-            top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
-            own = rows if m.groups == 1 else rows[:, m.columns(g)]
-            parts.append(part @ (own / top))
-        new = refitted(parts, state, m)
-        fitted = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        # zeros where the true gradient is (an output layer that starts at zero) would stay zeros
-        size = fitted.abs().sum()
-        ok = torch.isfinite(size) & (size > 0)
-        return {k: torch.where(ok, new[k], state[k]) for k in state}
-
-    def fit_with_memory(e: Tensor, rows: Tensor, state: State, m: FeedbackMap) -> State:
-        gram, cross = products(m, e, rows)
-        kept = {
-            "gram": b.fb.keep * state["gram"] + gram.to(state["gram"].dtype),
-            "cross": b.fb.keep * state["cross"] + cross.to(state["cross"].dtype),
-        }
-        parts = solve(kept["gram"], kept["cross"], ridge)
-        new = {**refitted(parts, without_memory(state), m), **kept}
-        size = torch.stack([p.abs().sum() for p in parts]).sum()
-        ok = torch.isfinite(size) & (size > 0)
-        return {k: torch.where(ok, new[k], state[k]) for k in state}
-
+    ridge, keep, method = b.fb.ridge, b.fb.keep, b.fb.method
     for m, state in zip(b.fb.maps, b.state_nodes, strict=True):
         node = backward.get(m.layer.index)
         if node is None:
             b.new_states.append(state)
             continue
         e = b.error(m.rows)
-        if "gram" in state:
-            rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
-            e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
+        # with the gradients, not in the tail: rows may be far smaller than delta
+        rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+        if GRAM in state:
             new = b.emit(
-                lambda e, r, st, m=m: fit_with_memory(e, r, st, m), e, rows, state,
+                lambda e, r, st, m=m: _fit_with_memory(method, m, e, r, st, ridge, keep),
+                e, rows, state,
                 phase="refit", layer=m.layer.name,
             )  # fmt: skip
             b.new_states.append(new)
@@ -113,18 +75,81 @@ def refit(b: Builder) -> None:
         key = m.rows if m.groups == 1 else m.layer.name
         if key not in inverse:
             inverse[key] = b.emit(
-                lambda e, m=m: [gram(m.pick(e, g)) for g in range(m.groups)], e, phase="refit"
+                lambda e, m=m: [_solved(m.pick(e, g), ridge) for g in range(m.groups)],
+                e,
+                phase="refit",
             )
-        # with the gradients, not in the tail: rows may be far smaller than delta
-        rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
-        e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
         new = b.emit(
-            lambda s, e, r, st, m=m: fit(s, e, r, st, m),
+            lambda s, e, r, st, m=m: _fit(method, m, s, e, r, st),
             inverse[key], e, rows, state,
             phase="refit", layer=m.layer.name,
         )  # fmt: skip
         b.new_states.append(new)
     b.finite = b.all_finite() if b.fb.maps else None
+
+
+def _solved(e: Tensor, ridge: float) -> Tensor:
+    """(e^T e + ridge)^-1 e^T, (C, R), of errors that are scaled to 1 at most."""
+    e = e.to(torch.promote_types(e.dtype, torch.float32))
+    # rows are scaled by 1/N and by any loss scale: normalise before the solve
+    e = e / e.abs().amax().clamp_min(1e-30)
+    g = e.t() @ e
+    c = g.shape[0]
+    g = g + torch.eye(c, dtype=g.dtype, device=g.device) * (ridge * g.trace() / c + 1e-30)
+    solved: Tensor = torch.linalg.solve(g, e.t())
+    return solved
+
+
+def _fit(
+    method: Method, m: FeedbackMap, solved: list[Tensor], e: Tensor, rows: Tensor, state: State
+) -> State:
+    """The state after a fit to one batch; ``solved``: of each group's errors."""
+    dtype = solved[0].dtype
+    rows = rows.to(dtype)
+    parts = []
+    for g, part in enumerate(solved):
+        top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
+        own = rows if m.groups == 1 else rows[:, m.columns(g)]
+        parts.append(part @ (own / top))
+    return _accepted(parts, _refitted(method, m, parts, state), state)
+
+
+def _fit_with_memory(
+    method: Method,
+    m: FeedbackMap,
+    e: Tensor,
+    rows: Tensor,
+    state: State,
+    ridge: float,
+    keep: float,
+) -> State:
+    """The state after a fit to this batch and to the part ``keep`` of those before."""
+    gram, cross = products(m, e, rows)
+    gram = keep * state[GRAM] + gram.to(state[GRAM].dtype)
+    cross = keep * state[CROSS] + cross.to(state[CROSS].dtype)
+    parts = solve(gram, cross, ridge)
+    new = _refitted(method, m, parts, without_memory(state))
+    return _accepted(parts, {**new, GRAM: gram, CROSS: cross}, state)
+
+
+def _refitted(method: Method, m: FeedbackMap, parts: list[Tensor], state: State) -> State:
+    """The method's state for the fitted map of each group."""
+    like = state["B"].dtype
+    if len(parts) == 1:
+        return method.refit(state, parts[0].to(like))
+    made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
+    return m.joined(made, state)
+
+
+def _accepted(parts: list[Tensor], new: State, old: State) -> State:
+    """The new state where its fit is finite, and not zero.
+
+    Zeros where the true gradient is (an output layer that starts at zero) would stay zeros.
+    """
+    fitted = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    size = fitted.abs().sum()
+    ok = torch.isfinite(size) & (size > 0)
+    return {k: torch.where(ok, new[k], old[k]) for k in old}
 
 
 def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, Node]:

@@ -50,8 +50,9 @@ def solve(gram: Tensor, cross: Tensor, ridge: float) -> list[Tensor]:
         # errors are scaled by 1/N and by any loss scale: normalise before the solve
         size = (a.trace() / c).clamp_min(1e-30)
         eye = torch.eye(c, dtype=a.dtype, device=a.device)
-        fitted.append(torch.linalg.solve(a / size + ridge * eye, r / size))
+        # LAPACK's result lies by columns; the steps were compiled for rows
+        fitted.append(torch.linalg.solve(a / size + ridge * eye, r / size).contiguous())
     return fitted
 
 
-__all__ = ["MEMORY", "memory_shapes", "products", "solve", "without_memory"]
+__all__ = ["CROSS", "GRAM", "MEMORY", "memory_shapes", "products", "solve", "without_memory"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.fx import Node
 
-_PACKAGE = str(Path(__file__).parent.parent.parent)  # grapefx, whose own frames say nothing
+PACKAGE = str(Path(__file__).parent.parent.parent)  # grapefx, whose own frames say nothing
 
 
 def source_of(node: Node) -> str:
@@ -37,7 +37,7 @@ def _frame(node: Node) -> tuple[str, str]:
     if not starts:
         return _module(node), ""
     files = {i: lines[i].partition('"')[2].partition('"')[0] for i in starts}
-    starts = [i for i in starts if not files[i].startswith(_PACKAGE)]
+    starts = [i for i in starts if not files[i].startswith(PACKAGE)]
     own = [i for i in starts if "/torch/" not in files[i]]
     if not starts:
         return _module(node), ""
@@ -55,4 +55,4 @@ def _module(node: Node) -> str:
     return f"in the module {path!r} ({getattr(cls, '__name__', cls)})"
 
 
-__all__ = ["module_path", "quoted", "source_of"]
+__all__ = ["PACKAGE", "module_path", "quoted", "source_of"]

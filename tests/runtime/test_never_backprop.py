@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import grapefx
-from grapefx.errors import GrapefxError
+from grapefx.errors import GrapefxError, OptionError
 from tests.zoo import eager_twin, loss_of, make
 
 HIDDEN = "0.weight"
@@ -164,6 +164,15 @@ def _compiled_itself(outer: nn.Module) -> Any:
     return outer
 
 
+def _compiled_body(outer: nn.Module) -> Any:
+    return torch.compile(outer.body, backend="eager")  # type: ignore[arg-type]
+
+
+def _compiled_itself_whole(outer: nn.Module) -> Any:
+    outer.body.compile(backend="eager", fullgraph=True)  # type: ignore[operator,union-attr]
+    return outer.body
+
+
 def _compiled_function(outer: nn.Module) -> Any:
     return torch.compile(lambda x: outer(x) * 1.0, backend="eager")
 
@@ -202,12 +211,18 @@ def _jit_traced(outer: nn.Module) -> Any:
     return torch.jit.trace(outer, (batch(),), check_trace=False)
 
 
+COMPILED = [
+    _compiled_outer, _compiled_itself, _compiled_itself_whole, _compiled_body, _compiled_function,
+    _compiled_whole,
+]  # fmt: skip
+
+
 @in_place
 @warm
 @pytest.mark.parametrize(
     "way",
     [
-        _compiled_outer, _compiled_itself, _compiled_function, _compiled_whole,
+        *COMPILED,
         _compiled_and_stanced, _functional, _checkpointed, _exported, _traced, _jit_traced,
     ],
     ids=lambda way: way.__name__.strip("_"),
@@ -215,8 +230,6 @@ def _jit_traced(outer: nn.Module) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_called_by_another_compiler(way: Any, warm: bool, inplace: bool) -> None:
     """A model that contains the net is compiled, traced or called with other parameters."""
-    if inplace and way is _compiled_itself:
-        pytest.xfail("known fault: torch.compile(model) of a model in place backpropagates")
     torch.compiler.reset()
     reference = expected()
     outer = _Outer(dfa(body(), inplace))
@@ -228,6 +241,35 @@ def test_called_by_another_compiler(way: Any, warm: bool, inplace: bool) -> None
             trained = call if isinstance(call, nn.Module) else outer
             found = step(call, trained)
             torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+
+
+@warm
+@pytest.mark.parametrize("way", COMPILED, ids=lambda way: way.__name__.strip("_"))
+@pytest.mark.filterwarnings("ignore")
+def test_inference_by_another_compiler(way: Any, warm: bool) -> None:
+    """In place, a call without gradients is the model's own, before steps and after them."""
+    torch.compiler.reset()
+    outer = _Outer(dfa(body(), inplace=True))
+    if warm:
+        step(outer, outer)
+    call = way(outer)
+    with torch.no_grad():
+        torch.testing.assert_close(call(batch()), body()(batch()))
+    with _only_grapefx_errors():
+        step(call, outer)
+    with torch.no_grad():
+        torch.testing.assert_close(call(batch()), body()(batch()))
+
+
+def test_compile_of_a_model_in_place_says_what_to_do() -> None:
+    """``nn.Module.compile`` takes the call from grapefx; ``restore`` leaves it there."""
+    model = dfa(body(), inplace=True)
+    model.compile(backend="eager")
+    with pytest.raises(OptionError, match=r"on this _Body(.|\n)*remedy(.|\n)*restore"):
+        model(batch())
+    grapefx.restore(model)
+    twin = body()
+    torch.testing.assert_close(step(model, model), step(twin, twin))
 
 
 def _pickled(net: nn.Module) -> nn.Module:

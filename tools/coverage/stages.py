@@ -193,10 +193,10 @@ def step(model: nn.Module, sample: Sample, method: str, plan: Plan) -> Tensor:
     options = {**OPTIONS, "granularity": plan.options.granularity}
     net = grapefx.compile(model, method=method, **options)
 
-    def shared(*_: Any, method: Any, options: Any, **__: Any) -> Plan:
+    def shared(_: Any, method: Any, options: Any, *__: Any) -> Plan:
         return plan.for_method(method, options)
 
-    with mock.patch("grapefx.runtime.captures.build_plan", shared):
+    with mock.patch("grapefx.runtime.captures.plan_call", shared):
         loss = loss_of(net(*sample.args, **sample.kwargs))
     loss.backward()
     return loss.detach()
