@@ -231,6 +231,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Model:
 def compiled(model: nn.Module, method: Any = "grape", **options: Any) -> FeedbackModule:
     """``grapefx.compile`` on graphs that run uncompiled; epoch 0 is announced."""
     options.setdefault("backend", "eager")
+    if not {"calib_every", "preset"} & set(options):
+        options["calib_every"] = 1  # what the oracles follow, whatever is recommended
     net = grapefx.compile(model, method=method, **options)
     net.set_epoch(0)
     return net
