@@ -97,6 +97,7 @@ def compile(
             never; "auto": when the gradients' alignment asks for it. A calibration that finds their
             mean cosine with the true ones under ``calib_threshold`` halves the gap to the next,
             another doubles it; at most a part ``calib_budget`` of the steps calibrates.
+            "geometric": at gaps that grow from one step on. Not given: what the preset says.
         inplace: for code that cannot take a wrapper: return ``model`` itself, which from now on
             trains through grapefx (as ``nn.Module.compile`` changes what a call runs). Its class,
             attributes, hooks and state dict stay; ``model.grapefx`` is the module for set_epoch,
