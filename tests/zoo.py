@@ -342,3 +342,12 @@ def step_inputs(plan: Plan, step: StepGraph, model: nn.Module, args: tuple[Any, 
             found = torch.randn(shape, generator=generator, dtype=torch.float64).to(val.dtype)
         out.append(found.detach().clone())
     return out
+
+
+def live_input_gradients(graph: torch.fx.Graph) -> int:
+    """How many input-gradient products of convolutions are still computed."""
+    return sum(
+        bool(n.args[10][0])  # type: ignore[index]
+        for n in graph.nodes
+        if n.op == "call_function" and n.target is torch.ops.aten.convolution_backward.default
+    )
