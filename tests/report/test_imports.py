@@ -12,7 +12,7 @@ ORDER = (
     {"render"},
     {"report", "training"},
     {"build", "from_plan", "step"},
-    {"inspect", "load"},
+    {"inspect", "load", "stages"},
     {"cli"},
 )
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -13,10 +13,10 @@ import yaml
 from tools import ROOT
 
 COMMANDS = [
-    "bench_step", "coverage", "cuda_lowering", "demo", "figures", "gpu_check", "inspect_pictures",
-    "make_data_subset", "op_rules", "reproduce", "perf.perf_gate", "perf.history",
+    "bench_stages", "bench_step", "coverage", "cuda_lowering", "demo", "figures", "gpu_check", "inspect_pictures",
+    "make_data_subset", "op_rules", "options_page", "reproduce", "perf.perf_gate", "perf.history",
     "bench.compile_time", "bench.optimizer_share", "bench.projections", "bench.step_profile",
-    "bench.time_to_accuracy", "bench.what_pays",
+    "bench.time_to_accuracy", "bench.what_pays", "trust",
 ]  # fmt: skip
 TEXTS = [
     *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
