@@ -706,6 +706,7 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
         "skip_nnmodule_hook_guards": False,
+        "skip_guards_on_constant_func_defaults": False,
         "record_pre_graph_bytecode_in_traces": False,
         "reorderable_logging_functions": {print, warnings.warn},
         # what transformers adds to loggers, and says once

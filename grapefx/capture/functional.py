@@ -221,6 +221,7 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     forward, backward, *operands = args
     backward = _in_one_mode(backward)
     fixed = set(kwargs.get("non_differentiable_idx") or ())
+    read = _read(node)
 
     class CustomFunction(torch.autograd.Function):
         @staticmethod
@@ -231,7 +232,9 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
             ctx.save_for_backward(*[s for s in saved if isinstance(s, Tensor)])
             ctx.count = len(xs)
             outs = out if isinstance(out, tuple | list) else (out,)
-            ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if i in fixed])
+            # torch 2.11 returns intermediate values as well, of which the backward knows nothing
+            without = [o for i, o in enumerate(outs) if i in fixed or not read(i)]
+            ctx.mark_non_differentiable(*without)
             return out if isinstance(out, Tensor) else tuple(out)
 
         @staticmethod
@@ -246,6 +249,14 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     named = [m.group(1) for line in lines if (m := re.search(r"(\w+)\.apply\(", line))]
     CustomFunction.__qualname__ = named[-1] if named else "autograd.Function"
     return custom_functions.record(CustomFunction, operands)
+
+
+def _read(node: Node) -> Callable[[int], bool]:
+    """Whether anything reads the i-th result of a node."""
+    if any(u.target is not operator.getitem for u in node.users):
+        return lambda i: True
+    places = {u.args[1] for u in node.users if u.users}
+    return lambda i: i in places
 
 
 def _in_one_mode(gm: GraphModule) -> GraphModule:
