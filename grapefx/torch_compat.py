@@ -707,6 +707,7 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         "capture_dynamic_output_shape_ops": True,
         "skip_nnmodule_hook_guards": False,
         "skip_guards_on_constant_func_defaults": False,
+        "skip_tensor_guards_with_matching_dict_tags": False,
         "record_pre_graph_bytecode_in_traces": False,
         "reorderable_logging_functions": {print, warnings.warn},
         # what transformers adds to loggers, and says once
@@ -726,6 +727,21 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         yield
 
 
+def _without_function_modes() -> contextlib.AbstractContextManager[Any]:
+    """Sets modes such as ``torch.device(...)`` aside for a trace, which knows of them.
+
+    Where the trace itself does it (torch 2.11), a second time would lose them.
+    """
+    from torch._dynamo import convert_frame
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+
+    around = convert_frame.preserve_global_state.__code__
+    inner = [around, *(c for c in around.co_consts if isinstance(c, types.CodeType))]
+    if any("torch_function_mode_stack_state_mgr" in code.co_names for code in inner):
+        return contextlib.nullcontext()
+    return torch_function_mode_stack_state_mgr
+
+
 def dynamo_trace(
     fn: types.FunctionType, arguments: tuple[Any, ...], numbers: frozenset[str] = frozenset()
 ) -> DynamoTrace | None:
@@ -735,13 +751,12 @@ def dynamo_trace(
     Dynamo's own exceptions come through (``dynamo_refusal`` reads them).
     """
     from torch._dynamo import convert_frame
-    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
     drawn = random.getstate()
     try:
         with (
             convert_frame.compile_lock, _dynamo_settings(numbers),
-            torch_function_mode_stack_state_mgr, quiet_export(), unchecked_distributions(),
+            _without_function_modes(), quiet_export(), unchecked_distributions(),
             warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")

@@ -221,7 +221,7 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     forward, backward, *operands = args
     backward = _in_one_mode(backward)
     fixed = set(kwargs.get("non_differentiable_idx") or ())
-    read = _read(node)
+    idle = _idle_results(node, backward)
 
     class CustomFunction(torch.autograd.Function):
         @staticmethod
@@ -232,10 +232,10 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
             ctx.save_for_backward(*[s for s in saved if isinstance(s, Tensor)])
             ctx.count = len(xs)
             outs = out if isinstance(out, tuple | list) else (out,)
-            # torch 2.11 returns intermediate values as well, of which the backward knows nothing
-            without = [o for i, o in enumerate(outs) if i in fixed or not read(i)]
-            ctx.mark_non_differentiable(*without)
-            return out if isinstance(out, Tensor) else tuple(out)
+            ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if i in fixed - idle])
+            if isinstance(out, Tensor):
+                return out
+            return tuple(None if i in idle else o for i, o in enumerate(out))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -251,12 +251,13 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     return custom_functions.record(CustomFunction, operands)
 
 
-def _read(node: Node) -> Callable[[int], bool]:
-    """Whether anything reads the i-th result of a node."""
+def _idle_results(node: Node, backward: GraphModule) -> set[int]:
+    """Results that neither the model nor the backward reads: torch 2.11 adds intermediate values."""
     if any(u.target is not operator.getitem for u in node.users):
-        return lambda i: True
-    places = {u.args[1] for u in node.users if u.users}
-    return lambda i: i in places
+        return set()
+    read = {u.args[1] for u in node.users if u.users}
+    cotangents = [n for n in backward.graph.nodes if n.op == "placeholder"]
+    return {i for i, n in enumerate(cotangents) if not n.users and i not in read}
 
 
 def _in_one_mode(gm: GraphModule) -> GraphModule:
