@@ -62,6 +62,7 @@ __all__ = [
     "inductor_options",
     "make_fx",
     "mark_dynamic",
+    "memory",
     "min_cut_partition",
     "native_random",
     "new_fake_mode",
@@ -84,6 +85,7 @@ __all__ = [
     "vmap_rules_only",
     "without_modes",
     "without_trackers",
+    "written",
 ]
 
 
@@ -473,9 +475,23 @@ def dual(*groups: Iterable[Any]) -> bool:
     )
 
 
+def memory(value: torch.Tensor) -> int:
+    """Which memory a tensor lies in: the same number for a tensor and its views, fakes included."""
+    return int(value.untyped_storage()._cdata)
+
+
+def written(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments that it writes into, as its schema says."""
+    found = []
+    for i, arg in enumerate(op._schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            found.append(args[i] if i < len(args) else kwargs.get(arg.name))
+    return [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+
+
 def holders(value: torch.Tensor) -> int:
     """How many tensors and handles share the memory of ``value``; to be compared with itself."""
-    return int(torch._C._storage_Use_Count(value.untyped_storage()._cdata))
+    return int(torch._C._storage_Use_Count(memory(value)))
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
