@@ -252,7 +252,7 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
 
 
 def _idle_results(node: Node, backward: GraphModule) -> set[int]:
-    """Results that neither the model nor the backward reads: torch 2.11 adds intermediate values."""
+    """Results that neither the model nor the backward reads; torch 2.11 adds some of its own."""
     if any(u.target is not operator.getitem for u in node.users):
         return set()
     read = {u.args[1] for u in node.users if u.users}
