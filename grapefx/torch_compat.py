@@ -62,6 +62,7 @@ __all__ = [
     "inductor_options",
     "make_fx",
     "mark_dynamic",
+    "memory",
     "min_cut_partition",
     "native_random",
     "new_fake_mode",
@@ -84,6 +85,7 @@ __all__ = [
     "vmap_rules_only",
     "without_modes",
     "without_trackers",
+    "written",
 ]
 
 
@@ -473,9 +475,23 @@ def dual(*groups: Iterable[Any]) -> bool:
     )
 
 
+def memory(value: torch.Tensor) -> int:
+    """Which memory a tensor lies in: the same number for a tensor and its views, fakes included."""
+    return int(value.untyped_storage()._cdata)
+
+
+def written(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments that it writes into, as its schema says."""
+    found = []
+    for i, arg in enumerate(op._schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            found.append(args[i] if i < len(args) else kwargs.get(arg.name))
+    return [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+
+
 def holders(value: torch.Tensor) -> int:
     """How many tensors and handles share the memory of ``value``; to be compared with itself."""
-    return int(torch._C._storage_Use_Count(value.untyped_storage()._cdata))
+    return int(torch._C._storage_Use_Count(memory(value)))
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -706,6 +722,8 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
         "skip_nnmodule_hook_guards": False,
+        "skip_guards_on_constant_func_defaults": False,
+        "skip_tensor_guards_with_matching_dict_tags": False,
         "record_pre_graph_bytecode_in_traces": False,
         "reorderable_logging_functions": {print, warnings.warn},
         # what transformers adds to loggers, and says once
@@ -725,6 +743,21 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         yield
 
 
+def _without_function_modes() -> contextlib.AbstractContextManager[Any]:
+    """Sets modes such as ``torch.device(...)`` aside for a trace, which knows of them.
+
+    Where the trace itself does it (torch 2.11), a second time would lose them.
+    """
+    from torch._dynamo import convert_frame
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+
+    around = convert_frame.preserve_global_state.__code__
+    inner = [around, *(c for c in around.co_consts if isinstance(c, types.CodeType))]
+    if any("torch_function_mode_stack_state_mgr" in code.co_names for code in inner):
+        return contextlib.nullcontext()
+    return torch_function_mode_stack_state_mgr
+
+
 def dynamo_trace(
     fn: types.FunctionType, arguments: tuple[Any, ...], numbers: frozenset[str] = frozenset()
 ) -> DynamoTrace | None:
@@ -734,13 +767,12 @@ def dynamo_trace(
     Dynamo's own exceptions come through (``dynamo_refusal`` reads them).
     """
     from torch._dynamo import convert_frame
-    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
     drawn = random.getstate()
     try:
         with (
             convert_frame.compile_lock, _dynamo_settings(numbers),
-            torch_function_mode_stack_state_mgr, quiet_export(), unchecked_distributions(),
+            _without_function_modes(), quiet_export(), unchecked_distributions(),
             warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")

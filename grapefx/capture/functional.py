@@ -221,6 +221,7 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     forward, backward, *operands = args
     backward = _in_one_mode(backward)
     fixed = set(kwargs.get("non_differentiable_idx") or ())
+    idle = _idle_results(node, backward)
 
     class CustomFunction(torch.autograd.Function):
         @staticmethod
@@ -231,8 +232,10 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
             ctx.save_for_backward(*[s for s in saved if isinstance(s, Tensor)])
             ctx.count = len(xs)
             outs = out if isinstance(out, tuple | list) else (out,)
-            ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if i in fixed])
-            return out if isinstance(out, Tensor) else tuple(out)
+            ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if i in fixed - idle])
+            if isinstance(out, Tensor):
+                return out
+            return tuple(None if i in idle else o for i, o in enumerate(out))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -246,6 +249,15 @@ def _custom_function(node: Node, args: Any, kwargs: Any) -> Any:
     named = [m.group(1) for line in lines if (m := re.search(r"(\w+)\.apply\(", line))]
     CustomFunction.__qualname__ = named[-1] if named else "autograd.Function"
     return custom_functions.record(CustomFunction, operands)
+
+
+def _idle_results(node: Node, backward: GraphModule) -> set[int]:
+    """Results that neither the model nor the backward reads; torch 2.11 adds some of its own."""
+    if any(u.target is not operator.getitem for u in node.users):
+        return set()
+    read = {u.args[1] for u in node.users if u.users}
+    cotangents = [n for n in backward.graph.nodes if n.op == "placeholder"]
+    return {i for i, n in enumerate(cotangents) if not n.users and i not in read}
 
 
 def _in_one_mode(gm: GraphModule) -> GraphModule:

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from grapefx.errors import CaptureError
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.emit import Emitter
-from grapefx.torch_compat import TorchDispatchMode, pytree
+from grapefx.torch_compat import TorchDispatchMode, memory, pytree, written
 
 _LIB = torch.library.Library("grapefx", "FRAGMENT")
 _LIB.define("function(Tensor[] tensors, int key) -> Tensor[]")
@@ -100,12 +100,18 @@ def applied(tensors: Sequence[Tensor], key: int) -> list[Tensor]:
 
 
 class _Watch(TorchDispatchMode):
-    """Notices random numbers: the gradient, which runs the forward again, would draw others."""
+    """Notices what goes wrong in the gradient, which runs the forward again: random numbers, which
+    would be others, and writes into the memory of an argument, which would happen twice.
+    """
 
-    random = False
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.random = self.writes = False
+        self._given = {memory(t) for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.writes |= any(memory(t) in self._given for t in written(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -116,13 +122,12 @@ def _values(tensors: list[Tensor], key: int) -> list[Tensor]:
 
 
 def _shapes(tensors: list[Tensor], key: int) -> list[Tensor]:
-    versions = [t._version for t in tensors]
-    with _Watch() as watch:  # type: ignore[no-untyped-call]
+    with _Watch(tensors) as watch:
         out = _values(tensors, key)
     name = _USES[key].cls.__qualname__
     if watch.random:
         raise _refusal(name, "draws random numbers")
-    if [t._version for t in tensors] != versions:
+    if watch.writes:
         raise _refusal(name, "writes into its arguments")
     return out
 

@@ -203,6 +203,15 @@ class Writes(Sign):
         return x.mul_(2)
 
 
+class WritesView(Sign):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.mark_dirty(x)
+        x[:, 0] = 0
+        return x
+
+
 class Given(Sign):
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Any) -> Tensor:
@@ -218,7 +227,9 @@ class Given(Sign):
     ("fn", "match"),
     [
         (Draws, "which draws random numbers(.|\\n)*detach"),
-        (Writes, "mark_dirty(.|\\n)*in forward(.|\\n)*remedy"),
+        # torch 2.11 traces the write and forgets that it was declared
+        (Writes, "(mark_dirty|writes into its arguments)(.|\\n)*remedy"),
+        (WritesView, "(mark_dirty|writes into its arguments)(.|\\n)*remedy"),
     ],
 )
 def test_what_a_graph_cannot_hold_is_refused_by_name(fn: Any, match: str) -> None:

@@ -83,6 +83,10 @@ class Known:
 UNGUARDED: tuple[Known, ...] = (
     Known("environment/getenv/*", "torch guards no os.getenv"),
     Known("modules/forward-swapped-on-the-class-of-a-child/*", "torch guards no class's methods"),
+    *(
+        Known(f"classes/{name}/*", "torch 2.11 guards no attribute of a class", before=(2, 12))
+        for name in ("through-type-of-self", "another-class")
+    ),
 )
 
 # An error of grapefx instead of a step.
@@ -95,6 +99,11 @@ REFUSED: tuple[Known, ...] = (
     Known("random/numpy-normal/*", "Dynamo makes no number of NumPy's draws"),
     Known("random/generator-of-numpy/*", "Dynamo follows no numpy.random.Generator"),
     Known("effects/object-with-a-tensor/*", "Dynamo writes no attribute of a SimpleNamespace"),
+    *(
+        Known(f"random/python-{name}/*", "torch 2.11 follows few of random's", before=(2, 12))
+        for name in ("random", "randint", "choice", "shuffle")
+    ),
+    Known("effects/counter-class/*", "torch 2.11 sets no attribute of a class", before=(2, 12)),
 )
 
 # Sources whose change makes no difference: the call itself has an effect, or none is allowed.
