@@ -219,7 +219,8 @@ class Options:
         Values(between=(0, 1)),
         "The part of each batch that is backpropagated through the true chain (0: none; 0.125 is "
         "a good part): the first samples, which shuffled loaders draw at random. On them the true "
-        "gradient corrects each cotangent. No other sample waits for it. See docs/method.md.",
+        "gradient corrects each cotangent, so that each update waits for this chain, at that part "
+        "of its cost. See docs/method.md.",
     )
     exact_weight: float = _option(
         2.0,

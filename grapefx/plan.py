@@ -130,7 +130,9 @@ class Plan:
         options = self.options
         if options.exact_rows == 0 or self.method.exact:
             return None
-        return ExactRows(options.exact_rows, options.exact_weight, self.batch)
+        return ExactRows(
+            options.exact_rows, options.exact_weight, self.batch, self.batch_size
+        )
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -414,6 +416,8 @@ def _check_lengths(plan: Plan) -> None:
         return
     if plan.method.full_tangents and not plan.method.exact:
         raise _SizedError(f"method {plan.method.name!r} adds up over the tokens of a sample")
+    if plan.exact_rows is not None:
+        raise _SizedError("exact_rows follows the batch alone, not other lengths that change")
     maps = () if plan.method.exact else plan.maps
     cuts = markers.find(plan.joint.gm.graph, markers.CUT)
     for m in maps:

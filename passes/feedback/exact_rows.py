@@ -66,12 +66,13 @@ _INDEXED = {"index", "_unsafe_index", "index_put", "_unsafe_index_put"}
 class ExactRows:
     """Which part of each batch is backpropagated, and how strongly it corrects the cotangents.
 
-    ``batch``: the symbol of the batch size.
+    ``batch``: the symbol of the batch size, None where the graph holds the one size ``size``.
     """
 
     fraction: float
     weight: float
     batch: Any
+    size: int
 
     def count(self, batch: int) -> int:
         """n: the least whole number that is not below ``fraction`` of the batch, 1 at least."""
@@ -103,35 +104,46 @@ class Chain(RowEmitter):
     def __init__(self, edit: Edit, exact: ExactRows) -> None:
         self.option = f"exact_rows={exact.fraction!r}"
         self.exact = exact
-        first = edit.last_input
-        super().__init__(edit.graph, exact.batch, 0, first, [], phase="exact_rows")
-        with self.after(first):
-            self.rows = exact.emit(self, self._batch())
+        first = None if self._everything(exact) else edit.last_input
+        super().__init__(edit.graph, exact.batch, exact.size, first, [], phase="exact_rows")
+        if first is not None:
+            with self.after(first):
+                self.rows = exact.emit(self, self._batch())
         self.end = edit.output
         self.deltas = self._deltas()
+
+    def _everything(self, exact: ExactRows) -> bool:
+        """Whether all samples are exact, in a graph that holds one batch size (of 1, mostly)."""
+        if exact.batch is not None:
+            return False
+        if exact.count(exact.size) == exact.size:
+            return True
+        raise OptionError(
+            f"{self.option} needs a batch size that may change, but this model's graph holds for "
+            f"{exact.size} samples alone\n  remedy: {self.remedy}"
+        )
 
     def corrected(self, index: int, c: Node, fold: tuple[int, int, int]) -> Node:
         """The cotangent ``c`` of a cut, with its first n samples corrected."""
         where, layer = Fold(*fold), meta.layer(c)
         with self.before(self.end, phase="projection", layer=layer):
-            own = take_rows(self, c, where, self.rows)
+            own = c if self.rows is None else take_rows(self, c, where, self.rows)
             delta = self.deltas[index]
             if delta.meta["val"].dtype != own.meta["val"].dtype:
                 delta = self.call(aten._to_copy.default, delta, dtype=own.meta["val"].dtype)
             moved = self.call(aten.lerp.Scalar, own, delta, self.exact.weight)
-            return put_rows(self, c, where, self.rows, moved)
+            return moved if self.rows is None else put_rows(self, c, where, self.rows, moved)
 
     def _batch(self) -> Node:
         """The batch size, read from an input."""
-        for node in self.graph.nodes:
-            if node.op == "placeholder" and meta.role(node) == "input":
-                for dim, size in enumerate(node.meta["val"].shape):
-                    if batch_symbol(size) == self.batch:
-                        return self.call(aten.sym_size.int, node, dim)
-        raise OptionError(
-            f"{self.option} needs a batch size that may change: it is a number in this model's "
-            f"graph\n  remedy: {self.remedy}"
+        node, dim = next(
+            (node, dim)
+            for node in self.graph.nodes
+            if node.op == "placeholder" and meta.role(node) == "input"
+            for dim, size in enumerate(node.meta["val"].shape)
+            if batch_symbol(size) == self.batch
         )
+        return self.call(aten.sym_size.int, node, dim)
 
     def _deltas(self) -> dict[int, Node]:
         errors = markers.find(self.graph, markers.TAP_BACKWARD).values()
@@ -144,13 +156,13 @@ class Chain(RowEmitter):
         for node in nodes:
             with self.before(self.end, layer=meta.layer(node)):
                 if node.target is markers.TAP_BACKWARD:
-                    own[node] = self._primal(node.args[0])  # type: ignore[arg-type]
+                    own[node] = self.p(node.args[0])  # type: ignore[arg-type]
                 elif node.target is markers.CUT_BACKWARD:
                     own[node] = own[node.args[0]]  # type: ignore[index]
                 else:
                     own[node] = self._again(node, own)
         return {
-            i: own[n] if n in own else self._primal(n)
+            i: own[n] if n in own else self.p(n)
             for i, n in ends.items()
             if isinstance(n, Node)
         }
@@ -160,19 +172,20 @@ class Chain(RowEmitter):
         val = node.meta.get("val")
 
         def operand(a: Node) -> Any:
-            return own[a] if a in own else self._primal(a)
+            return own[a] if a in own else self.p(a)
 
-        if isinstance(val, torch.SymInt):
+        if isinstance(val, torch.SymInt) and self.batch is not None:
             expr = batch_symbol(val)
             if expr is not None and (expr / self.batch).is_Integer:
                 return self.count(int(expr / self.batch))
         if node.target is operator.getitem and isinstance(own.get(node.args[0]), tuple):  # type: ignore[arg-type]
             return own[node.args[0]][node.args[1]]  # type: ignore[index]
-        self._check(node, own)
+        if self.rows is not None:
+            self._check(node, own)
         args = torch.fx.node.map_arg(node.args, operand)
         kwargs = torch.fx.node.map_arg(dict(node.kwargs), operand)
         name = op_name(node)
-        if name in _BATCH_NORMS and self._couples(node, name):
+        if self.rows is not None and name in _BATCH_NORMS and self._couples(node, name):
             return self._frozen_norm(args, name)
         if name in _MASKS:
             args = _input_only(node, args)
