@@ -134,6 +134,16 @@ class Chain(RowEmitter):
             moved = self.call(aten.lerp.Scalar, own, delta, self.exact.weight)
             return moved if self.rows is None else put_rows(self, c, where, self.rows, moved)
 
+    def _slice(self, node: Node, val: Tensor) -> Node:
+        """The first n samples, contiguous where all of them are: kernels (layer norm's backward)
+        read saved statistics as if they were.
+        """
+        made = super()._slice(node, val)
+        if made is node or not val.is_contiguous() or self.folds[node].dim == 0:
+            return made
+        with self.after(made):
+            return self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
+
     def _batch(self) -> Node:
         """The batch size, read from an input."""
         node, dim = next(
