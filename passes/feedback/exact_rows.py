@@ -172,9 +172,7 @@ class Chain(RowEmitter):
                 else:
                     own[node] = self._again(node, own)
         return {
-            i: own[n] if n in own else self.p(n)
-            for i, n in ends.items()
-            if isinstance(n, Node)
+            i: own[n] if n in own else self.p(n) for i, n in ends.items() if isinstance(n, Node)
         }
 
     def _again(self, node: Node, own: dict[Node, Any]) -> Any:
@@ -281,7 +279,6 @@ class Chain(RowEmitter):
             return (g * scale.view(wide)).to(g.dtype)
 
         return self.trace(frozen, args[grad], args[weight], args[spread]), None, None
-
 
 
 def _whole(given: dict[str, Any]) -> bool:

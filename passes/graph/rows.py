@@ -34,7 +34,13 @@ class RowEmitter(Emitter):
     error: type[GrapefxError] = GrapefxError
 
     def __init__(
-        self, graph: Graph, batch: Any, size: int, rows: Node | None, data: list[Node], **labels: Any
+        self,
+        graph: Graph,
+        batch: Any,
+        size: int,
+        rows: Node | None,
+        data: list[Node],
+        **labels: Any,
     ) -> None:
         super().__init__(graph, **labels)
         self.batch = batch

@@ -298,7 +298,7 @@ def test_samples_that_mix_are_refused(how: Any) -> None:
     x = torch.randn(6, 8)
     options: dict[str, Any] = {"calib_every": None, "points": ["a", "b"]}
     net = compiled(Mixed(how), "dfa", exact_rows=0.5, **options)
-    with pytest.raises(OptionError, match="exact_rows=0.5") as caught:
+    with pytest.raises(OptionError, match=r"exact_rows=0\.5") as caught:
         loss_of(net(x)).backward()
     assert re.search(r"aten\.\w+", str(caught.value))
     assert "remedy: exact_rows=0" in str(caught.value)
