@@ -24,7 +24,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=2)
     p.add_argument("--steps", type=int, default=0, help="steps an epoch (0: all)")
     p.add_argument("--batch", type=int, default=128, help="of all processes together")
-    p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--lr", type=float, default=3e-4)
     p.add_argument("--backend", default="inductor")
     args = p.parse_args()
     warnings.simplefilter("ignore")
@@ -40,7 +40,7 @@ def main() -> None:
     model = mlp(images[0].numel(), int(classes.max()) + 1).to(device)
     net = grapefx.compile(model, method=args.method, backend=args.backend)
     ddp = nn.parallel.DistributedDataParallel(net)
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr)
 
     for epoch in range(args.epochs):
         net.set_epoch(epoch)

@@ -30,7 +30,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=2)
     p.add_argument("--steps", type=int, default=0, help="steps an epoch (0: all)")
     p.add_argument("--batch", type=int, default=128)
-    p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--lr", type=float, default=3e-4)
     p.add_argument("--backend", default="inductor")
     p.add_argument("--checkpoint", help="a folder")
     args = p.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
     )
     copy = mesh.get_local_rank("dp")
     net.prepare(images[: args.batch].chunk(args.data_parallel)[copy].to(device))
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr)
     print(f"rank {dist.get_rank()}: stage {net.stage} of {stages}, ends behind {net.ends}")
 
     for epoch in range(args.epochs):

@@ -90,12 +90,14 @@ def compile(
             "fg-w", "fg-a", "lg-fg-a", "grape", "grape-2024", or one that a package registers; see
             docs/methods.md), or a ``Method`` instance. A method's own options (``eta``, ``alpha``,
             ...) are given here too; see ``grapefx.methods``.
-        preset: "recommended" (the defaults: what measured best) or "paper" (the method's literal
-            form). Options that are given win over the preset's.
+        preset: "recommended" (what measured best for the kind of network, see
+            ``grapefx.recommend``; ``net.explain()`` says what was chosen) or "paper" (the method's
+            literal form). Options that are given win over the preset's.
         calib_every: T, calibrate once every T epochs (GrAPE 2026 section 3.4; default 1); None for
             never; "auto": when the gradients' alignment asks for it. A calibration that finds their
             mean cosine with the true ones under ``calib_threshold`` halves the gap to the next,
             another doubles it; at most a part ``calib_budget`` of the steps calibrates.
+            "geometric": at gaps that grow from one step on. Not given: what the preset says.
         inplace: for code that cannot take a wrapper: return ``model`` itself, which from now on
             trains through grapefx (as ``nn.Module.compile`` changes what a call runs). Its class,
             attributes, hooks and state dict stay; ``model.grapefx`` is the module for set_epoch,
@@ -149,7 +151,7 @@ def compile(
         raise OptionError(
             "microbatches, stages, data_parallel and stage_timeout are for pipeline=mesh['pp']"
         )
-    net = FeedbackModule(model, *resolve(method, choices, preset))
+    net = FeedbackModule(model, *resolve(method, choices, preset, model))
     if not inplace:
         if said := names.note(model, [*names.public(FeedbackModule), *vars(net)]):
             tell(said)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from grapefx.errors import OptionError, nearest
 from grapefx.methods import Method, get_method, option_names, preset_options
 from grapefx.options import OPTION_NAMES, Options
+from grapefx.recommend import recommended
 
 
 def resolve(
-    method: str | Method, choices: dict[str, Any], preset: str = "recommended"
+    method: str | Method,
+    choices: dict[str, Any],
+    preset: str = "recommended",
+    model: nn.Module | None = None,
 ) -> tuple[Method, Options]:
     """The method and the options: the preset's first, then ``choices``, which win.
+
+    ``model``: for what the preset "recommended" adds for its kind of network; nothing without it.
 
     Raises ``OptionError`` for an unknown method, preset or option, a value out of range, or two
     that do not go together.
@@ -24,7 +32,10 @@ def resolve(
     for key in rest:
         if key not in valid and not (isinstance(method, Method) or not option_names(method)):
             raise OptionError(f"unknown option {key!r}.{nearest(key, valid)}")
-    found, options = get_method(method, rest), Options(**own)
+    found = get_method(method, rest)
+    if preset == "recommended" and model is not None:
+        own |= recommended(model, found, choices)
+    options = Options(**own)
     check_together(found, options)
     return found, options
 

@@ -79,6 +79,13 @@ def _between(frame: FrameType) -> bool:
     return top in ("grapefx", "torch", "contextlib")
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line: its own first one, with its type where that says too little."""
+    text = str(error).strip()
+    first = text.splitlines()[0][:200] if text else ""
+    return first if " " in first else f"{type(error).__name__}: {first}".rstrip(": ")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the closest valid name, then the list of valid ones."""
     options = sorted(valid)

@@ -138,6 +138,11 @@ class Captured:
         """The graph's placeholders, in the order of ``inputs``."""
         return [n for n in self.gm.graph.nodes if n.op == "placeholder"]
 
+    def results(self) -> list[Any]:
+        """The fake values of the model's outputs (None for what is no node's value)."""
+        output = next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        return [n.meta.get("val") for n in output.args[0][len(self.mutated) :]]  # type: ignore[index,union-attr]
+
     @property
     def dynamic(self) -> tuple[int, ...]:
         """The inputs (by number) that hold the batch's symbol."""

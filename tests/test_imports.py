@@ -25,6 +25,7 @@ ORDER = [
     ["passes"],
     ["capture", "lowering", "map_choice", "analysis"],
     ["options"],
+    ["recommend"],
     ["choices", "placing", "untraceable"],
     ["plan"],
     ["staging"],

@@ -231,6 +231,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Model:
 def compiled(model: nn.Module, method: Any = "grape", **options: Any) -> FeedbackModule:
     """``grapefx.compile`` on graphs that run uncompiled; epoch 0 is announced."""
     options.setdefault("backend", "eager")
+    if not {"calib_every", "preset"} & set(options):
+        options["calib_every"] = 1  # what the oracles follow, whatever is recommended
     net = grapefx.compile(model, method=method, **options)
     net.set_epoch(0)
     return net
@@ -340,3 +342,12 @@ def step_inputs(plan: Plan, step: StepGraph, model: nn.Module, args: tuple[Any, 
             found = torch.randn(shape, generator=generator, dtype=torch.float64).to(val.dtype)
         out.append(found.detach().clone())
     return out
+
+
+def live_input_gradients(graph: torch.fx.Graph) -> int:
+    """How many input-gradient products of convolutions are still computed."""
+    return sum(
+        bool(n.args[10][0])  # type: ignore[index]
+        for n in graph.nodes
+        if n.op == "call_function" and n.target is torch.ops.aten.convolution_backward.default
+    )

@@ -173,6 +173,8 @@ def torchs(name: str, schedule: str, m: int, compiled: bool) -> Variant:
     cls, each = TORCH[schedule]
     world, rank = dist.get_world_size(), dist.get_rank()
     count = world * each
+    if schedule != "GPipe" and m < world:  # some raise on one rank alone, and the others wait
+        raise ValueError(f"torch's {schedule} wants at least as many microbatches as ranks")
     model, x, y = made(name)
     behind = blocks_behind(model, x, count, m, "bp")
     edges = [0, *[b + 1 for b in behind], len(model)]
@@ -261,6 +263,8 @@ def variants(
                            lambda m=m, k=schedule, c=compiled: torchs(name, k, m, c)))  # type: ignore[misc]  # fmt: skip
     found = []
     for title, make in wanted:
+        if dist.get_rank() == 0:
+            print(f"{name}: {title}", file=sys.stderr, flush=True)
         try:
             variant = make()
             variant.run()

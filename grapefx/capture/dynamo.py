@@ -25,7 +25,7 @@ from grapefx.capture.call import Symbolic, choices, examples, flatten_call
 from grapefx.capture.cumulative import cumulative_norms
 from grapefx.capture.functional import Computed, Functional, Given, NumberError, Size, functional
 from grapefx.capture.record import Capture, Run, Scope, fixed_lead, keeps_batch
-from grapefx.errors import CaptureError, tell
+from grapefx.errors import CaptureError, first_line, tell
 from grapefx.torch_compat import (
     DynamoGuards,
     DynamoTrace,
@@ -118,7 +118,7 @@ def _capture(
                             "batch size is captured again"
                         )
                     return found
-                if which.batch and not keeps_batch(found.captured.batch, _results(found)):
+                if which.batch and not keeps_batch(found.captured.batch, found.captured.results()):
                     reduced = reduced or found
                     break
                 return found
@@ -132,12 +132,6 @@ def _as_error(last: Exception | None) -> Exception:
         if cause is not None
         else CaptureError(f"the model cannot be captured: {last}")
     )
-
-
-def _results(found: Capture) -> list[Any]:
-    captured = found.captured
-    output = next(n for n in reversed(captured.gm.graph.nodes) if n.op == "output")
-    return [n.meta.get("val") for n in output.args[0][len(captured.mutated) :]]  # type: ignore[index,union-attr]
 
 
 def _trace(
@@ -160,7 +154,7 @@ def _trace(
         refusal = dynamo_refusal(e)
         if refusal is not None and refusal.final:
             raise explain(e) from None
-        raise _RefusedError(refusal.why if refusal is not None else _first_line(e)) from e
+        raise _RefusedError(refusal.why if refusal is not None else first_line(e)) from e
     if trace is None:
         raise CaptureError(
             "the model computes with no tensor in this call: there is nothing to train"
@@ -173,7 +167,7 @@ def _trace(
     except Exception as e:
         if not which:
             raise explain(e) from e
-        raise _RefusedError(_first_line(e)) from e
+        raise _RefusedError(first_line(e)) from e
     guards = trace.guards()
     if not guards.check(scope.names()):
         raise _RefusedError(guards.broken(scope.names())[:200])
@@ -232,9 +226,7 @@ def _with_batch(
     if which.batch:
         raise _RefusedError("the model makes a number of it, as len(x) or int(n) do")
     examples = [graph.examples[k] for k in inputs]
-    output = next(n for n in reversed(captured.gm.graph.nodes) if n.op == "output")
-    results = [n.meta.get("val") for n in output.args[0][len(captured.mutated) :]]  # type: ignore[index,union-attr]
-    return replace(captured, lead=fixed_lead(examples, results, batch_dim))
+    return replace(captured, lead=fixed_lead(examples, captured.results(), batch_dim))
 
 
 def _bound(
@@ -289,17 +281,11 @@ def _number(
     return int(found) if found.is_integer else float(found)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    first = text.splitlines()[0][:200] if text else ""
-    return first if " " in first else f"{type(error).__name__}: {first}".rstrip(": ")
-
-
 def explain(error: BaseException) -> CaptureError:
     """What the user reads when a model cannot be captured: the reason, their line, what to do."""
     refusal = dynamo_refusal(error)
     if refusal is None:
-        return CaptureError(f"the model cannot be captured: {_first_line(error)}")
+        return CaptureError(f"the model cannot be captured: {first_line(error)}")
     at = f"\n  at {refusal.where}" if refusal.where else ""
     return CaptureError(
         f"the model cannot be captured: {refusal.why}{at}\n  remedy: {_remedy(refusal.why)}"

@@ -28,7 +28,7 @@ from grapefx.capture.data_writes import DataWritesRefused
 from grapefx.capture.fingerprint import Fingerprint, describe_leaf
 from grapefx.capture.record import Capture, Run, Scope, fixed_lead, keeps_batch
 from grapefx.capture.tidy import keep_no_grad, passes_gradient, tidy
-from grapefx.errors import CaptureError, tell
+from grapefx.errors import CaptureError, first_line, tell
 from grapefx.ir import Captured, Slot
 from grapefx.passes.graph.branches import inline_branches
 from grapefx.torch_compat import (
@@ -117,22 +117,17 @@ def capture_exported(scope: Scope, *, batch_dim: int = 0, fixed: bool = False) -
             continue
         assert found is not None
         captured = found.captured
-        if which and not keeps_batch(captured.batch, _results(captured)):
+        if which and not keeps_batch(captured.batch, captured.results()):
             reduced = reduced or found
             continue
         if not which and not fixed and failure is not None:
             tell(
-                f"the batch dimension could not be made symbolic ({_first_line(failure)}); each "
+                f"the batch dimension could not be made symbolic ({first_line(failure)}); each "
                 "new batch size is captured again"
             )
         return found
     assert failure is not None
     raise _explain(failure) from failure
-
-
-def _results(captured: Captured) -> list[Any]:
-    output = next(n for n in reversed(captured.gm.graph.nodes) if n.op == "output")
-    return [n.meta.get("val") for n in output.args[0][len(captured.mutated) :]]  # type: ignore[index,union-attr]
 
 
 def _dims(given: Sequence[Any], which: Symbolic, batch_dim: int, size: Any) -> Any:
@@ -381,12 +376,6 @@ def _unflatten(out: Any, tensors: Sequence[Any], batch: Any, size: int) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    first = text.splitlines()[0][:200] if text else ""
-    return first if " " in first else f"{type(error).__name__}: {first}".rstrip(": ")
-
-
 def _explain(error: Exception) -> CaptureError:
     where = unwrap_for_export(error)
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
@@ -397,7 +386,7 @@ def _explain(error: Exception) -> CaptureError:
     else:
         remedy = "see the error above; the model must be traceable by torch.export"
     at = f"\n  at {where}" if where else ""
-    return CaptureError(f"the model cannot be captured: {_first_line(error)}{at}\n  {remedy}")
+    return CaptureError(f"the model cannot be captured: {first_line(error)}{at}\n  {remedy}")
 
 
 __all__ = ["capture_exported"]

@@ -161,12 +161,13 @@ def explain(
     workers: Sequence[int | None] = (1, 2, 4, 8, None),
     batch: int | None = None,
     passes: bool = False,
+    chosen: str = "",
     lowered: Mapping[str, Sequence[PassRun]] = MappingProxyType({}),
 ) -> Report:
     """The report on a plan that is in use, beside BP on the same capture (``net.explain()``).
 
     ``passes``: also what each compiler pass did; ``lowered`` are those that ran behind the plan, by
-    kind of step.
+    kind of step. ``chosen``: what the preset added, and why.
     """
     o = plan.options
     plans = [plan] if plan.method.name == "bp" else [plan.for_method("bp", _for_bp(o)), plan]
@@ -179,6 +180,7 @@ def explain(
         steps_per_epoch=o.steps_per_epoch,
         name=name,
     )
+    report = replace(report, chosen=chosen)
     if not passes:
         return report
     rows = [

@@ -277,7 +277,8 @@ class PassRow:
 class ReportData:
     """What ``grapefx-inspect`` shows: BP first, then the methods asked for.
 
-    ``passes`` are those of the last method, where they were asked for.
+    ``passes`` are those of the last method, where they were asked for. ``chosen``: what the preset
+    added for this network, and why.
     """
 
     model: str
@@ -288,6 +289,7 @@ class ReportData:
     methods: tuple[MethodReport, ...]
     warnings: tuple[str, ...]
     passes: tuple[PassRow, ...] = ()
+    chosen: str = ""
 
     def method(self, name: str) -> MethodReport:
         """The report of one method; KeyError when there is none."""

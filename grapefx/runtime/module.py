@@ -20,6 +20,7 @@ from grapefx.errors import BackwardError, CaptureError, InputError, OptionError
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
+from grapefx.recommend import reason
 from grapefx.runtime import inplace, names
 from grapefx.runtime.call import TrainingCall, autocast_off, kept_buffers
 from grapefx.runtime.captures import Captures
@@ -331,7 +332,8 @@ class FeedbackModule(Compiled, nn.Module):
                 "  without one: grapefx.inspect(model, example)"
             )
         name = type(self._original).__name__
-        return explain(self.plan, name, lowered=self._captures.lowered(), **choices)
+        chosen = reason(self._options)
+        return explain(self.plan, name, lowered=self._captures.lowered(), chosen=chosen, **choices)
 
     def record(self, steps: int | None = 10_000) -> None:
         """Keep what each training step measures, for ``history`` and ``report()``.

@@ -63,6 +63,7 @@ def refit(b: Builder) -> None:
         e = b.error(m.rows)
         # with the gradients, not in the tail: rows may be far smaller than delta
         rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+        e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
         if GRAM in state:
             new = b.emit(
                 lambda e, r, st, m=m: _fit_with_memory(method, m, e, r, st, ridge, keep),

@@ -190,7 +190,7 @@ class Chain(RowEmitter):
             return own[node.args[0]][node.args[1]]  # type: ignore[index]
         if self.rows is not None:
             self._check(node, own)
-        args = torch.fx.node.map_arg(node.args, operand)
+        args: Any = torch.fx.node.map_arg(node.args, operand)
         kwargs = torch.fx.node.map_arg(dict(node.kwargs), operand)
         name = op_name(node)
         if self.rows is not None and name in _BATCH_NORMS and self._couples(node, name):
@@ -250,7 +250,8 @@ class Chain(RowEmitter):
                 i is not None for i in indices[at : at + 1]
             )
         if "normalized_shape" in given:
-            return dim >= source.meta["val"].ndim - len(given["normalized_shape"])  # type: ignore[arg-type]
+            normed: Any = given["normalized_shape"]
+            return bool(dim >= source.meta["val"].ndim - len(normed))
         if "dim" in given or "dims" in given:
             if name in _MOVES or (name in _SLICES and _whole(given)):
                 return False

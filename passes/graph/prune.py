@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 aten = torch.ops.aten
 
@@ -52,13 +52,4 @@ def prune_masks(graph: Graph) -> int:
     return count
 
 
-def live_input_gradients(graph: Graph) -> int:
-    """How many input-gradient products of convolutions are still computed (a test counts them)."""
-    return sum(
-        bool(n.args[10][0])  # type: ignore[index]
-        for n in graph.nodes
-        if n.op == "call_function" and n.target is aten.convolution_backward.default
-    )
-
-
-__all__ = ["Node", "live_input_gradients", "prune_masks"]
+__all__ = ["prune_masks"]

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import grapefx
 from grapefx.runtime import distributed
@@ -26,7 +28,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grape-never": ("grape", {"calib_every": None}),
     "fdfa-never": ("fdfa", {"calib_every": None}),
     "auto": ("grape", {"calib_every": "auto", "calib_budget": 0.5, "calib_refit": "weights"}),
+    "remembers": ("dfa", {"calib_unit": "step", "calib_every": 1, "calib_forget": 0.7}),
     "own-sgd": ("grape", {"calib_unit": "step", "calib_every": 2, "calib_update": "sgd"}),
+}
+
+
+SHARDED = {
+    "bp": ("bp", {"calib_every": None}),
+    "dfa": ("dfa", {"calib_unit": "step", "calib_every": 2}),
+    "grape": ("grape", {"calib_unit": "step", "calib_every": 2}),
 }
 
 
@@ -126,6 +136,19 @@ def work(rank: int, folder: str) -> None:
         seen["shapes"] = (str(e), same)
     loss_of(net(image)).backward()  # and goes on
     seen["after"] = net.feedback
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name, (method, options) in SHARDED.items():
+        net = compiled(make("mlp")[0], method, **options)
+        fully_shard(net, mesh=mesh)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        maps = []
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(net(x * (1 + step))).backward()
+            optimizer.step()
+            maps.append({k: v.clone() for k, v in net.feedback.items()})
+        weights = {n: p.full_tensor() for n, p in net.named_parameters()}  # type: ignore[attr-defined]
+        seen[f"sharded-{name}"] = {"maps": maps, "weights": weights}
     torch.save(seen, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -187,6 +210,39 @@ def test_the_new_maps_are_the_mean_of_what_the_ranks_learned(
         assert not torch.equal(learned[0][k], learned[1][k]) or "/scale" in k or "/m" in k, k
         if not k.endswith("/scale"):
             torch.testing.assert_close(v, (learned[0][k] + learned[1][k]) / 2, msg=k)
+
+
+def test_ranks_that_remember_fit_all_samples(ranks: list[dict[str, Any]]) -> None:
+    """The first fit is that of one process on the whole batch: Gram matrices are added up."""
+    method, options = CASES["remembers"]
+    net = compiled(make("mlp")[0], method, **options)
+    halves = [loss_of(h) for h in net(torch.cat(parts())).chunk(WORLD)]
+    (sum(halves) / WORLD).backward()  # type: ignore[union-attr]
+    for r in ranks:
+        for k, v in r["remembers"]["maps"][0].items():
+            if k.endswith("/B"):
+                torch.testing.assert_close(v, net.feedback[k], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp2_is_as_data_parallel(ranks: list[dict[str, Any]], name: str) -> None:
+    """``fully_shard(grapefx.compile(m))``: maps are equal on all ranks, weights those of DDP."""
+    first, *others = [r[f"sharded-{name}"] for r in ranks]
+    for other in others:
+        for a, b in zip(first["maps"], other["maps"], strict=True):
+            assert_equal(a, b)
+        for k, v in first["weights"].items():
+            torch.testing.assert_close(v, other["weights"][k])
+    if name == "bp":  # against one process on the whole batch
+        model, _ = make("mlp")
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for step in range(4):
+            optimizer.zero_grad()
+            halves = [loss_of(h) for h in model(torch.cat(parts()) * (1 + step)).chunk(WORLD)]
+            (sum(halves) / WORLD).backward()  # type: ignore[union-attr]
+            optimizer.step()
+        for k, p in model.named_parameters():
+            torch.testing.assert_close(first["weights"][k], p.detach())
 
 
 def test_the_scale_of_a_fitted_map_is_that_of_the_mean(ranks: list[dict[str, Any]]) -> None:

@@ -73,7 +73,9 @@ def trainer(model: Any, folder: Path, data: Dataset[Any], **arguments: Any) -> A
 @pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 def test_trainer_trains_bert(inplace: bool, tmp_path: Path) -> None:
-    model: Any = grapefx.compile(bert(), method="grape", backend="eager", inplace=inplace)  # type: ignore[call-overload]
+    model: Any = grapefx.compile(
+        bert(), method="grape", calib_every=1, backend="eager", inplace=inplace
+    )  # type: ignore[call-overload]
     net: FeedbackModule = model.grapefx if inplace else model
     run = trainer(model, tmp_path, Sentences(False))
     attach(run)
@@ -113,7 +115,7 @@ def tiny() -> Tiny:
 
 
 def run_of(folder: Path, epochs: int, inplace: bool = False, **arguments: Any) -> Any:
-    model = grapefx.compile(tiny(), method="grape", backend="eager", inplace=inplace)  # type: ignore[call-overload]
+    model = grapefx.compile(tiny(), method="grape", calib_every=1, backend="eager", inplace=inplace)  # type: ignore[call-overload]
     settings = {"num_train_epochs": epochs, "save_strategy": "epoch", "logging_steps": 2}
     settings |= {"lr_scheduler_type": "constant"}
     return trainer(model, folder, Sentences(False), **{**settings, **arguments})
@@ -204,7 +206,7 @@ def test_what_is_not_compiled_is_refused(tmp_path: Path) -> None:
 def test_the_wrapper_looks_like_its_model() -> None:
     """What Trainer reads: config, the signature of forward on class and object, methods."""
     model = gpt2()
-    net = grapefx.compile(model, backend="eager")
+    net = grapefx.compile(model, backend="eager", calib_every=1)
     assert net.config is model.config and net.main_input_name == "input_ids"
     assert inspect.signature(net.forward) == inspect.signature(model.forward)
     assert inspect.signature(type(net).forward) == inspect.signature(type(model).forward)

@@ -28,6 +28,7 @@ from tests.zoo import (
 
 def in_place(model: Any, method: str = "grape", **options: Any) -> Any:
     options.setdefault("backend", "eager")
+    options.setdefault("calib_every", 1)
     same = grapefx.compile(model, method=method, inplace=True, **options)
     assert same is model
     model.grapefx.set_epoch(0)

@@ -31,7 +31,7 @@ class Classifier(lightning.LightningModule):  # type: ignore[name-defined,misc]
         body = nn.Sequential(
             nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
         )
-        self.net = grapefx.compile(body, method="grape", backend=backend)
+        self.net = grapefx.compile(body, method="grape", backend=backend, calib_every=1)
         self.seen: list[float] = []
 
     def training_step(self, batch: Any, _: int) -> Tensor:

@@ -119,7 +119,48 @@ def test_presets() -> None:
     assert mine._options.calib_every == 2
     assert mine._method.optimizer == "ema"  # type: ignore[attr-defined]
     default = grapefx.compile(MLP(), method="grape")
-    assert default._method == BUILTIN["grape"]() and default._options.calib_every == 1
+    assert default._method == BUILTIN["grape"]() and default._options.calib_every == "geometric"
+    plain = grapefx.compile(MLP(), method="grape", calib_every=1)._options
+    assert (plain.calib_every, plain.radial, plain.calib_forget) == (1, False, None)
+
+
+class Normed(nn.Module):
+    """A normalisation layer of another library, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), RMSNormOfMine(), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.norm(self.first(x)).relu())
+        return out
+
+
+class RMSNormOfMine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+def test_what_is_recommended_depends_on_the_network() -> None:
+    """No norms, and maps that calibrations fit: geometric, remembering, radial; else defaults."""
+    chosen = grapefx.compile(MLP(), method="dfa")._options
+    assert (chosen.calib_every, chosen.calib_gap, chosen.calib_forget, chosen.radial) == (
+        "geometric", 250, 0.7, "auto",
+    )  # fmt: skip
+    for net in (
+        grapefx.compile(Normed(), method="dfa"),
+        grapefx.compile(MLP(), method="drtp"),
+        grapefx.compile(MLP(), method="dfa", ridge=0.1),
+        grapefx.compile(MLP(), method="dfa", preset="paper"),
+    ):
+        assert net._options.calib_every in (1, None) and net._options.calib_forget is None
+    net = grapefx.compile(MLP(), method="dfa", backend="eager")
+    net(torch.randn(5, 8)).sum().backward()
+    said = str(net.explain())
+    assert "Chosen" in said and "without normalisation" in said
+    plain = grapefx.compile(MLP(), method="dfa", backend="eager", calib_every=None)
+    plain(torch.randn(5, 8)).sum().backward()
+    assert "Chosen" not in str(plain.explain())
 
 
 # class targets

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from grapefx.passes.graph.prune import live_input_gradients
 from grapefx.plan import Plan, build_plan
 from tests.passes import placement_models as models
-from tests.zoo import plan_of
+from tests.zoo import live_input_gradients, plan_of
 
 
 def planned(model: nn.Module, *args: Any, **options: Any) -> Plan:

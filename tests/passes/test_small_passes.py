@@ -12,11 +12,12 @@ from torch.fx import Graph, GraphModule, Node
 from grapefx.maps import from_samples, to_samples
 from grapefx.passes.graph.folds import Fold, batch_folds
 from grapefx.passes.graph.order import dead_code, topological
-from grapefx.passes.graph.prune import live_input_gradients, prune_masks
+from grapefx.passes.graph.prune import prune_masks
 from grapefx.passes.graph.restride import restride
 from grapefx.passes.peephole.size_inputs import Place, size_inputs
 from grapefx.passes.place.sweep import sample_shape
 from grapefx.torch_compat import batch_symbol, fake_tensor, make_fx, new_fake_mode
+from tests.zoo import live_input_gradients
 
 aten = torch.ops.aten
 

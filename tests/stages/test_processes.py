@@ -13,9 +13,12 @@ import torch.nn.functional as F
 
 from tests.stages import worker
 from tests.stages.reference import Reference
+from tests.zoo import make
 
 if not (dist.is_available() and dist.is_gloo_available()):  # pragma: no cover
     pytest.skip("torch was built without gloo", allow_module_level=True)
+
+pytestmark = pytest.mark.slow  # processes that import torch
 
 CASES = {
     2: [("bp", 1), ("bp", 4), ("dfa", 2), ("fdfa", 8), ("grape", 1)],
@@ -29,14 +32,17 @@ def spawn(work: Any, world: int, folder: Path, *args: Any) -> list[Any]:
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world)]
 
 
-def reference(method: str, m: int) -> tuple[Any, ...]:
+def reference(
+    method: str, m: int, net: Any = None, data: Any = None, loss: Any = F.cross_entropy
+) -> tuple[Any, ...]:
     """One process: losses, weights, maps."""
-    net = worker.model()
-    one = Reference(net, method, worker.batches()[0][0], m)
+    net = net or worker.model()
+    data = data or worker.batches()
+    one = Reference(net, method, data[0][0], m)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     losses = []
-    for x, y in worker.batches():
-        losses.append(one.step(x, y, F.cross_entropy))
+    for x, y in data:
+        losses.append(one.step(x, y, loss))
         optimizer.step()
     return losses, net.state_dict(), one.state.feedback.tensors
 
@@ -70,10 +76,31 @@ def test_training_equals_one_process(world: int, tmp_path: Path, checkpoint: str
         assert all(len(ends) == world - 1 for *_, ends in runs)
         assert sum(len(own) for _, own, *_ in runs) == len(worker.model().state_dict())
         assert [r[0][0] is not None for r in runs] == [False] * (world - 1) + [True]
+    if world == 2:
+        for method in ("bp", "dfa"):  # a parameter that both stages hold
+            tied = reference(method, 2, make("tied")[0], worker.tokens(), worker.token_loss)
+            runs = [s["tied", method] for s in seen]
+            agree(runs, tied)
+            assert all("emb.weight" in own for _, own, *_ in runs)
+        _check_clipped([s["clipped"] for s in seen])
+        losses = [v.float() for v in seen[1]["bf16"]]
+        assert all(v.isfinite() for v in losses) and losses[-1] < losses[0] + 0.5
     if world == 4:
         expected = reference("grape", 4)
         for name in ("2-D", "resumed 4", "resumed 1"):
             agree([s[name] for s in seen], expected)
+
+
+def _check_clipped(seen: list[Any]) -> None:
+    """The first step calibrates: its gradients are those of autograd, and so is their norm."""
+    net = worker.model()
+    x, y = worker.batches()[0]
+    F.cross_entropy(net(x), y).backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+    for found, grads in seen:
+        torch.testing.assert_close(found, norm)
+        for name, g in grads.items():
+            torch.testing.assert_close(g, net.get_parameter(name).grad)
 
 
 def test_failures_are_named_on_every_living_rank(tmp_path: Path) -> None:

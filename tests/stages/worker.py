@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -23,9 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import grapefx
 from tests.stages.reference import OPTIONS
-from tests.zoo import MLP
+from tests.zoo import MLP, make
 
 STEPS = 20
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter, not by group
 
 
 def model() -> nn.Module:
@@ -50,7 +52,24 @@ def begin(rank: int, world: int, folder: str) -> None:
     )
 
 
-def train(net: Any, data: list[tuple[Tensor, Tensor]], optimizer: Any = None) -> Any:
+def tokens() -> list[tuple[Tensor, Tensor]]:
+    """Batches of the model with tied weights."""
+    generator = torch.Generator().manual_seed(4)
+    found = torch.randint(0, 11, (4, 2, 4, 5), generator=generator)
+    return [(x, y) for x, y in found]
+
+
+def token_loss(out: Tensor, y: Tensor) -> Tensor:
+    """A mean over samples and tokens."""
+    return F.cross_entropy(out.flatten(0, 1), y.flatten())
+
+
+def train(
+    net: Any,
+    data: list[tuple[Tensor, Tensor]],
+    optimizer: Any = None,
+    loss: Any = F.cross_entropy,
+) -> Any:
     """Steps in a row; returns the losses and the optimizer."""
     losses = []
     if optimizer is None:
@@ -58,7 +77,7 @@ def train(net: Any, data: list[tuple[Tensor, Tensor]], optimizer: Any = None) ->
         optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     for x, y in data:
         optimizer.zero_grad()
-        found = net.step(x, target=y, loss=F.cross_entropy)
+        found = net.step(x, target=y, loss=loss)
         optimizer.step()
         losses.append(None if found is None else found.mean())
     return losses, optimizer
@@ -84,6 +103,19 @@ def training(
         losses, _ = train(net, batches())
         seen[method, m] = state(net, losses)
     if world == 2:
+        net = compiled("dfa", mesh["pp"], 2)
+        train(net, batches()[:1])
+        norm = net.clip_grad_norm(0.01)
+        seen["clipped"] = norm, {n: p.grad for n, p in net.named_parameters()}
+        with torch.autocast("cpu", torch.bfloat16):
+            net = grapefx.compile(model().float(), method="grape", pipeline=mesh["pp"],
+                                  microbatches=2, **OPTIONS)  # fmt: skip
+            seen["bf16"] = train(net, [(x.float(), y) for x, y in batches()])[0]
+        for method in ("bp", "dfa"):
+            net = grapefx.compile(make("tied")[0], method=method, pipeline=mesh["pp"],
+                                  microbatches=2, stages=["emb"], **OPTIONS)  # fmt: skip
+            losses, _ = train(net, tokens(), loss=token_loss)
+            seen["tied", method] = state(net, losses)
         net = compiled("grape", mesh["pp"], 4)
         _, optimizer = train(net, batches()[:10])
         save(net, optimizer, checkpoint)
@@ -115,7 +147,7 @@ def save(net: Any, optimizer: Any, folder: str) -> None:
     dcp.save(
         {
             "model": net.state_dict(),
-            "optimizer": get_optimizer_state_dict(net, optimizer),
+            "optimizer": get_optimizer_state_dict(net, optimizer, options=FLAT),
             "feedback": net.feedback_state_dict(),
         },
         checkpoint_id=folder,
@@ -130,12 +162,12 @@ def load(net: Any, folder: str) -> Any:
         p.data.zero_()
     found = {
         "model": net.state_dict(),
-        "optimizer": get_optimizer_state_dict(net, optimizer),
+        "optimizer": get_optimizer_state_dict(net, optimizer, options=FLAT),
         "feedback": net.feedback_state_dict(),
     }
     dcp.load(found, checkpoint_id=folder)
     net.load_state_dict(found["model"])
-    set_optimizer_state_dict(net, optimizer, optim_state_dict=found["optimizer"])
+    set_optimizer_state_dict(net, optimizer, found["optimizer"], options=FLAT)
     net.load_feedback_state_dict(found["feedback"])
     return optimizer
 

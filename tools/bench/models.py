@@ -99,6 +99,7 @@ MODELS: dict[str, Benchmark] = _models()
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "bp": ({"method": "bp"}, 1),
     "dfa": ({"method": "dfa", "calib_every": None}, 1),
+    "dfa radial": ({"method": "dfa", "calib_every": None, "radial": "auto"}, 1),
     "fdfa": ({"method": "fdfa", "calib_every": None}, 1),
     "grape": ({"method": "grape", "calib_every": None}, 1),
     "grape 1/8": ({"method": "grape", "calib_every": None, "tangent_fraction": 1 / 8}, 1),

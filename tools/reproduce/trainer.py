@@ -56,6 +56,8 @@ class Trainer:
         self.model = data.model(self.setting["model"]).to(device)
         initialise(self.model, self.setting["init"])
         options: dict[str, Any] = {"seed": seed, "backend": backend, **row.options}
+        if "preset" not in options:
+            options.setdefault("calib_every", 1)  # the options' defaults, whatever is recommended
         self.net = grapefx.compile(self.model, method=row.method, **options)
         self.opt = make_optimizer(self.net, self.setting["optimizer"])
         epochs, every = self.setting["epochs"], self.setting.get("bp_epoch_every")

@@ -27,6 +27,8 @@ def render_text(report: ReportData) -> str:
             first = points.setdefault(m.plan.rows, m.method)
             same = first if first != m.method else None
         parts.append("\n".join([_method(m), *_plan(m, same)]))
+    if report.chosen:
+        parts.append("Chosen\n" + _wrap(report.chosen))
     if report.passes:
         parts.append(_passes(report))
     if report.warnings:

@@ -41,6 +41,7 @@ class StageStep:
     """
 
     kind: str
+    index: int
     stages: Stages
     schedule: s.Schedule
     forward: Compiled
@@ -86,6 +87,7 @@ def compile_stage(
     takes = tuple(step.inputs[i] for i in parts.forward_inputs)
     return StageStep(
         kind=kind,
+        index=index,
         stages=stages,
         schedule=schedule,
         forward=forward,

@@ -107,7 +107,7 @@ class Engine:
         if step.random:
             devices = [] if self.inputs.device.type == "cpu" else [self.inputs.device]
             with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed_of(*self.inputs.seed, self.inputs.offset + m))
+                torch.manual_seed(seed_of(*self.inputs.seed, self.inputs.offset + m, step.index))
                 results = list(step.forward(arguments))
         else:
             results = list(step.forward(arguments))

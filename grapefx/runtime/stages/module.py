@@ -207,15 +207,19 @@ class StagedModule(Compiled, nn.Module):
         twice = {id(self._owned[n]) for n, held in shared.items()
                  if self.stage in held[1:] and n in self._owned}  # fmt: skip
         once = [p.grad for p in self.parameters() if p.grad is not None and id(p) not in twice]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for g in once:
-            total += g.detach().double().square().sum().cpu()
+            total += g.detach().double().square().sum()
         dist.all_reduce(total, group=self._links.late)
         norm = total.sqrt()
         scale = min(1.0, max_norm / (float(norm) + 1e-6))
         for g in grads:
             g.mul_(scale)
         return norm
+
+    @property
+    def _device(self) -> torch.device:
+        return next(tree.parameters(self.original)).device
 
     def _known(self) -> None:
         if self._ends is None:
@@ -547,8 +551,8 @@ class StagedModule(Compiled, nn.Module):
         moved = any(not torch.equal(t, old[k]) for k, t in new.items())
         values = [float(v) for v in cosines.values() if v == v]
         ok = finite is None or bool(finite)
-        total = torch.tensor([float(moved), float(ok), sum(values), float(len(values))],
-                             dtype=torch.float64)  # fmt: skip
+        found = [float(moved), float(ok), sum(values), float(len(values))]
+        total = torch.tensor(found, dtype=torch.float64, device=self._device)
         dist.all_reduce(total, group=self._links.late)
         moves, fine, sums, count = total.tolist()
         auto = self._options.calib_every == "auto" and count > 0

@@ -1,0 +1,56 @@
+"""What ``preset="recommended"`` adds to the defaults, by the kind of network.
+
+A network without normalisation loses the scale of its activations where feedback maps are stale
+(docs/theory.md). It gets calibrations at growing gaps, which remember earlier ones, and the radial
+correction: on MNIST with 32 layers of 256 this is what brings direct feedback alignment to
+backpropagation's accuracy (``tools/reproduce/learning_32x256.yaml``). With normalisation layers
+calibrations that remember were worse than one an epoch, so those networks keep the defaults.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from grapefx import tree
+from grapefx.methods import Method
+from grapefx.options import Options
+
+CHOICE: dict[str, Any] = {
+    "calib_every": "geometric",
+    "calib_gap": 250,
+    "calib_forget": 0.7,
+    "radial": "auto",
+}
+# who names one of these decides about calibration; the others stay as the options' defaults say
+_DECIDES = frozenset(CHOICE) | {
+    "calib_unit", "calib_init", "calib_refit", "calib_update", "calib_threshold", "calib_budget",
+    "calib_growth", "steps_per_epoch", "ridge",
+}  # fmt: skip
+
+
+def recommended(model: nn.Module, method: Method, choices: dict[str, Any]) -> dict[str, Any]:
+    """The options to add to what the user gave; none where the user decided or norms are found."""
+    if _DECIDES & set(choices) or not method.refits or _norms(model):
+        return {}
+    return dict(CHOICE)
+
+
+def reason(options: Options) -> str:
+    """Why a network has these options, for ``explain``; empty where nothing was added."""
+    if any(getattr(options, name) != value for name, value in CHOICE.items()):
+        return ""
+    return (
+        "recommended for a network without normalisation layers: calibrations at growing gaps that "
+        "remember earlier ones (calib_every='geometric', calib_gap=250, calib_forget=0.7), and the "
+        "radial correction (radial='auto'); calib_every=1 is one calibration an epoch without them"
+    )
+
+
+def _norms(model: nn.Module) -> bool:
+    """Whether a module of the model normalises, by its class: torch's, or named as one."""
+    return any("norm" in type(part).__name__.lower() for part in tree.modules(model))
+
+
+__all__ = ["CHOICE", "reason", "recommended"]
