@@ -63,6 +63,11 @@ def check_together(method: Method, options: Options) -> None:
             f"radial=True corrects cotangents at feedback points, and method {method.name!r} has "
             "none\n  remedy: leave radial out"
         )
+    if options.exact_rows and (method.mechanism != "points" or method.exact):
+        raise OptionError(
+            f"exact_rows={options.exact_rows!r} corrects cotangents at feedback points, and method "
+            f"{method.name!r} has none\n  remedy: leave exact_rows out"
+        )
     if options.align_warmup and not method.aligns():
         raise OptionError(
             f"align_warmup={options.align_warmup!r}: method {method.name!r} learns no feedback "

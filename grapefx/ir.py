@@ -31,6 +31,7 @@ Phase = Literal[
     "tangent",
     "error",
     "alignment",
+    "exact_rows",
     "projection",
     "refit",
     "weight_grad",

@@ -214,6 +214,20 @@ class Options:
         'addition, as the graph shows. True needs at least one such point, "auto" none. See '
         "docs/method.md.",
     )
+    exact_rows: float = _option(
+        0.0,
+        Values(between=(0, 1)),
+        "The part of each batch that is backpropagated through the true chain (0: none; 0.125 is "
+        "a good part): the first samples, which shuffled loaders draw at random. On them the true "
+        "gradient corrects each cotangent, so that each update waits for this chain, at that part "
+        "of its cost. See docs/method.md.",
+    )
+    exact_weight: float = _option(
+        2.0,
+        Values(between=(0, math.inf), above=True),
+        "With exact_rows: w of c += w (delta - c), the correction of those samples' cotangents. "
+        "1 makes them exact, 2 corrects the others' mean error as well.",
+    )
     granularity: Literal["layer", "sublayer", "block", "auto"] = _option(
         "layer",
         Values((*GRANULARITIES, "auto")),
@@ -341,6 +355,8 @@ class CompileOptions(TypedDict, total=False):
     noise: Literal["gaussian", "rademacher"]
     perturb: Literal["activation", "weight", "auto"]
     radial: bool | Literal["auto"]
+    exact_rows: float
+    exact_weight: float
     granularity: Literal["layer", "sublayer", "block", "auto"]
     points: Any
     error_at: Any

@@ -23,6 +23,7 @@ from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, plain_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
 from grapefx.passes.differentiate.joint import trace_joint
+from grapefx.passes.feedback.exact_rows import ExactRows
 from grapefx.passes.feedback.normal_equations import memory_shapes
 from grapefx.passes.feedback.radial import homogeneous_points
 from grapefx.passes.feedback.second_forward import input_size
@@ -124,6 +125,14 @@ class Plan:
         return homogeneous_points(self.joint) if wanted and self.maps else frozenset()
 
     @property
+    def exact_rows(self) -> ExactRows | None:
+        """Which samples of a batch are backpropagated; None for none."""
+        options = self.options
+        if options.exact_rows == 0 or self.method.exact:
+            return None
+        return ExactRows(options.exact_rows, options.exact_weight, self.batch, self.batch_size)
+
+    @property
     def derived(self) -> tuple[str, ...]:
         """The operators whose tangent rule was made from torch's own derivatives, so far."""
         return tuple(dict.fromkeys(op for step in self._graphs.values() for op in step.derived))
@@ -214,7 +223,7 @@ class Plan:
                 "rule of ours assumed it)\n  remedy: please report this model"
             )
         if kind != "calibration" and not self.method.sequential:
-            self.independent = independence(step, self.layers)
+            self.independent = independence(step, self.layers, self.options.exact_rows > 0)
         return step
 
     def _context(self) -> StepContext:
@@ -230,6 +239,7 @@ class Plan:
             true_gradients=options.calib_refit != "feedback",
             keep=options.calib_forget or 0.0,
             radial=self.radial,
+            exact=self.exact_rows,
         )
         streams = self.streams()
         quiet: tuple[int, ...] = ()
@@ -342,7 +352,8 @@ def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) ->
     inputs = [e for e, s in zip(found.examples, captured.inputs, strict=True) if s.role == "input"]
     frozen = not trainable and any(e.requires_grad for e in inputs)
     if frozen:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
-        chosen, options = get_method("bp", {}), replace(options, residual="cut", points=None)
+        chosen = get_method("bp", {})
+        options = replace(options, residual="cut", points=None, exact_rows=0)
     if options.residual == "leak":
         captured = with_edges(captured)
     if frozen:
@@ -403,6 +414,8 @@ def _check_lengths(plan: Plan) -> None:
         return
     if plan.method.full_tangents and not plan.method.exact:
         raise _SizedError(f"method {plan.method.name!r} adds up over the tokens of a sample")
+    if plan.exact_rows is not None:
+        raise _SizedError("exact_rows follows the batch alone, not other lengths that change")
     maps = () if plan.method.exact else plan.maps
     cuts = markers.find(plan.joint.gm.graph, markers.CUT)
     for m in maps:

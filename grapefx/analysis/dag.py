@@ -36,6 +36,7 @@ STAGES = {
     "tangent": "forward",
     "error": "error",
     "alignment": "update",
+    "exact_rows": "exact rows",
     "projection": "update",
     "refit": "update",
     "weight_grad": "update",

@@ -85,6 +85,7 @@ def plan_report(plan: Plan) -> PlanReport:
     head = tuple(p for p in sizes if p not in held)
     if head:
         rows.append(SegmentRow(HEAD, "", (), head, sum(sizes[p] for p in head)))
+    chain = plan.exact_rows
     own = {p: layers for p, layers in plan.independent.items() if layers}
     return PlanReport(
         rows=tuple(rows),
@@ -96,6 +97,7 @@ def plan_report(plan: Plan) -> PlanReport:
         symbolic_batch=plan.captured.batch is not None,
         tap=", ".join(str(n.name) for n in plan.placement.taps),
         exact_from=plan.placement.exact,
+        exact_rows=None if chain is None else (chain.count(plan.batch_size), plan.batch_size),
     )
 
 

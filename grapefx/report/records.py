@@ -189,7 +189,8 @@ class PlanReport:
     comes from torch's own forward AD. ``proved`` counts the parameter gradients of which the graph
     shows that they depend on their own segment's cotangent alone (None: nothing was proved, the
     method is sequential or its graph was not built), ``exact`` those that no feedback reaches;
-    ``exact_from`` says where the part with true gradients begins.
+    ``exact_from`` says where the part with true gradients begins; ``exact_rows``: how many of how
+    many samples have a backward chain of their own (None: none).
     """
 
     rows: tuple[SegmentRow, ...]
@@ -201,6 +202,7 @@ class PlanReport:
     symbolic_batch: bool
     tap: str
     exact_from: tuple[str, ...] = ()
+    exact_rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

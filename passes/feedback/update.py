@@ -9,6 +9,7 @@ steps are in ``passes.calibration``.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream, streams_of
+from grapefx.passes.feedback.exact_rows import Chain, ExactRows
 from grapefx.passes.feedback.normal_equations import MEMORY, without_memory
 from grapefx.passes.feedback.radial import bias_of, corrected, radial_error
 from grapefx.passes.graph import markers, meta
@@ -44,6 +46,7 @@ class Feedback:
     true_gradients: bool = True
     radial: frozenset[int] = frozenset()  # points whose cotangent is corrected along its value
     keep: float = 0.0  # of the normal equations of earlier calibrations, where states have them
+    exact: ExactRows | None = None  # which samples get their true gradient
 
 
 class Builder:
@@ -296,6 +299,11 @@ class Builder:
 
     # projection
 
+    @functools.cached_property
+    def chain(self) -> Chain | None:
+        """The backward chain of a part of the batch, where the option asks for it."""
+        return None if self.fb.exact is None else Chain(self.edit, self.fb.exact)
+
     def cotangents(self, states: Sequence[dict[str, Node]]) -> dict[int, Node]:
         """What the method puts at each cut; its mean where the layer is in several streams."""
         reads = self.fb.method.reads
@@ -351,6 +359,10 @@ class Builder:
                     m.layer.fold,
                     phase="projection",
                     layer=m.layer.name,
+                )
+            if self.chain is not None:
+                out[m.layer.index] = self.chain.corrected(
+                    m.layer.index, out[m.layer.index], m.layer.fold
                 )
         return out
 

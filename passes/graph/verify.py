@@ -87,8 +87,13 @@ def require(step: StepGraph, names: Sequence[str], when: str) -> StepGraph:
     return step
 
 
-def independence(step: StepGraph, layers: tuple[Layer, ...]) -> dict[str, tuple[str, ...]]:
+def independence(
+    step: StepGraph, layers: tuple[Layer, ...], exact_rows: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Prove that no update subgraph depends on another layer's.
+
+    With ``exact_rows`` all may read a chain of true gradients of a part of the batch (the phase of
+    that name), which must itself depend on no update. Without it no node may be of that phase.
 
     Follows every projected cotangent through the graph. Returns, for each parameter gradient, the
     layers whose cotangent reaches it. Raises ``VerifyError`` naming a path when a cotangent reaches
@@ -104,6 +109,14 @@ def independence(step: StepGraph, layers: tuple[Layer, ...]) -> dict[str, tuple[
             bits |= reach.get(a, 0)
         if node.op == "call_function" and node.target is markers.CUT_BACKWARD:
             raise VerifyError(f"node {node.name!r}: a cut still carries the chain's gradient")
+        if meta.phase(node) == "exact_rows":
+            if not exact_rows:
+                raise VerifyError(f"node {node.name!r} is part of a chain, which nobody asked for")
+            if bits:
+                raise VerifyError(
+                    f"the chain of exact rows reads the update of layer "
+                    f"{layers[bits.bit_length() - 1].name!r} (at node {node.name!r}, {node.target})"
+                )
         if meta.phase(node) == "projection":
             own = 1 << index[node.meta[meta.LAYER]]
             if bits & ~own:

@@ -146,17 +146,29 @@ class Residual(nn.Module):
         return F.relu(x + y)
 
 
-def resnet(shape: tuple[int, ...], classes: int, depth: int, affine: bool) -> nn.Sequential:
-    """ResNet-20 or -56 for 32 pixels: (depth - 2) / 6 blocks of 16, 32 and 64 channels each."""
-    stem = [nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16, affine=affine)]
+def resnet(
+    shape: tuple[int, ...], classes: int, depth: int, affine: bool, first: int = 16
+) -> nn.Sequential:
+    """ResNet-20 or -56 for 32 pixels: (depth - 2) / 6 blocks of 16, 32 and 64 channels each.
+
+    ``first``: the channels of the first blocks, if they are others.
+    """
+    stem = [nn.Conv2d(shape[0], first, 3, 1, 1, bias=False), nn.BatchNorm2d(first, affine=affine)]
     blocks: list[nn.Module] = []
-    fan_in = 16
-    for width in (16, 32, 64):
+    fan_in = first
+    for width in (first, 2 * first, 4 * first):
         for i in range((depth - 2) // 6):
-            blocks += [Residual(fan_in, width, 2 if i == 0 and width > 16 else 1, affine)]
+            blocks += [Residual(fan_in, width, 2 if i == 0 and width > first else 1, affine)]
             fan_in = width
-    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * first, classes)]
     return nn.Sequential(*stem, nn.ReLU(), *blocks, *tail)
+
+
+def small_resnet(
+    shape: tuple[int, ...], classes: int, depth: int, width: int, pool: int
+) -> nn.Sequential:
+    """A ResNet of ``width``, 2 and 4 times as many channels, on images averaged over ``pool``."""
+    return nn.Sequential(nn.AvgPool2d(pool), *resnet(shape, classes, depth, True, width))
 
 
 class EncoderBlock(nn.Module):
@@ -217,6 +229,7 @@ IMAGE_MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "alexnet": (alexnet, ("batch_norm", "affine", "linear")),
     "vgg16": (vgg16, ("batch_norm", "affine")),
     "resnet": (resnet, ("depth", "affine")),
+    "small_resnet": (small_resnet, ("depth", "width", "pool")),
 }
 TEXT_KEYS = ("context", "dim", "heads", "depth", "hidden", "dropout")
 MODEL_KEYS = {k: v[1] for k, v in IMAGE_MODELS.items()} | {"transformer": TEXT_KEYS}

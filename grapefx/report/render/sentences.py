@@ -42,6 +42,8 @@ def plan_facts(method: MethodReport, tap: str = "output error") -> list[tuple[st
         if exact := exact_part(p):
             facts.append(("exact", exact))
         facts.append(("updates", proof(p)))
+        if p.exact_rows is not None:
+            facts.append(("exact rows", chain(p.exact_rows)))
         if any(kind == "align" for kind, _ in p.runs):
             facts.append(("tangents", derived(p)))
     return facts
@@ -62,6 +64,15 @@ def proof(p: PlanReport) -> str:
     return (
         f"proved on the graph: {_gradients(p.proved)} depend on the feedback of their own layer "
         f"alone{exact}"
+    )
+
+
+def chain(exact_rows: tuple[int, int]) -> str:
+    """What waits for a backward chain because of ``exact_rows``, in a sentence."""
+    n, batch = exact_rows
+    return (
+        f"each update waits for a backward chain on {n} of {batch} samples, which reads no layer's "
+        "feedback"
     )
 
 

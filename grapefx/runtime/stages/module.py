@@ -578,6 +578,11 @@ def _check(method: Method, options: Options) -> None:
     for name, bad in (("calib_update", "sgd"), ("calib_refit", "feedback")):
         if getattr(options, name) == bad and not method.exact:
             raise OptionError(f"{name}={bad!r} does not go with pipeline=")
+    if options.exact_rows:
+        raise OptionError(
+            f"exact_rows={options.exact_rows!r} is a backward chain through all stages, which does "
+            "not go with pipeline=\n  remedy: leave exact_rows out"
+        )
 
 
 def _group(mesh: Any, name: str) -> Any:

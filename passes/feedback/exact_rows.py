@@ -1,0 +1,299 @@
+"""Exact rows: the first n samples of a batch get their true gradient, by a chain of their own.
+
+A projected cotangent c_l knows only what a stale linear map tells of the true gradient delta_l.
+Backpropagating n of the N samples costs n / N of a backward chain, and on these samples
+
+    c_i += w (delta_i - c_i)
+
+takes back the map's error (w = 1), or also some of that of the other samples, whose error points
+the same way in the mean (w = 2; w = N / n would make the gradient's mean unbiased, at a variance
+that grows with w). The papers have nothing like it.
+
+In: a joint graph. The backward nodes between the error taps and the cuts are emitted a second time
+with every operand cut down to its first n samples. Batch norm in training mode couples samples: its
+statistics are constants here, as they are for tangents. The nodes of the chain have the phase
+"exact_rows"; the verifier knows that they wait for each other.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from grapefx.errors import GrapefxError, OptionError
+from grapefx.passes.graph import markers, meta
+from grapefx.passes.graph.edit import Edit
+from grapefx.passes.graph.folds import Fold
+from grapefx.passes.graph.operators import op_name
+from grapefx.passes.graph.order import ancestors, descendants
+from grapefx.passes.graph.rows import RowEmitter, put_rows, take_rows
+from grapefx.torch_compat import batch_symbol
+
+aten = torch.ops.aten
+
+# Backward operators of a layer: their gradients of parameters are left out
+_MASKS = {
+    "convolution_backward", "native_layer_norm_backward", "native_group_norm_backward",
+    "native_batch_norm_backward",
+}  # fmt: skip
+# batch norm's backward -> (gradient, input, weight, saved 1 / sigma, training) by position
+_BATCH_NORMS = {
+    "native_batch_norm_backward": (0, 1, 2, 6, 7),
+    "cudnn_batch_norm_backward": (1, 0, 2, 6, None),
+    "miopen_batch_norm_backward": (1, 0, 2, 6, None),
+    "batch_norm_backward": (0, 1, 2, 6, 7),
+}
+_VIEWS = {"view", "reshape", "_unsafe_view"}
+# Operators that may read the batch from any dim: of others, only from the first
+_ANY_DIM = {
+    *_VIEWS, "t", "transpose", "expand", "clone", "_to_copy", "copy", "mm", "bmm", "addmm",
+    "baddbmm", "sum", "mean", "constant_pad_nd", "cut_backward",
+}  # fmt: skip
+_MOVES = {"permute"}  # whose dims are an order of all of them
+_DIM_OF_RESULT = {"select_backward", "stack", "unsqueeze"}
+_SLICES = {"slice", "slice_scatter", "slice_backward"}
+_INDEXED = {"index", "_unsafe_index", "index_put", "_unsafe_index_put"}
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Which part of each batch is backpropagated, and how strongly it corrects the cotangents.
+
+    ``batch``: the symbol of the batch size, None where the graph holds the one size ``size``.
+    """
+
+    fraction: float
+    weight: float
+    batch: Any
+    size: int
+
+    def count(self, batch: int) -> int:
+        """n: the least whole number that is not below ``fraction`` of the batch, 1 at least."""
+        part = self._part
+        return -(-batch * part.numerator // part.denominator)
+
+    @property
+    def _part(self) -> Fraction:
+        return Fraction(self.fraction).limit_denominator(1 << 16)
+
+    def emit(self, em: RowEmitter, batch: Node) -> Node:
+        """n as a node of the graph."""
+        part = self._part
+        top = em.call(operator.mul, batch, part.numerator)
+        return em.call(
+            operator.floordiv, em.call(operator.add, top, part.denominator - 1), part.denominator
+        )
+
+
+class Chain(RowEmitter):
+    """The backward chain of the first n samples; ``deltas``: their true gradient at each cut.
+
+    Raises ``OptionError`` naming the operator and the line where samples cannot be told apart.
+    """
+
+    remedy = "exact_rows=0, or a method with maps alone"
+    error = OptionError
+
+    def __init__(self, edit: Edit, exact: ExactRows) -> None:
+        self.option = f"exact_rows={exact.fraction!r}"
+        self.exact = exact
+        first = None if self._everything(exact) else edit.last_input
+        super().__init__(edit.graph, exact.batch, exact.size, first, [], phase="exact_rows")
+        if first is not None:
+            with self.after(first):
+                self.rows = exact.emit(self, self._batch())
+        self.end = edit.output
+        self.deltas = self._deltas()
+
+    def _everything(self, exact: ExactRows) -> bool:
+        """Whether all samples are exact, in a graph that holds one batch size (of 1, mostly)."""
+        if exact.batch is not None:
+            return False
+        if exact.count(exact.size) == exact.size:
+            return True
+        raise OptionError(
+            f"{self.option} needs a batch size that may change, but this model's graph holds for "
+            f"{exact.size} samples alone\n  remedy: {self.remedy}"
+        )
+
+    def corrected(self, index: int, c: Node, fold: tuple[int, int, int]) -> Node:
+        """The cotangent ``c`` of a cut, with its first n samples corrected."""
+        where, layer = Fold(*fold), meta.layer(c)
+        with self.before(self.end, phase="projection", layer=layer):
+            own = c if self.rows is None else take_rows(self, c, where, self.rows)
+            delta = self.deltas[index]
+            if delta.meta["val"].dtype != own.meta["val"].dtype:
+                delta = self.call(aten._to_copy.default, delta, dtype=own.meta["val"].dtype)
+            moved = self.call(aten.lerp.Scalar, own, delta, self.exact.weight)
+            return moved if self.rows is None else put_rows(self, c, where, self.rows, moved)
+
+    def _slice(self, node: Node, val: Tensor) -> Node:
+        """The first n samples, contiguous where all of them are: kernels (layer norm's backward)
+        read saved statistics as if they were.
+        """
+        made = super()._slice(node, val)
+        if made is node or not val.is_contiguous() or self.folds[node].dim == 0:
+            return made
+        with self.after(made):
+            return self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
+
+    def _batch(self) -> Node:
+        """The batch size, read from an input."""
+        node, dim = next(
+            (node, dim)
+            for node in self.graph.nodes
+            if node.op == "placeholder" and meta.role(node) == "input"
+            for dim, size in enumerate(node.meta["val"].shape)
+            if batch_symbol(size) == self.batch
+        )
+        return self.call(aten.sym_size.int, node, dim)
+
+    def _deltas(self) -> dict[int, Node]:
+        errors = markers.find(self.graph, markers.TAP_BACKWARD).values()
+        cuts = markers.find(self.graph, markers.CUT_BACKWARD)
+        ends = {i: n.args[0] for i, n in cuts.items()}
+        wanted = ancestors([n for n in ends.values() if isinstance(n, Node)])
+        behind = descendants(errors)
+        nodes = [n for n in self.graph.nodes if n in wanted and n in behind]
+        own: dict[Node, Any] = {}
+        for node in nodes:
+            with self.before(self.end, layer=meta.layer(node)):
+                if node.target is markers.TAP_BACKWARD:
+                    own[node] = self.p(node.args[0])  # type: ignore[arg-type]
+                elif node.target is markers.CUT_BACKWARD:
+                    own[node] = own[node.args[0]]  # type: ignore[index]
+                else:
+                    own[node] = self._again(node, own)
+        return {
+            i: own[n] if n in own else self.p(n) for i, n in ends.items() if isinstance(n, Node)
+        }
+
+    def _again(self, node: Node, own: dict[Node, Any]) -> Any:
+        """A backward operator with the first n samples of its operands."""
+        val = node.meta.get("val")
+
+        def operand(a: Node) -> Any:
+            return own[a] if a in own else self.p(a)
+
+        if isinstance(val, torch.SymInt) and self.batch is not None:
+            expr = batch_symbol(val)
+            if expr is not None and (expr / self.batch).is_Integer:
+                return self.count(int(expr / self.batch))
+        if node.target is operator.getitem and isinstance(own.get(node.args[0]), tuple):  # type: ignore[arg-type]
+            return own[node.args[0]][node.args[1]]  # type: ignore[index]
+        if self.rows is not None:
+            self._check(node, own)
+        args: Any = torch.fx.node.map_arg(node.args, operand)
+        kwargs = torch.fx.node.map_arg(dict(node.kwargs), operand)
+        name = op_name(node)
+        if self.rows is not None and name in _BATCH_NORMS and self._couples(node, name):
+            return self._frozen_norm(args, name)
+        if name in _MASKS:
+            args = _input_only(node, args)
+        if name in _VIEWS:
+            return self._view(node.target, *args)
+        try:
+            return self.call(node.target, *args, **kwargs)
+        except GrapefxError:
+            raise
+        except Exception as e:
+            said = str(e).strip().splitlines()
+            raise self.refused(
+                node,
+                f"cannot run {node.target} (node {node.name!r}) on a part of the batch: "
+                f"{type(e).__name__}: {said[0] if said else ''}",
+            ) from e
+
+    def _view(self, target: Any, x: Node, size: Any) -> Node:
+        """A view; of a copy where the first samples do not lie as all of them do."""
+        try:
+            return self.call(target, x, size)
+        except (RuntimeError, ValueError):
+            solid = self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+            return self.call(aten.view.default, solid, size)
+
+    def _check(self, node: Node, own: dict[Node, Any]) -> None:
+        """Raise ``OptionError`` unless each sample of the result is made of that sample alone."""
+        if isinstance(node.meta.get("val"), Tensor) and node not in self.folds:
+            raise self.refused(
+                node,
+                f"needs samples that do not mix, but {node.target} (node {node.name!r}) joins "
+                "them, or moves the batch to where it cannot be followed",
+            )
+        sources = [a for a in node.all_input_nodes if a in own and a in self.folds]
+        if node.target is not operator.getitem and any(self._mixes(node, a) for a in sources):
+            raise self.refused(
+                node, f"cannot tell whether {node.target} (node {node.name!r}) mixes samples"
+            )
+
+    def _mixes(self, node: Node, source: Node) -> bool:
+        """Whether an operator may join the samples of a value that it reads."""
+        schema = getattr(node.target, "_schema", None)
+        name, dim = op_name(node), self.folds[source].dim
+        if schema is None or not schema.name.startswith(("aten::", "prims::", "grapefx::cut")):
+            return True
+        given = {
+            argument.name: node.args[k] if k < len(node.args) else node.kwargs.get(argument.name)
+            for k, argument in enumerate(schema.arguments)
+        }
+        if name in _INDEXED:
+            indices: Any = given.get("indices")
+            at = self.folds[node].dim
+            return not isinstance(indices, (list, tuple)) or any(
+                i is not None for i in indices[at : at + 1]
+            )
+        if "normalized_shape" in given:
+            normed: Any = given["normalized_shape"]
+            return bool(dim >= source.meta["val"].ndim - len(normed))
+        if "dim" in given or "dims" in given:
+            if name in _MOVES or (name in _SLICES and _whole(given)):
+                return False
+            of = node if name in _DIM_OF_RESULT else source
+            ndim, at = of.meta["val"].ndim, self.folds[of].dim
+            dims = given.get("dim", given.get("dims"))
+            listed = dims if isinstance(dims, (list, tuple)) else [dims]
+            return any(isinstance(d, int) and d % ndim == at for d in listed)
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        return not (dim == 0 or pointwise or name in _ANY_DIM or name in _BATCH_NORMS)
+
+    def _couples(self, node: Node, name: str) -> bool:
+        """Whether a batch norm took its statistics over samples (an instance norm does not)."""
+        grad, _, _, _, training = _BATCH_NORMS[name]
+        fold = self.folds.get(node.args[grad])  # type: ignore[arg-type]
+        along_channels = fold is not None and fold.dim == 1
+        return not along_channels and (training is None or bool(node.args[training]))
+
+    def _frozen_norm(self, args: Any, name: str) -> tuple[Any, None, None]:
+        """gamma / sigma times the gradient: the batch's statistics as constants."""
+        grad, _, weight, spread, _ = _BATCH_NORMS[name]
+
+        def frozen(g: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tensor:
+            scale = invstd if gamma is None else gamma * invstd
+            wide = [1, -1, *[1] * (g.ndim - 2)]
+            return (g * scale.view(wide)).to(g.dtype)
+
+        return self.trace(frozen, args[grad], args[weight], args[spread]), None, None
+
+
+def _whole(given: dict[str, Any]) -> bool:
+    """Whether a slice takes everything."""
+    start, end, step = given.get("start"), given.get("end"), given.get("step")
+    to_end = end is None or (isinstance(end, int) and end >= sys.maxsize)
+    return start in (0, None) and to_end and step in (1, None)
+
+
+def _input_only(node: Node, args: Any) -> Any:
+    """The arguments of a backward operator, asked for the gradient of its input alone."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    at = next(i for i, a in enumerate(schema.arguments) if a.name == "output_mask")
+    return (*args[:at], [True, False, False], *args[at + 1 :])
+
+
+__all__ = ["Chain", "ExactRows"]
