@@ -15,6 +15,7 @@ LONG = ("test_rules_opinfo.py", "test_random_models.py", "test_scripts.py", "tes
 LONG_CASES = {
     "test_a_copy_is_a_plain_model": "pickle",
     "test_a_number_that_never_rests_is_named_once": "",
+    "test_a_part_equals_the_gradient_of_a_mixed_cotangent": "(?!mlp|cnn|encoder-prenorm).*",
     "test_a_seed_repeats_a_run_and_a_resumed_run_continues_it": (
         "bp|fa|usf|brsf|frsf|drtp|dkp|fg-a|lg-fg-a|grape-2024"
     ),
@@ -33,6 +34,7 @@ LONG_CASES = {
     "test_full_batch_equals_forward_ad": "encoder-causal|encoder-sequence-first|gru",
     "test_gradients_of_compiled_pools": ".*",
     "test_in_a_process_of_its_own": "",
+    "test_inductor_at_any_batch_size": "(?!mlp-None).*",
     "test_inductor_computes_what_the_graphs_say": "(?!cnn-1.0|encoder-0.5).*",
     "test_learns": "",
     "test_loss_inside_the_model": "bp|dfa",
@@ -41,6 +43,7 @@ LONG_CASES = {
     "test_no_compiled_call_has_a_bias": "False",
     "test_no_update_depends_on_another_layer": "gru|stop",
     "test_points_by_name_glob_class_and_function": "blocks.*|points1-.*",
+    "test_only_the_option_makes_a_chain_and_the_verifier_knows": "(?!mlp|residual).*",
     "test_resume_is_bit_exact": "mlp-grape-.*",
     "test_runs_on": ".*-(residual|tied)",
     "test_smoke_goes_through_everything_and_goes_on": "",
@@ -55,6 +58,7 @@ LONG_CASES = {
     "test_the_loss_falls_on_digits": "fa|usf|brsf|frsf",
     "test_tiled_pools": "bp-.*",
     "test_training_is_the_same": "streams",
+    "test_with_every_method_and_other_options": "(fdfa|grape)-.*",
     "test_what_is_switched_off_is_otherwise_run": "",
 }
 

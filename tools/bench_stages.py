@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -313,7 +313,7 @@ def page(name: str, found: list[Variant], times: dict[str, list[float]], refused
     return "\n".join([*lines, ""])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the page where asked."""
     p = cli.parser("tools.bench_stages", __doc__)
     p.add_argument("--full", action="store_true", help="all networks, M = 1, 2, 4, 8")
@@ -322,7 +322,7 @@ def main() -> None:
     p.add_argument("--rounds", type=cli.count(3), default=None)
     p.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     p.add_argument("--page", type=Path)
-    args: argparse.Namespace = p.parse_args()
+    args: argparse.Namespace = p.parse_args(argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -349,7 +349,8 @@ def main() -> None:
     if args.page and dist.get_rank() == 0:
         args.page.write_text("\n".join(text))
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

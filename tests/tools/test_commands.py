@@ -13,7 +13,8 @@ import yaml
 from tools import ROOT
 
 COMMANDS = [
-    "bench_stages", "bench_step", "coverage", "cuda_lowering", "demo", "figures", "gpu_check", "inspect_pictures",
+    "bench_stages", "bench_step", "coverage", "cuda_lowering", "demo", "figures", "gpu_check",
+    "inspect_pictures",
     "make_data_subset", "op_rules", "options_page", "reproduce", "perf.perf_gate", "perf.history",
     "bench.compile_time", "bench.optimizer_share", "bench.projections", "bench.step_profile",
     "bench.time_to_accuracy", "bench.what_pays", "trust",
@@ -57,7 +58,9 @@ def test_every_command_that_is_quoted_exists() -> None:
             quoted |= dict.fromkeys(re.findall(r"python -m tools\.([a-z_.]*[a-z_])", text), path)
             assert not re.search(r"python tools/", text), path
     missing = {c: p for c, p in quoted.items() if c not in COMMANDS}
-    assert not missing and set(COMMANDS) - quoted.keys() <= {"bench.what_pays", "figures"}
+    assert not missing and set(COMMANDS) - quoted.keys() <= {
+        "bench.what_pays", "figures", "bench_stages",  # under torchrun
+    }  # fmt: skip
 
 
 def test_the_list_of_commands_is_whole() -> None:
