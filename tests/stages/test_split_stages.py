@@ -51,7 +51,7 @@ def fixed(plan: Plan, kind: str, args: tuple[Any, ...]) -> StepGraph:
 def leaky(plan: Plan, index: int) -> StepGraph:
     """The method's update graph with one cut left to the chain rule."""
     feedback = Feedback(plan.method, plan.maps, plan.error_rows, plan.states())
-    b = Builder(plan.joint, feedback, ())
+    b = Builder(plan.joint, feedback)
     b.add_states()
     cotangents = b.cotangents(b.state_nodes)
     chain = markers.find(b.graph, markers.CUT_BACKWARD)[index].args[0]
