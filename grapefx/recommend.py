@@ -4,7 +4,8 @@ A network without normalisation loses the scale of its activations where feedbac
 (docs/theory.md). It gets calibrations at growing gaps, which remember earlier ones, and the radial
 correction: on MNIST with 32 layers of 256 this is what brings direct feedback alignment to
 backpropagation's accuracy (``tools/reproduce/learning_32x256.yaml``). With normalisation layers
-calibrations that remember were worse than one an epoch, so those networks keep the defaults.
+calibrations that remember were worse than one an epoch; with convolutions, attention or recurrent
+layers they were not measured. Those networks keep the defaults.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ _DECIDES = frozenset(CHOICE) | {
 }  # fmt: skip
 
 
+# with norms it was worse; the others were not measured
+_NOT_MEASURED = ("norm", "conv", "attention", "transformer", "lstm", "gru", "rnn")
+
+
 def recommended(model: nn.Module, method: Method, choices: dict[str, Any]) -> dict[str, Any]:
-    """The options to add to what the user gave; none where the user decided or norms are found."""
-    if _DECIDES & set(choices) or not method.refits or _norms(model):
+    """The options to add to what the user gave; none where the user decided or others are found."""
+    if _DECIDES & set(choices) or not method.refits or _others(model):
         return {}
     return dict(CHOICE)
 
@@ -42,15 +47,16 @@ def reason(options: Options) -> str:
     if any(getattr(options, name) != value for name, value in CHOICE.items()):
         return ""
     return (
-        "recommended for a network without normalisation layers: calibrations at growing gaps that "
+        "recommended for linear layers without normalisation: calibrations at growing gaps that "
         "remember earlier ones (calib_every='geometric', calib_gap=250, calib_forget=0.7), and the "
         "radial correction (radial='auto'); calib_every=1 is one calibration an epoch without them"
     )
 
 
-def _norms(model: nn.Module) -> bool:
-    """Whether a module of the model normalises, by its class: torch's, or named as one."""
-    return any("norm" in type(part).__name__.lower() for part in tree.modules(model))
+def _others(model: nn.Module) -> bool:
+    """Whether a module normalises or is of a kind that was not measured, by its class's name."""
+    names = [type(part).__name__.lower() for part in tree.modules(model)]
+    return any(kind in name for name in names for kind in _NOT_MEASURED)
 
 
 __all__ = ["CHOICE", "reason", "recommended"]
