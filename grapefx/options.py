@@ -89,6 +89,16 @@ def _option(default: Any, values: Values, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"values": values, "meaning": meaning})
 
 
+# option -> the other one that it belongs to, and the value with which it is read (None: any)
+_READ_WITH: dict[str, tuple[str, Any]] = {
+    "calib_growth": ("calib_every", "geometric"),
+    "calib_gap": ("calib_every", "geometric"),
+    "calib_threshold": ("calib_every", "auto"),
+    "calib_budget": ("calib_every", "auto"),
+    "exact_weight": ("exact_rows", None),
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """What ``grapefx.compile`` takes beside the method and its own options."""
@@ -309,6 +319,15 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             field.metadata["values"].refuse(field.name, getattr(self, field.name))
+        for name, (other, needed) in _READ_WITH.items():
+            have, asked = getattr(self, other), getattr(self, name)
+            useless = not have if needed is None else have != needed
+            if useless and asked != OPTIONS[name].default:
+                remedy = f"set {other}" if needed is None else f"{other}={needed!r}"
+                raise OptionError(
+                    f"{name}={asked!r} is not read with {other}={have!r}\n"
+                    f"  remedy: {remedy}, or leave {name} out"
+                )
         if self.residual == "leak" and (self.points is not None or self.granularity != "layer"):
             raise OptionError(
                 "residual='leak' chooses its own points: leave points and granularity out"

@@ -72,3 +72,18 @@ def test_help_says_what_each_option_does() -> None:
 
 def test_the_page_is_current() -> None:
     assert PAGE.read_text() == page(), "python -m tools.options_page"
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"calib_gap": 5}, "calib_every='geometric'"),
+        ({"calib_growth": 2.0}, "calib_every='geometric'"),
+        ({"calib_threshold": 0.1}, "calib_every='auto'"),
+        ({"calib_budget": 0.1}, "calib_every='auto'"),
+        ({"exact_weight": 1.0}, "set exact_rows"),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(given: dict[str, Any], missing: str) -> None:
+    with pytest.raises(OptionError, match=missing):
+        Options(**given)

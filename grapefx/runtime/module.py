@@ -234,7 +234,7 @@ class FeedbackModule(Compiled, nn.Module):
         plan = program.plan
         assert plan is not None
         self._state.schedule.tell_once()
-        kind = self._kind(plan)
+        kind = self._state.kind(plan.kinds())
         device = self._captures.device_type
         if kind == "calibration" and self._options.calib_update == "sgd":
             _refuse_scaled(device)
@@ -246,19 +246,6 @@ class FeedbackModule(Compiled, nn.Module):
         call = TrainingCall(self._state, program, kind == "calibration", batch, given, device)
         with autocast_off(device):
             return Step.apply(call, step, arguments, *[given[k] for k in step.leaves])
-
-    def _kind(self, plan: Plan) -> str:
-        kinds = plan.kinds()
-        if kinds == ("calibration",):
-            return "calibration"
-        if self._state.schedule.due():
-            return "calibration"
-        step, options = self._state.schedule.step, self._options
-        if "align" in kinds and (
-            "update" not in kinds or step < options.align_warmup or step % options.align_every == 0
-        ):
-            return "align"
-        return "update"
 
     # what users ask
 

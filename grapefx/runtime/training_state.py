@@ -65,6 +65,17 @@ class TrainingState:
 
     # a step
 
+    def kind(self, kinds: tuple[str, ...]) -> str:
+        """Which of a plan's kinds of step comes next."""
+        if kinds == ("calibration",) or self.schedule.due():
+            return "calibration"
+        step, options = self.schedule.step, self.options
+        if "align" in kinds and (
+            "update" not in kinds or step < options.align_warmup or step % options.align_every == 0
+        ):
+            return "align"
+        return "update"
+
     def noise(
         self, step: CompiledStep, rows: int, sizes: dict[Any, int], device: torch.device
     ) -> dict[int, Tensor]:

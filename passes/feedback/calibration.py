@@ -48,7 +48,7 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
 
 
 def refit(b: Builder) -> None:
-    """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (DESIGN 6.2).
+    """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (docs/method.md).
 
     A map whose fit is not finite, or zero, stays as it is.
     """

@@ -305,9 +305,9 @@ def test_samples_that_mix_are_refused(how: Any) -> None:
     loss_of(compiled(Mixed(how), "dfa", **options)(x)).backward()
 
 
-@pytest.mark.parametrize("method", ["bp", "weight-mirror", "forward-forward"])
+@pytest.mark.parametrize("method", ["bp", "fa", "fg-w", "pepita"])
 def test_options_that_do_not_go_together(method: str) -> None:
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=r"exact_rows=0\.5"):
         grapefx.compile(MLP(), method=method, exact_rows=0.5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,16 @@ CASES = [("dfa", "update"), ("fdfa", "align"), ("grape", "align"), ("grape", "ca
 
 
 def compare(
-    name: str, method: str, kind: str, stages: int, microbatches: int, backend: str = "eager"
+    name: str,
+    method: str,
+    kind: str,
+    stages: int,
+    microbatches: int,
+    backend: str = "eager",
+    **options: Any,
 ) -> None:
-    plan = dataclasses.replace(plan_of(name, method), options=Options(backend=backend))
+    chosen = Options(backend=backend, **options)
+    plan = dataclasses.replace(plan_of(name, method), options=chosen, _graphs={}, passes={})
     model, args = make(name)
     args = tuple(torch.cat([a, a.flip(0)])[:8] if a.shape[0] < 8 else a[:8] for a in args)
     given = given_of(plan, kind, model, args)
@@ -55,6 +63,12 @@ def test_stages_equal_the_whole_batch(
 @pytest.mark.parametrize("name", ["unet", "rotary", "wide", "tied", "branches", "inplace"])
 def test_stages_of_other_models(name: str, method: str, kind: str) -> None:
     compare(name, method, kind, 3, 2)
+
+
+@pytest.mark.parametrize("kind", ["update", "calibration"])
+def test_corrections_and_memory_go_through_stages(kind: str) -> None:
+    """The radial correction and the kept normal equations are those of the whole batch."""
+    compare("unet", "dfa", kind, 2, 2, radial=True, calib_forget=0.7)
 
 
 @pytest.mark.parametrize(("method", "kind"), CASES[-3:])

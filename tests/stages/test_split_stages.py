@@ -36,8 +36,9 @@ def base(name: str) -> Plan:
 
 
 def plan_of(name: str, method: str) -> Plan:
+    fresh: dict[str, Any] = {"_graphs": {}, "independent": {}, "passes": {}}
     return dataclasses.replace(
-        base(name), method=get_method(method, {}), options=Options(), _graphs={}, independent={}
+        base(name), method=get_method(method, {}), options=Options(), **fresh
     )
 
 

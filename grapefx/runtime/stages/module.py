@@ -295,7 +295,7 @@ class StagedModule(Compiled, nn.Module):
                if plan.captured.inputs[k].role == "input"):  # fmt: skip
             raise InputError("a stage gives no gradient to its inputs\n  remedy: x.detach()")
         job.began = True
-        kind = self._kind(plan)
+        kind = self._state.kind(plan.kinds())
         step = self._step(program, plan, kind, batch, given)
         outputs = self._outputs(plan)
         if job.only_prepare:
@@ -307,17 +307,6 @@ class StagedModule(Compiled, nn.Module):
         """Stand-ins for the model's outputs, which nobody sees."""
         found = [n.meta["val"] for s, n in plan.joint.produced("output")]
         return [torch.empty(0, dtype=v.dtype) for v in found]
-
-    def _kind(self, plan: Plan) -> str:
-        kinds, schedule, options = plan.kinds(), self._state.schedule, self._options
-        if kinds == ("calibration",) or schedule.due():
-            return "calibration"
-        early = schedule.step < options.align_warmup
-        if "align" in kinds and (
-            "update" not in kinds or early or schedule.step % options.align_every == 0
-        ):
-            return "align"
-        return "update"
 
     def _step(
         self, program: Program, plan: Plan, kind: str, batch: int, given: list[Any]
