@@ -18,7 +18,6 @@ from grapefx.capture import Scope
 from grapefx.errors import (
     GrapefxError,
     InputError,
-    MethodError,
     OptionError,
     StageError,
     StateError,
@@ -26,17 +25,18 @@ from grapefx.errors import (
 from grapefx.ir import Slot
 from grapefx.methods import Method
 from grapefx.options import Options
-from grapefx.passes.divide.stages import stage_numbers
 from grapefx.plan import Plan
 from grapefx.runtime.call import autocast_off
 from grapefx.runtime.captures import Captures
 from grapefx.runtime.program import Program
 from grapefx.runtime.stages.compiled import StageStep, compile_stage
 from grapefx.runtime.stages.engine import Engine, Inputs
+from grapefx.runtime.stages.microbatches import divided, rows_of
+from grapefx.runtime.stages.ownership import of_stage, owned
 from grapefx.runtime.stages.wires import Links, Replicas, Transfers, share
 from grapefx.runtime.training_state import TrainingState
 from grapefx.staging import check_method, divide_plan, ends_of
-from grapefx.torch_compat import batch_symbol, pytree
+from grapefx.torch_compat import pytree
 from grapefx.untraceable import Compiled
 
 Loss = Callable[[Any, Any], Tensor]
@@ -330,7 +330,7 @@ class StagedModule(Compiled, nn.Module):
         ends = self._ends
         if ends is None:
             ends = ends_of(plan, self._stages, count, size, device)
-        divided = divide_plan(plan, kind, size, ends)
+        graphs = divide_plan(plan, kind, size, ends)
         facts = {
             "stage ends": ends,
             "method": repr(self._method),
@@ -340,57 +340,20 @@ class StagedModule(Compiled, nn.Module):
                 tuple(g.shape) for g, s in zip(given, plan.captured.inputs, strict=True)
                 if s.role == "input" and isinstance(g, Tensor)
             ],
-            "step graph": [_mark(s.step.gm.graph) for s in divided[0].stages],
+            "step graph": [_mark(s.step.gm.graph) for s in graphs[0].stages],
         }  # fmt: skip
         if self._ends is None:
             facts["parameters (differently seeded?)"] = _values(self.original)
         self._links.agree(facts)
-        step = compile_stage(plan, kind, divided, ends, self._links.rank, m)
-        self._own(plan, step, ends, given)
+        step = compile_stage(plan, kind, graphs, ends, self._links.rank, m)
+        rank = self._links.rank
+        mine = owned(self.original, plan, step.stages, given, rank)
+        self._owned = {**mine, **self._owned}
+        kept = self._state.feedback.tensors
+        self._state.feedback.tensors = of_stage(kept, plan, ends, rank)
         self._ends = ends
         self._steps[key] = step
         return step
-
-    def _own(self, plan: Plan, step: StageStep, ends: tuple[int, ...], given: list[Any]) -> None:
-        """Which parameters, buffers and feedback maps live here."""
-        read: dict[Slot, list[int]] = {}
-        for stage in step.stages.stages:
-            for slot in stage.step.inputs:
-                read.setdefault(slot, []).append(stage.index)
-        writes = {
-            slot.name: stage.index
-            for stage in step.stages.stages
-            for slot in stage.step.outputs
-            if slot.role == "buffer"
-        }
-        known: set[int] = set()
-        owned: dict[str, Tensor] = {}
-        for slot, k in ((s, k) for k, s in enumerate(plan.captured.inputs)):
-            if slot.role not in ("parameter", "buffer"):
-                continue
-            at = read.get(slot, [0])
-            if slot.role == "buffer" and slot.name in writes:
-                if set(at) - {writes[slot.name]}:
-                    raise MethodError(
-                        f"buffer {slot.name!r} is written by stage {writes[slot.name]} and read by "
-                        f"stages {at}\n  remedy: end a stage elsewhere (stages=[...])"
-                    )
-                at = [writes[slot.name]]
-            known.add(given[k].data_ptr())
-            if self._links.rank in at:
-                owned[slot.name] = given[k]
-        if self._links.rank == 0:  # what the graph does not read belongs to the first stage
-            for name, t in (*self.original.named_parameters(), *self.original.named_buffers()):
-                if t.data_ptr() not in known:
-                    owned[name] = t
-        self._owned = {**owned, **self._owned}
-        label = stage_numbers(plan.layers, ends)
-        others = {name for name, at in label.items() if at != self._links.rank}
-        kept = self._state.feedback.tensors
-        self._state.feedback.tensors = {
-            k: v for k, v in kept.items()
-            if k.rpartition("/")[0].partition("[")[0] not in others
-        }  # fmt: skip
 
     def _train(
         self,
@@ -403,19 +366,9 @@ class StagedModule(Compiled, nn.Module):
     ) -> None:
         places = program.places
         m, size = self._microbatches, batch // self._microbatches
-        dims = _batch_dims(plan) if m > 1 else {}
         fixed = {Slot(role, name): given[k] for (role, name), k in places.items()  # type: ignore[arg-type]
                  if role != "input"}  # fmt: skip
-        parts: list[dict[Slot, Any]] = [
-            {
-                Slot("input", name): given[k].narrow(dims[name], i * size, size).contiguous()
-                if name in dims
-                else given[k]
-                for (role, name), k in places.items()
-                if role == "input"
-            }
-            for i in range(m)
-        ]
+        parts = divided(plan, places, given, m)
         device = given[0].device
         renamed = program.renamed
         feedback = self._state.feedback
@@ -482,7 +435,7 @@ class StagedModule(Compiled, nn.Module):
                 structured = program.call(job.scope)
             finally:
                 job.returning = None
-            part = pytree.tree_map(lambda t: _rows(t, i, size, self._microbatches), job.target)
+            part = pytree.tree_map(lambda t: rows_of(t, i, size, self._microbatches), job.target)
             assert job.loss is not None
             found = job.loss(structured, part)
             if not isinstance(found, Tensor) or found.ndim:
@@ -599,36 +552,6 @@ def _values(model: nn.Module) -> str:
         for n, p in tree.named_parameters(model)
     ]
     return f"{zlib.crc32(repr(own).encode()):08x}"
-
-
-def _batch_dims(plan: Plan) -> dict[str, int]:
-    """For each of the model's inputs that holds the batch, the dim."""
-    batch = plan.captured.batch
-    found: dict[str, int] = {}
-    for slot, node in zip(plan.captured.inputs, plan.captured.placeholders(), strict=True):
-        if slot.role != "input" or batch is None:
-            continue
-        sizes = [batch_symbol(size) for size in node.meta["val"].shape]
-        dims = [d for d, e in enumerate(sizes) if e is not None and batch in e.free_symbols]
-        if len(dims) > 1 or any(sizes[d] != batch for d in dims):
-            raise InputError(
-                f"argument {slot.name} has the batch in dims {dims}, folded or twice, and cannot "
-                "be divided into microbatches\n  remedy: microbatches=1, or give it another shape"
-            )
-        if dims:
-            found[slot.name] = dims[0]
-    return found
-
-
-def _rows(value: Any, i: int, size: int, count: int) -> Any:
-    """A microbatch's part of a target."""
-    if not isinstance(value, Tensor):
-        return value
-    if not value.ndim or value.shape[0] != size * count:
-        raise InputError(
-            f"a target of shape {tuple(value.shape)} does not have the batch ({size * count}) first"
-        )
-    return value[i * size : (i + 1) * size]
 
 
 __all__ = ["StagedModule"]
