@@ -70,9 +70,9 @@ def homogeneous_points(step: StepGraph) -> frozenset[int]:
     fixed = _fixed(step)
     found = set()
     for index, cut in markers.find(graph, markers.CUT).items():
-        if all(tap in _tail(cut, to_tap) for tap in taps.values()) and all(
-            _homogeneous(n, _tail(cut, to_tap), fixed) for n in _tail(cut, to_tap) - {cut}
-        ):
+        tail = _tail(cut, to_tap)
+        whole = tail.issuperset(taps.values())
+        if whole and all(_homogeneous(n, tail, fixed) for n in tail - {cut}):
             found.add(index)
     return frozenset(found)
 
@@ -106,16 +106,24 @@ def _homogeneous(node: Node, tail: set[Node], fixed: set[Node]) -> bool:
     if not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
         return True  # a size
     packet = getattr(node.target, "overloadpacket", None)
-    data = [a for a in node.all_input_nodes if a in tail]
-    others = [
-        a
-        for a in node.all_input_nodes
-        if a not in tail and isinstance(a.meta.get("val"), (Tensor, tuple, list))
+    tensors = [
+        a for a in node.all_input_nodes if isinstance(a.meta.get("val"), (Tensor, tuple, list))
     ]
+    data = [a for a in tensors if a in tail]
+    others = [a for a in tensors if a not in tail]
     if packet in _ONE_OF:
-        if packet is aten.div and isinstance(node.args[1], Node) and node.args[1] in tail:
+        # never the divisor, and of a + b c never a alone
+        where = [i for i, a in enumerate(node.args) if a in data]
+        first = {aten.div: (0,), aten.addmm: (1, 2), aten.baddbmm: (1, 2)}.get(packet, (0, 1))
+        rounded = node.kwargs.get("rounding_mode") is not None
+        scales = packet in (aten.mul, aten.div)
+        alone = len(where) == 1 and where[0] in first and not rounded
+        return alone and all(scales or a in fixed for a in others)
+    if packet in (aten.add, aten.sub, aten.maximum, aten.minimum, aten.constant_pad_nd):
+        # a number beside the data is of degree 0: x + 1, or padding with ones
+        numbers = [a for a in node.args if isinstance(a, (int, float)) and a != 0]
+        if numbers or (others and packet in (aten.maximum, aten.minimum)):
             return False
-        return len(data) == 1 and all(a in fixed or packet in (aten.mul, aten.div) for a in others)
     # a bias is a parameter of one dim, or seen as one; anything else from outside is not the tail's
     return packet in _ALONE and all(a in fixed and _vector(a) for a in others)
 

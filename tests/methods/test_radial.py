@@ -93,6 +93,34 @@ def folded() -> nn.Module:
     return Tokens()
 
 
+class Changed(nn.Module):
+    """An MLP whose second layer sees ``change`` of the first one's value."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.last, self.change = nn.Linear(8, 3), change
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.first(x))
+        return self.last(torch.relu(self.change(self.second(h))))
+
+
+# what stands behind the first layer, and how many points are homogeneous then
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "plus-a-number": (lambda h: h + 1, 1),
+    "minus-a-number": (lambda h: h - 0.05, 1),
+    "number-minus": (lambda h: 1 - h, 1),
+    "scaled": (lambda h: h * 3 / 2, 2),
+    "divisor": (lambda h: 1 / (h + 9), 1),
+    "floor": (lambda h: torch.div(h, 0.1, rounding_mode="floor"), 1),
+    "maximum-of-ones": (lambda h: torch.maximum(h, torch.ones(8, dtype=h.dtype)), 1),
+    "padded-with-zeros": (lambda h: nn.functional.pad(h[:, :6], (1, 1)), 2),
+    "padded-with-ones": (lambda h: nn.functional.pad(h[:, :6], (1, 1), value=1.0), 0),
+    "clamped": (lambda h: h.clamp(-0.1, 0.1), 1),
+    "squared": (lambda h: h * h, 1),
+}
+
 FEW = lambda: torch.randn(5, 6)  # noqa: E731
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
     "mlp": (mlp, FEW, 2),
@@ -101,6 +129,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
     "residual": (Residual, FEW, 2),
     "tanh": (lambda: mlp(nn.Tanh), FEW, 1),
     "gelu": (lambda: mlp(nn.GELU), FEW, 1),
+    **{k: (lambda c=c: Changed(c), FEW, n) for k, (c, n) in CHANGES.items()},
     "tokens": (folded, lambda: torch.randn(5, 4, 6), 2),
 }
 
