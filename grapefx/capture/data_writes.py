@@ -10,14 +10,18 @@ import traceback
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
+from grapefx.capture.hidden_writes import hidden_write, written_operand
 from grapefx.errors import CaptureError
 from grapefx.passes.graph.source import PACKAGE, quoted
+from grapefx.torch_compat import memory
 
 _NAMES = ("shallow_copy_data_", "set_")  # Dynamo writes the first for .data, torch 2.11 the second
 _DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_READ = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def refuse_data_writes(gm: GraphModule) -> None:
@@ -29,14 +33,31 @@ def refuse_data_writes(gm: GraphModule) -> None:
 
 
 class DataWritesRefused(TorchFunctionMode):
-    """Inside, such a write raises ``CaptureError``: for a forward that runs while it is traced."""
+    """Inside, such a write raises ``CaptureError``: for a forward that runs while it is traced.
+
+    So does a write into an activation that autograd does not see (``hidden_writes.py``).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activations: dict[int, Tensor] = {}  # by their memory, which they keep alive
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func == _DATA or _name(func) in _NAMES:
             raise _error(_here())
-        return func(*args, **(kwargs or {}))
+        if func == _READ:
+            return args[0].detach()  # which export can follow
+        target = written_operand(func, args, kwargs or {})
+        if isinstance(target, Tensor) and memory(target) in self.activations:
+            hidden = not (torch.is_grad_enabled() and target.requires_grad)
+            if hidden or _name(func) == "detach_":
+                raise hidden_write(_here())
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.requires_grad and not found.is_leaf:
+            self.activations.setdefault(memory(found), found)
+        return found
 
 
 def _here() -> str:

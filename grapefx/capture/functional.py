@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from grapefx import tree
 from grapefx.capture.data_writes import refuse_data_writes
+from grapefx.capture.hidden_writes import show_writes
 from grapefx.capture.tidy import tidy
 from grapefx.errors import CaptureError
 from grapefx.ir import Captured, Slot
@@ -286,6 +287,7 @@ def _detached(gm: GraphModule) -> GraphModule:
     graph.output(graph.graph_copy(gm.graph, mapping))
     for old, new in mapping.items():
         new.meta = dict(old.meta)
+    show_writes(graph)
     inside: set[Node] = set()
     off = False
     for n in list(graph.nodes):
