@@ -3,6 +3,7 @@
     python -m tools.coverage --zoo timm              # everything not measured yet, then a summary
     python -m tools.coverage --zoo torchvision --only resnet18 vit_b_16 --again
     python -m tools.coverage --zoo timm --inductor   # compiled steps against uncompiled ones
+    python -m tools.coverage --zoo timm --capture    # bp alone; Dynamo's capture against export's
     python -m tools.coverage --table                 # only docs/coverage.md, from what is there
 
 Each model runs in a process of its own under a time and a memory limit, in float64 on the CPU,
@@ -29,14 +30,21 @@ from tools import ROOT
 from tools.common import cli, process, results
 from tools.common.results import Row
 from tools.coverage.page import document, line, summary
-from tools.coverage.stages import Mismatch, Stages, examine, examine_compiled
+from tools.coverage.stages import (
+    Mismatch,
+    Stages,
+    examine,
+    examine_captured,
+    examine_compiled,
+)
 from tools.coverage.zoos import ZOOS, Sample
 
 RESULTS = ROOT / "docs/results"
-# by --inductor: the file, the stages, seconds a model may take
+# the file, the stages, seconds a model may take
 RUNS = {
-    False: (RESULTS / "coverage.jsonl", examine, 240),
-    True: (RESULTS / "coverage_inductor.jsonl", examine_compiled, 1800),
+    "": (RESULTS / "coverage.jsonl", examine, 240),
+    "capture": (RESULTS / "coverage_capture.jsonl", examine_captured, 600),
+    "inductor": (RESULTS / "coverage_inductor.jsonl", examine_compiled, 1800),
 }
 
 
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    path, stages, limit = RUNS[args.inductor]
+    path, stages, limit = RUNS[args.kind]
     path, limit = args.jsonl or path, args.timeout or limit
     known = _read(path)
     if args.zoo:
@@ -76,9 +84,8 @@ def _run(args: argparse.Namespace) -> int:
             known[zoo, name] = row
             print(f"[{k + 1}/{len(jobs)}] {line(row)}", flush=True)
     if args.table:
-        compiled = known if args.inductor else _read(RUNS[True][0])
-        plain = _read(RUNS[False][0]) if args.inductor else known
-        args.out.write_text(document(plain.values(), compiled.values()))
+        runs = {kind: known if kind == args.kind else _read(RUNS[kind][0]) for kind in RUNS}
+        args.out.write_text(document(*(run.values() for run in runs.values())))
         print(f"wrote {args.out}")
     shown = [r for r in known.values() if not args.zoo or r["zoo"] == args.zoo]
     print(summary(shown))
@@ -95,13 +102,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--zoo", choices=sorted(ZOOS), help="which models to run")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these models of the zoo only")
     p.add_argument("--again", action="store_true", help="run models with a result once more")
-    p.add_argument(
-        "--inductor", action="store_true", help="compare compiled steps with uncompiled ones"
-    )
+    for kind, what in (
+        ("capture", "compare the two ways to capture, and gradients of bp; no more"),
+        ("inductor", "compare compiled steps with uncompiled ones"),
+    ):
+        p.add_argument(f"--{kind}", action="store_const", const=kind, dest="kind", help=what)
+    p.set_defaults(kind="")
     p.add_argument(
         "--jsonl",
         type=Path,
-        help="results, one line a model (default: docs/results/coverage[_inductor].jsonl)",
+        help="results, one line a model (default: docs/results/coverage[_KIND].jsonl)",
     )
     p.add_argument(
         "--depth",
@@ -112,7 +122,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--table", action="store_true", help="write the table of all results")
     p.add_argument("--out", type=Path, default=RESULTS.parent / "coverage.md", help="where to")
-    p.add_argument("--timeout", type=float, help="seconds a model may take (240; compiled 1800)")
+    p.add_argument("--timeout", type=float, help="seconds a model may take")
     p.add_argument("--memory", type=float, default=16, help="GiB that a model may take")
     args = p.parse_args(argv)
     if not args.zoo and not args.table:
