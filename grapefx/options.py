@@ -96,6 +96,7 @@ _READ_WITH: dict[str, tuple[str, Any]] = {
     "calib_threshold": ("calib_every", "auto"),
     "calib_budget": ("calib_every", "auto"),
     "exact_weight": ("exact_rows", None),
+    "exact_pick": ("exact_rows", None),
 }
 
 
@@ -228,7 +229,7 @@ class Options:
         0.0,
         Values(between=(0, 1)),
         "The part of each batch that is backpropagated through the true chain (0: none; 0.125 is "
-        "a good part): the first samples, which shuffled loaders draw at random. On them the true "
+        "a good part); ``exact_pick`` says which samples. On them the true "
         "gradient corrects each cotangent, so that each update waits for this chain, at that part "
         "of its cost. See docs/method.md.",
     )
@@ -237,6 +238,12 @@ class Options:
         Values(between=(0, math.inf), above=True),
         "With exact_rows: w of c += w (delta - c), the correction of those samples' cotangents. "
         "1 makes them exact, 2 corrects the others' mean error as well.",
+    )
+    exact_pick: Literal["first", "largest"] = _option(
+        "first",
+        Values(("first", "largest")),
+        'With exact_rows: the "first" samples, which shuffled loaders draw at random, or those of '
+        'the "largest" error.',
     )
     granularity: Literal["layer", "sublayer", "block", "auto"] = _option(
         "layer",
@@ -376,6 +383,7 @@ class CompileOptions(TypedDict, total=False):
     radial: bool | Literal["auto"]
     exact_rows: float
     exact_weight: float
+    exact_pick: Literal["first", "largest"]
     granularity: Literal["layer", "sublayer", "block", "auto"]
     points: Any
     error_at: Any

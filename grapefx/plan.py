@@ -130,7 +130,13 @@ class Plan:
         options = self.options
         if options.exact_rows == 0 or self.method.exact:
             return None
-        return ExactRows(options.exact_rows, options.exact_weight, self.batch, self.batch_size)
+        return ExactRows(
+            options.exact_rows,
+            options.exact_weight,
+            options.exact_pick,
+            self.batch,
+            self.batch_size,
+        )
 
     @property
     def derived(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Exact rows: the first n samples of a batch get their true gradient, by a chain of their own.
+"""Exact rows: n samples of a batch get their true gradient, by a chain of their own.
 
 A projected cotangent c_l knows only what a stale linear map tells of the true gradient delta_l.
 Backpropagating n of the N samples costs n / N of a backward chain, and on these samples
@@ -7,10 +7,11 @@ Backpropagating n of the N samples costs n / N of a backward chain, and on these
 
 takes back the map's error (w = 1), or also some of that of the other samples, whose error points
 the same way in the mean (w = 2; w = N / n would make the gradient's mean unbiased, at a variance
-that grows with w). The papers have nothing like it.
+that grows with w). They are the first n, which a shuffled loader draws at random, or those of the
+largest error. The papers have nothing like it.
 
 In: a joint graph. The backward nodes between the error taps and the cuts are emitted a second time
-with every operand cut down to its first n samples. Batch norm in training mode couples samples: its
+with every operand cut down to these samples. Batch norm in training mode couples samples: its
 statistics are constants here, as they are for tangents. The nodes of the chain have the phase
 "exact_rows"; the verifier knows that they wait for each other.
 """
@@ -33,7 +34,7 @@ from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.folds import Fold
 from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import ancestors, descendants
-from grapefx.passes.graph.rows import RowEmitter, put_rows, take_rows
+from grapefx.passes.graph.rows import RowEmitter, samples_apart
 from grapefx.torch_compat import batch_symbol
 
 aten = torch.ops.aten
@@ -66,11 +67,13 @@ _INDEXED = {"index", "_unsafe_index", "index_put", "_unsafe_index_put"}
 class ExactRows:
     """Which part of each batch is backpropagated, and how strongly it corrects the cotangents.
 
-    ``batch``: the symbol of the batch size, None where the graph holds the one size ``size``.
+    ``pick``: "first" or "largest". ``batch``: the symbol of the batch size, None where the graph
+    holds the one size ``size``.
     """
 
     fraction: float
     weight: float
+    pick: str
     batch: Any
     size: int
 
@@ -93,7 +96,7 @@ class ExactRows:
 
 
 class Chain(RowEmitter):
-    """The backward chain of the first n samples; ``deltas``: their true gradient at each cut.
+    """The backward chain of n samples; ``deltas``: their true gradient at each cut.
 
     Raises ``OptionError`` naming the operator and the line where samples cannot be told apart.
     """
@@ -110,6 +113,8 @@ class Chain(RowEmitter):
             with self.after(first):
                 self.rows = exact.emit(self, self._batch())
         self.end = edit.output
+        if exact.pick == "largest" and self.rows is not None:
+            self.index = self._largest()
         self.deltas = self._deltas()
 
     def _everything(self, exact: ExactRows) -> bool:
@@ -124,18 +129,18 @@ class Chain(RowEmitter):
         )
 
     def corrected(self, index: int, c: Node, fold: tuple[int, int, int]) -> Node:
-        """The cotangent ``c`` of a cut, with its first n samples corrected."""
+        """The cotangent ``c`` of a cut, with these samples corrected."""
         where, layer = Fold(*fold), meta.layer(c)
         with self.before(self.end, phase="projection", layer=layer):
-            own = c if self.rows is None else take_rows(self, c, where, self.rows)
+            own = c if self.rows is None else self.take(c, where)
             delta = self.deltas[index]
             if delta.meta["val"].dtype != own.meta["val"].dtype:
                 delta = self.call(aten._to_copy.default, delta, dtype=own.meta["val"].dtype)
             moved = self.call(aten.lerp.Scalar, own, delta, self.exact.weight)
-            return moved if self.rows is None else put_rows(self, c, where, self.rows, moved)
+            return moved if self.rows is None else self.put(c, where, moved)
 
     def _slice(self, node: Node, val: Tensor) -> Node:
-        """The first n samples, contiguous where all of them are: kernels (layer norm's backward)
+        """These samples, contiguous where all of them are: kernels (layer norm's backward)
         read saved statistics as if they were.
         """
         made = super()._slice(node, val)
@@ -143,6 +148,29 @@ class Chain(RowEmitter):
             return made
         with self.after(made):
             return self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
+
+    def _largest(self) -> Node:
+        """The numbers of the n samples whose errors, of all taps together, have the largest norm."""
+        errors = [n.args[0] for n in markers.find(self.graph, markers.TAP_BACKWARD).values()]
+        folds = []
+        for e in errors:
+            assert isinstance(e, Node)
+            if e not in self.folds:
+                raise self.refused(e, f"cannot follow the batch through the error {e.name!r}")
+            folds.append(self.folds[e])
+
+        def squares(es: list[Tensor]) -> Tensor:
+            total = None
+            for e, fold in zip(es, folds, strict=True):
+                apart = samples_apart(e, fold).float().square()
+                own = apart.sum([d for d in range(apart.ndim) if d != fold.dim + 1])
+                total = own if total is None else total + own
+            assert total is not None
+            return total
+
+        with self.before(self.end):
+            norms = self.trace(squares, errors)
+            return self.get(self.call(aten.topk.default, norms, self.rows), 1)
 
     def _batch(self) -> Node:
         """The batch size, read from an input."""

@@ -1,4 +1,4 @@
-"""The first n of a batch's N samples: values and sizes of a graph, cut down to them.
+"""The first n of a batch's N samples, or n that an index names: values and sizes cut down to them.
 
 ``RowEmitter`` adds nodes that compute with those samples alone. ``passes/graph/folds.py`` tells
 where the batch sits in a value.
@@ -10,6 +10,7 @@ import operator
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from grapefx.errors import GrapefxError
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 class RowEmitter(Emitter):
     """Emits nodes whose operands are the first ``rows`` samples; all samples where it is None.
+
+    ``index``: the numbers of the samples in place of the first ones, once the graph has them.
 
     ``data``: with one fixed batch size (``batch`` is None), the inputs that carry the batch.
     """
@@ -46,6 +49,7 @@ class RowEmitter(Emitter):
         self.batch = batch
         self.batch_size = size
         self.rows = rows
+        self.index: Node | None = None
         self.folds = batch_folds(graph, batch, size) if rows is not None else {}
         self.data: set[Node] = set()
         if batch is None:  # a size alone tells a batch only where the value comes from an input
@@ -98,10 +102,26 @@ class RowEmitter(Emitter):
                     f"is {tuple(val.shape)}",
                 )
             return node
+        if self.index is not None:
+            return self.take(node, fold)
         # a slice is cheap; placing it beside its source keeps it in front of every use
         assert self.rows is not None
         with self.after(self.rows if node.op == "placeholder" else node):
+            return self.take(node, fold)
+
+    def take(self, node: Node, fold: Fold) -> Node:
+        """The samples in question of a value."""
+        assert self.rows is not None
+        if self.index is None:
             return take_rows(self, node, fold, self.rows)
+        return self.trace(lambda x, i: _taken(x, i, fold), node, self.index)
+
+    def put(self, node: Node, fold: Fold, part: Node) -> Node:
+        """A value in which the samples in question are those of ``part``."""
+        assert self.rows is not None
+        if self.index is None:
+            return put_rows(self, node, fold, self.rows, part)
+        return self.trace(lambda x, i, new: _put(x, i, new, fold), node, self.index, part)
 
     def _size(self, node: Node, val: torch.SymInt) -> Any:
         expr = batch_symbol(val)
@@ -166,4 +186,24 @@ def _apart(em: Emitter, node: Node, fold: Fold) -> tuple[Node, list[int]]:
     return em.call(aten.view.default, node, apart), shape
 
 
-__all__ = ["RowEmitter", "put_rows", "scaled", "take_rows"]
+def samples_apart(x: Tensor, fold: Fold) -> Tensor:
+    """A value whose batch is a dim of its own, ``fold.dim + 1``, between ``outer`` and ``inner``."""
+    d = fold.dim
+    return x.reshape(*x.shape[:d], fold.outer, -1, fold.inner, *x.shape[d + 1 :])
+
+
+def _taken(x: Tensor, index: Tensor, fold: Fold) -> Tensor:
+    if fold.plain:
+        return x.index_select(fold.dim, index)
+    part = samples_apart(x, fold).index_select(fold.dim + 1, index)
+    return part.reshape(*x.shape[: fold.dim], -1, *x.shape[fold.dim + 1 :])
+
+
+def _put(x: Tensor, index: Tensor, part: Tensor, fold: Fold) -> Tensor:
+    if fold.plain:
+        return x.index_copy(fold.dim, index, part)
+    apart = samples_apart(x, fold).index_copy(fold.dim + 1, index, samples_apart(part, fold))
+    return apart.reshape(x.shape)
+
+
+__all__ = ["RowEmitter", "samples_apart", "scaled", "take_rows"]

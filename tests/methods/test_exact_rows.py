@@ -130,7 +130,7 @@ def test_a_part_equals_the_gradient_of_a_mixed_cotangent(name: str) -> None:
     model = still(model.double())
     lead = next(a for a in args if a.ndim and a.shape[0] == args[0].shape[0])
     batch = lead.shape[0]
-    n = ExactRows(0.4, 1.0, None, batch).count(batch)
+    n = ExactRows(0.4, 1.0, "first", None, batch).count(batch)
 
     def step(first: bool, **options: Any) -> nn.Module:
         net = compiled(copy.deepcopy(model), "dfa", calib_every=None, **options)
@@ -143,6 +143,36 @@ def test_a_part_equals_the_gradient_of_a_mixed_cotangent(name: str) -> None:
     whole = {"exact_rows": 1.0, "exact_weight": 1.0}
     assert_same_gradients(step(True, **part), step(True, **whole), tol=1e-10)
     assert_same_gradients(step(False, **part), step(False), tol=1e-10)
+
+
+@pytest.mark.parametrize("name", [*ZOO, *MORE])
+def test_the_largest_errors_are_the_first_once_sorted(name: str) -> None:
+    """The same samples in the order of their errors, of which the first n are exact."""
+    torch.manual_seed(2)
+    model, args = make(name) if name in ZOO else MORE[name]()
+    args = tuple(a.double() if a.is_floating_point() else a for a in args)
+    model = still(model.double())
+    lead = next(a for a in args if a.ndim and a.shape[0] == args[0].shape[0])
+    batch = lead.shape[0]
+    order = torch.arange(batch - 1, -1, -1)
+    factor = 10.0 ** torch.arange(batch).double()  # the last sample's error is the largest
+
+    def step(pick: str, order: Tensor) -> nn.Module:
+        net = compiled(
+            copy.deepcopy(model), "dfa", calib_every=None, exact_rows=0.4, exact_pick=pick
+        )
+        out = net(*(a[order] if a.ndim and a.shape[0] == batch else a for a in args))
+        out = out["logits"] if isinstance(out, dict) else out
+        wide = factor[order].view(-1, *[1] * (out.ndim - 1))
+        out.backward(torch.ones_like(out) * wide)
+        return net
+
+    same = torch.arange(batch)
+    found = step("largest", same)
+    assert_same_gradients(found, step("first", order), tol=1e-9)
+    if batch > 2:
+        with pytest.raises(AssertionError):
+            assert_same_gradients(found, step("first", same), tol=1e-9)
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
@@ -371,4 +401,4 @@ def test_the_report_says_what_waits() -> None:
 )
 def test_how_many_rows(fraction: float, batch: int, n: int) -> None:
     """The least number that is not below the fraction; 0.3 is taken as three tenths."""
-    assert ExactRows(fraction, 1.0, None, batch).count(batch) == n
+    assert ExactRows(fraction, 1.0, "first", None, batch).count(batch) == n
