@@ -150,7 +150,7 @@ class Chain(RowEmitter):
             return self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
 
     def _largest(self) -> Node:
-        """The numbers of the n samples whose errors, of all taps together, have the largest norm."""
+        """The numbers of the n samples whose errors, over all taps, have the largest norm."""
         errors = [n.args[0] for n in markers.find(self.graph, markers.TAP_BACKWARD).values()]
         folds = []
         for e in errors:

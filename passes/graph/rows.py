@@ -187,7 +187,7 @@ def _apart(em: Emitter, node: Node, fold: Fold) -> tuple[Node, list[int]]:
 
 
 def samples_apart(x: Tensor, fold: Fold) -> Tensor:
-    """A value whose batch is a dim of its own, ``fold.dim + 1``, between ``outer`` and ``inner``."""
+    """A value with the batch as a dim of its own, ``fold.dim + 1``: ``outer``, N, ``inner``."""
     d = fold.dim
     return x.reshape(*x.shape[:d], fold.outer, -1, fold.inner, *x.shape[d + 1 :])
 
