@@ -114,14 +114,16 @@ class RowEmitter(Emitter):
         assert self.rows is not None
         if self.index is None:
             return take_rows(self, node, fold, self.rows)
-        return self.trace(lambda x, i: _taken(x, i, fold), node, self.index)
+        part: Node = self.trace(lambda x, i: _taken(x, i, fold), node, self.index)
+        return part
 
     def put(self, node: Node, fold: Fold, part: Node) -> Node:
         """A value in which the samples in question are those of ``part``."""
         assert self.rows is not None
         if self.index is None:
             return put_rows(self, node, fold, self.rows, part)
-        return self.trace(lambda x, i, new: _put(x, i, new, fold), node, self.index, part)
+        whole: Node = self.trace(lambda x, i, p: _put(x, i, p, fold), node, self.index, part)
+        return whole
 
     def _size(self, node: Node, val: torch.SymInt) -> Any:
         expr = batch_symbol(val)
