@@ -22,6 +22,8 @@ class Training:
 
     ``net`` is what a step calls: ``grapefx.compile(model)``, ``torch.compile(model)`` or ``model``
     itself, whose weights are those of the plain ``model``. ``decay`` is stepped once a step.
+    ``keep``: the part of each batch, that of the largest error, that a step learns from (selective
+    backpropagation); None for all of it.
     """
 
     model: nn.Module
@@ -29,6 +31,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     decay: LRScheduler | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    keep: float | None = None
 
     def loss(self, net: Any, x: Tensor, y: Tensor) -> Tensor:
         """The loss of ``net``: positions of a sequence count as samples of their own."""
@@ -43,6 +46,17 @@ class Training:
         loss.backward()
         return loss.detach()
 
+    @torch.no_grad()
+    def kept(self, x: Tensor, y: Tensor) -> Batch:
+        """The samples to learn from; the error is that of a cross-entropy, softmax(y) - target."""
+        if self.keep is None:
+            return x, y
+        out = self.model(x)
+        error = out.softmax(-1) - F.one_hot(y, out.shape[-1])
+        norms = error.flatten(1).norm(dim=1)
+        index = norms.topk(max(1, round(self.keep * len(x)))).indices
+        return x[index], y[index]
+
     def update(self) -> None:
         """The rest of a step."""
         self.optimizer.step()
@@ -54,7 +68,7 @@ class Training:
         """A step on each batch: the mean loss."""
         losses = []
         for x, y in batches:
-            losses.append(self.gradients(x, y))
+            losses.append(self.gradients(*self.kept(x, y)))
             self.update()
         return torch.stack(losses).mean()
 

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "metric": ("last", "best", "best_perplexity"),
     "loss": ("cross_entropy", "bce"),  # bce: sigmoid outputs, a binary cross-entropy for each class
 }
-OPTIONAL = {"loss": "cross_entropy", "bp_epoch_every": None}
+OPTIONAL = {"loss": "cross_entropy", "bp_epoch_every": None, "keep_largest": None}
 OPTIMIZER = {
     "adam": {"name", "lr", "betas", "eps", "weight_decay"},
     "sgd": {"name", "lr", "momentum", "weight_decay"},
@@ -37,10 +37,13 @@ WORDS = {"title", "source", "differs"}
 SETTING = {
     "dataset", "train", "test", "normalise", "model", "init", "epochs", "batch_size", "optimizer",
     "schedule", "alignment_batches", "metric", "loss", "bp_epoch_every",
+    "keep_largest",
 }  # fmt: skip
+# keep_largest, k: a step learns from the k-th part of its batch whose error is largest alone.
 # bp_epoch_every, T: after each T-th epoch a whole one of calibration steps, on other batches.
 ROW_SETTING = {
     "method", "options", "optimizer", "schedule", "init", "model", "loss", "bp_epoch_every",
+    "batch_size", "keep_largest",
 }  # fmt: skip
 ROW_WORDS = {"published", "note"}
 
@@ -132,6 +135,9 @@ def _check_setting(where: str, s: dict[str, Any]) -> None:
     every = s.get("bp_epoch_every")
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ConfigError(f"{where}: bp_epoch_every={every!r} must be a positive integer")
+    keep = s.get("keep_largest")
+    if keep is not None and (not isinstance(keep, float) or not 0 < keep < 1):
+        raise ConfigError(f"{where}: keep_largest={keep!r} must lie between 0 and 1")
     _named(f"{where}.model", s["model"], {k: {"kind", *v} for k, v in MODEL_KEYS.items()}, "kind")
     activation = s["model"].get("activation", "relu")
     if activation not in ACTIVATIONS:

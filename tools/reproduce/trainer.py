@@ -72,6 +72,7 @@ class Trainer:
             self.opt,
             self.schedule if self.by_step else None,
             binary_cross_entropy if bce else F.cross_entropy,
+            self.setting.get("keep_largest"),
         )
         self.curve: list[dict[str, Any]] = []
 
