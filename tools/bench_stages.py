@@ -7,13 +7,16 @@
 Each round runs one step (gradients cleared, forward, loss, backward; no optimizer) of every variant
 in shuffled order, the same on all ranks; a step lasts from a barrier to the next one. Given are the
 median, its quartiles, the ratio to backpropagation in one process with one thread (the median of
-paired ratios), and what the device model predicts for that ratio, where it does. Torch's pipelines
+paired ratios), what the device model predicts for that ratio, where it does, and the peak of the
+memory that one step allocates (activations, gradients, temporaries) on the rank with most of it.
+Torch's pipelines
 run the same layers, cut where ours are cut ("interleaved" and "ZBV" into twice as many stages).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 
 import grapefx
 from grapefx.analysis import pipelines as s
@@ -113,6 +117,7 @@ class Variant:
     name: str
     run: Run
     predicted: float | None = None
+    peak: float = 0.0  # MiB
 
 
 def made(name: str) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -295,19 +300,30 @@ def measure(found: list[Variant], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def peak(run: Run) -> float:
+    """MiB that a step has allocated at its peak, on the rank where that is most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    found = torch.tensor(float(max(held, default=0)))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found) / 2**20
+
+
 def page(name: str, found: list[Variant], times: dict[str, list[float]], refused: dict[str, str]
          ) -> str:  # fmt: skip
     """One network's table."""
     base = times[found[0].name]
-    lines = [f"## {name}", "", "| step | ms | quartiles | ratio | predicted |",
-             "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [f"## {name}", "", "| step | ms | quartiles | ratio | predicted | peak MiB |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for v in found:
         own = times[v.name]
         low, mid, high = statistics.quantiles(own, n=4)
         ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
         wanted = "" if v.predicted is None else f"{v.predicted:.2f}"
         lines.append(f"| {v.name} | {mid * 1e3:.1f} | {low * 1e3:.1f} to {high * 1e3:.1f} "
-                     f"| {ratio:.2f} | {wanted} |")  # fmt: skip
+                     f"| {ratio:.2f} | {wanted} | {v.peak:.0f} |")  # fmt: skip
     if refused:
         lines += ["", "Did not run:", *[f"- {k}: {why}" for k, why in refused.items()]]
     return "\n".join([*lines, ""])
@@ -342,7 +358,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         refused: dict[str, str] = {}
         found = variants(name, counts, args.backend, refused)
-        made_page = page(name, found, measure(found, rounds), refused)
+        times = measure(found, rounds)
+        for v in found:
+            v.peak = peak(v.run)
+        made_page = page(name, found, times, refused)
         text.append(made_page)
         if dist.get_rank() == 0:
             print(made_page, flush=True)
