@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from torch.fx import Graph, GraphModule, Node
 
+from grapefx.torch_compat import graph_module
+
 # What a placeholder of a step graph is; "saved" comes from the part of the step in front.
 Role = Literal[
     "parameter",
@@ -103,7 +105,7 @@ class StepGraph:
         graph.output(graph.graph_copy(self.gm.graph, mapping))
         for old, new in mapping.items():
             new.meta = dict(old.meta)
-        return replace(self, gm=GraphModule(self.gm, graph))
+        return replace(self, gm=graph_module(self.gm, graph))
 
     def select(self, role: Role) -> list[tuple[Slot, Node]]:
         """The placeholders of one role."""

@@ -22,6 +22,7 @@ from grapefx.passes.runner import PassRun, run
 from grapefx.torch_compat import (
     FakeTensor,
     fake_mode_of,
+    forward_of,
     inductor_compile,
     restrided,
 )
@@ -127,7 +128,7 @@ def _lower(
     empty = not any(n.op == "call_function" for n in gm.graph.nodes)
     if backend == "eager" or empty or not any(isinstance(v, FakeTensor) for v in examples):
         gm.recompile()
-        run = gm.forward
+        run = forward_of(gm)
         return (lambda inputs: run(*inputs)), []
     gm, places = size_inputs(gm, examples)
     examples = [*examples, *_examples(gm)[len(examples) :]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import io
@@ -10,6 +11,7 @@ import logging
 import os
 import random
 import re
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +38,7 @@ from grapefx import tree
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "PendingKernels",
     "TorchDispatchMode",
     "batch_symbol",
     "call_of",
@@ -51,15 +54,18 @@ __all__ = [
     "fake_mode_of",
     "fake_tensor",
     "fixed_size",
+    "forward_of",
     "from_data",
     "functional_graph",
     "functionalized",
     "global_hooks",
+    "graph_module",
     "holders",
     "in_dual_level",
     "inductor_compile",
     "inductor_counts",
     "inductor_options",
+    "lazy_graph_modules",
     "make_fx",
     "mark_dynamic",
     "memory",
@@ -69,6 +75,7 @@ __all__ = [
     "new_size",
     "plain_call",
     "plain_calls",
+    "prepare_inductor",
     "python_dispatcher",
     "pytree",
     "quiet_export",
@@ -87,6 +94,32 @@ __all__ = [
     "without_trackers",
     "written",
 ]
+
+
+def graph_module(root: Any, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A graph as a module, whose Python is written when something calls it or asks for it.
+
+    Most of our graphs are only handed on, and a large one's code takes a while to write.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
+def forward_of(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """What a graph computes, as a function, without what calling a module costs."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    _LazyGraphModule.force_recompile(gm)
+    run: Callable[..., Any] = gm.forward
+    return run
+
+
+def lazy_graph_modules() -> contextlib.AbstractContextManager[None]:
+    """Inside, torch's own tracers and partitioners make modules as ``graph_module`` does."""
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    return _use_lazy_graph_module(True)
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -224,6 +257,67 @@ def inductor_compile(
         compiled = compile_fx_inner(gm, list(example), is_backward=is_backward, is_inference=False)
     current: Callable[[list[Any]], Any] = getattr(compiled, "current_callable", None) or compiled
     return current, list(strides or [])
+
+
+@functools.cache
+def prepare_inductor() -> None:
+    """Let a thread ask the C++ compiler, once a process, which vector instructions it knows.
+
+    Inductor asks in front of its first kernel, by test programs, and waits for seconds where its
+    cache on disk has no answer. Asked in time, a capture goes on meanwhile. Whoever wants to know
+    before the thread does waits at its locks.
+    """
+    # here: two threads in one circle of imports get halves of modules
+    for name in ("codecache", "compile_fx", "cpp_builder", "cpu_vec_isa"):
+        importlib.import_module(f"torch._inductor.{name}")
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    caller = contextvars.copy_context()  # which holds Inductor's options
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # Inductor will meet it, and say so
+            caller.run(pick_vec_isa)
+
+    threading.Thread(target=ask, name="grapefx vector instructions", daemon=True).start()
+
+
+class PendingKernels:
+    """Graphs that ``inductor_compile`` compiles inside need not wait for the C++ compiler.
+
+    The kernels of one graph are built while the next one is lowered. No graph can be called before
+    ``wait`` returned.
+    """
+
+    def __init__(self) -> None:
+        self._waits: list[Callable[[], None]] = []
+
+    def __enter__(self) -> PendingKernels:
+        from torch._inductor.async_compile import AsyncCompile
+
+        self._original = original = AsyncCompile.wait
+        owner = threading.get_ident()
+
+        def later(compiler: Any, scope: dict[str, Any]) -> None:
+            if threading.get_ident() == owner:
+                self._waits.append(functools.partial(original, compiler, scope))
+            else:
+                original(compiler, scope)
+
+        AsyncCompile.wait = later  # type: ignore
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.wait = self._original  # type: ignore[method-assign]
+
+    def wait(self) -> None:
+        """Until the kernels of all graphs are there; raises what the compiler of one raised."""
+        from torch._dynamo.utils import get_metrics_context
+
+        with get_metrics_context():
+            while self._waits:
+                self._waits.pop(0)()
 
 
 def inductor_options(options: dict[str, Any] | None) -> contextlib.AbstractContextManager[Any]:

@@ -32,6 +32,7 @@ from grapefx.torch_compat import (
     batch_symbol,
     from_data,
     functional_graph,
+    graph_module,
     size_expression,
 )
 
@@ -268,7 +269,7 @@ def _in_one_mode(gm: GraphModule) -> GraphModule:
     for n in list(graph.nodes):
         if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
             graph.erase_node(n)
-    return GraphModule(gm, graph)
+    return graph_module(gm, graph)
 
 
 _SPECIAL: dict[str, Any] = {
@@ -305,7 +306,7 @@ def _detached(gm: GraphModule) -> GraphModule:
                 stopped = graph.call_method("detach", (a,))
             stopped.meta = dict(a.meta)
             n.replace_input_with(a, stopped)
-    return GraphModule(gm, graph)
+    return graph_module(gm, graph)
 
 
 def _sizes_returned(graph: Graph) -> dict[int, Any]:

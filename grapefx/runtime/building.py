@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from grapefx.torch_compat import without_modes
+from grapefx.torch_compat import lazy_graph_modules, without_modes
 
 _LOCK = threading.RLock()
 
@@ -19,7 +19,7 @@ _LOCK = threading.RLock()
 @contextlib.contextmanager
 def building() -> Iterator[None]:
     """Around whatever traces or compiles."""
-    with _LOCK, without_modes():
+    with _LOCK, without_modes(), lazy_graph_modules():
         yield
 
 

@@ -23,7 +23,7 @@ from grapefx.runtime import hooks, inplace
 from grapefx.runtime.building import building
 from grapefx.runtime.program import Program
 from grapefx.runtime.state import FeedbackState
-from grapefx.torch_compat import global_hooks, without_trackers
+from grapefx.torch_compat import global_hooks, prepare_inductor, without_trackers
 
 _RESTLESS = 8  # captures for one reason before it is named
 
@@ -109,6 +109,8 @@ class Captures:
                 "  remedy: pass x.to_local()"
             )
         self._check_devices(leaves)
+        if self.options.backend == "inductor" and self.device_type == "cpu":
+            prepare_inductor()
         training = torch.is_grad_enabled() and (
             any(p.requires_grad for p in tree.parameters(self.model))
             or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)

@@ -26,7 +26,7 @@ from grapefx.runtime import cudagraph
 from grapefx.runtime.building import building
 from grapefx.runtime.cudagraph import Graphed
 from grapefx.runtime.parallel import forms_of, lower_forms, stable_inputs
-from grapefx.torch_compat import batch_symbol, copy_all
+from grapefx.torch_compat import PendingKernels, batch_symbol, copy_all
 
 # the position of each input of a captured graph, by (role, name)
 Places = dict[tuple[str, str], int]
@@ -330,12 +330,14 @@ def compile_step(
     ]
     device = _device_of(step)
     forms = forms_of(parallel, device, fixed=sizes is not None)
-    forward, strides = lower_saving(parts, kind, backend, options, runs)
+    with PendingKernels() as pending:
+        forward, strides = lower_saving(parts, kind, backend, options, runs)
     cuda = device == "cuda"
     update = lower_forms(
         parts, strides, forms, backend, options, cudagraph.record_cuda,
         kind=kind, cuda=cuda, runs=runs,
     )  # fmt: skip
+    pending.wait()
     if cuda and forms != ("off",):
         forward = Graphed(
             forward,

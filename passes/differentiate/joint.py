@@ -29,6 +29,7 @@ from grapefx.torch_compat import (
     batch_symbol,
     fake_tensor,
     functionalized,
+    graph_module,
     make_fx,
     new_fake_mode,
     python_dispatcher,
@@ -254,7 +255,7 @@ def _finish(
             graph.erase_node(node)
     graph.eliminate_dead_code()
     _out_of_place(graph)
-    step = StepGraph(GraphModule(gm, graph), tuple(slots), tuple(outputs))
+    step = StepGraph(graph_module(gm, graph), tuple(slots), tuple(outputs))
     for slot, node in zip(step.inputs, step.placeholders(), strict=True):
         node.meta[meta.ROLE] = slot.role
         node.meta[meta.NAME] = slot.name

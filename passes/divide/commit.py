@@ -22,6 +22,7 @@ from grapefx.errors import MethodError
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import ancestors, dead_code
+from grapefx.torch_compat import graph_module
 
 Reduction = Literal["mean", "cat", "sum", "all"]
 
@@ -73,7 +74,7 @@ class Commit:
             if not n.users:
                 graph.erase_node(n)
         return Commit(
-            GraphModule(self.gm, graph),
+            graph_module(self.gm, graph),
             tuple(s for s in self.reads if s in used),
             tuple(s for s in self.states if s in used),
             tuple(self.outputs[k] for k in keep),
@@ -151,9 +152,9 @@ def cut_commit(step: StepGraph, names: Sequence[str], method: str) -> tuple[Step
     rest += [(s, n) for n, s in kept.items()]
     work.output_node().args = (tuple(n for _, n in rest),)
     dead_code(work.gm.graph)
-    main = replace(work, gm=GraphModule(work.gm, work.gm.graph), outputs=tuple(s for s, _ in rest))
+    main = replace(work, gm=graph_module(work.gm, work.gm.graph), outputs=tuple(s for s, _ in rest))
     commit = Commit(
-        GraphModule(work.gm, graph),
+        graph_module(work.gm, graph),
         tuple(kept.values()),
         tuple(states.values()),
         tuple(s for s, _ in moved),

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import dead_code
-from grapefx.torch_compat import min_cut_partition
+from grapefx.torch_compat import graph_module, min_cut_partition
 
 aten = torch.ops.aten
 
@@ -81,7 +81,7 @@ def split(step: StepGraph) -> Split:
     first = [n for n, late in zip(placeholders, cotangent, strict=True) if not late]
     last = [n for n, late in zip(placeholders, cotangent, strict=True) if late]
     _reorder(graph, first + last)
-    joint = GraphModule(work.gm, graph)
+    joint = graph_module(work.gm, graph)
     forward, update = min_cut_partition(
         joint, [n.meta["val"] for n in first + last], len(early) + len(pinned)
     )
@@ -105,8 +105,8 @@ def split(step: StepGraph) -> Split:
     _reorder(update.graph, saved_inputs + late_inputs)
     step_index = {n.target: i for i, n in enumerate(placeholders)}
     return Split(
-        forward=GraphModule(forward, forward.graph),
-        update=GraphModule(update, update.graph),
+        forward=graph_module(forward, forward.graph),
+        update=graph_module(update, update.graph),
         inputs=step.inputs,
         forward_inputs=tuple(step_index[name] for name in used),
         forward_outputs=tuple(work.outputs[i] for i in early if work.outputs[i].role == "output"),
@@ -134,7 +134,7 @@ def forward_only(step: StepGraph) -> tuple[StepGraph, tuple[int, ...]]:
     inputs = tuple(index[name] for name in used)
     slots = tuple(step.inputs[i] for i in inputs)
     outputs = tuple(s for s in work.outputs if s.role == "output")
-    return StepGraph(GraphModule(work.gm, graph), slots, outputs), inputs
+    return StepGraph(graph_module(work.gm, graph), slots, outputs), inputs
 
 
 def _output(gm: GraphModule) -> Node:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from grapefx.errors import PlacementError, VerifyError
 from grapefx.ir import Layer, OutputRole, Slot, StepGraph
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.annotate import HEAD
 from grapefx.passes.graph.order import ancestors, dead_code, descendants
+from grapefx.torch_compat import graph_module
 
 aten = torch.ops.aten
 
@@ -480,7 +481,7 @@ class _Cutter:
         new.output(tuple(results))
         dead_code(new)
         new.lint()
-        return StepGraph(GraphModule(self.step.gm, new), tuple(inputs), tuple(slots))
+        return StepGraph(graph_module(self.step.gm, new), tuple(inputs), tuple(slots))
 
 
 def _sum(graph: Graph, nodes: list[Node]) -> Node:

@@ -19,7 +19,7 @@ from grapefx.ir import Slot, StepGraph
 from grapefx.layout import strided
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import ancestors, dead_code
-from grapefx.torch_compat import size_hint
+from grapefx.torch_compat import graph_module, size_hint
 
 aten = torch.ops.aten
 
@@ -90,11 +90,11 @@ def cut_tail(step: StepGraph) -> tuple[StepGraph, Tail | None]:
     dead_code(work.gm.graph)
     main = replace(
         work,
-        gm=GraphModule(work.gm, work.gm.graph),
+        gm=graph_module(work.gm, work.gm.graph),
         outputs=tuple(s for s, _ in outputs),
     )
     orders = tuple(_order(n.meta["val"]) for n in kept)
-    return main, Tail(GraphModule(work.gm, graph), orders, tuple(s for s, _ in moved))
+    return main, Tail(graph_module(work.gm, graph), orders, tuple(s for s, _ in moved))
 
 
 def _is_tensor(node: Node) -> bool:

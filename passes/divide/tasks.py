@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from grapefx.passes.divide.families import layers_alone
 from grapefx.passes.graph.order import ancestors
+from grapefx.torch_compat import graph_module
 
 # Where a value comes from: (index of a task, index among its outputs); task -1: the graph's inputs.
 Ref = tuple[int, int]
@@ -114,7 +115,7 @@ def _graph(
         new.meta = dict(node.meta)
     out = graph.output(tuple(copies[n] for n in given))
     out.meta = {}
-    return GraphModule(update, graph)
+    return graph_module(update, graph)
 
 
 __all__ = ["REST", "SHARED", "Ref", "Task", "Tasks", "split_by_results", "split_tasks", "take"]

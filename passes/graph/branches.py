@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from grapefx.errors import CaptureError
 from grapefx.ir import Captured
 from grapefx.passes.graph.source import quoted
+from grapefx.torch_compat import graph_module
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ def inline_branches(cap: Captured) -> Captured:
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    gm = GraphModule(cap.gm, graph)
+    gm = graph_module(cap.gm, graph)
     graph.lint()
     return replace(cap, gm=gm)
 

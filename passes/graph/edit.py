@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.ir import Slot, StepGraph
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.order import dead_code, topological
 from grapefx.passes.graph.restride import differs, restride
+from grapefx.torch_compat import graph_module
 
 
 class Edit:
@@ -110,7 +111,7 @@ class Edit:
         restride(self.graph, self._moved)
         return replace(
             self.step,
-            gm=GraphModule(self.step.gm, self.graph),
+            gm=graph_module(self.step.gm, self.graph),
             inputs=tuple(self.inputs),
             outputs=tuple(self.outputs),
             **facts,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from grapefx.torch_compat import batch_symbol
+from grapefx.torch_compat import batch_symbol, graph_module
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def size_inputs(gm: GraphModule, example: Sequence[Any]) -> tuple[GraphModule, t
         with graph.inserting_after(last):
             last = graph.placeholder(f"size_{k}")
         last.meta["val"] = place.read(example)
-    return GraphModule(gm, graph), tuple(places.values())
+    return graph_module(gm, graph), tuple(places.values())
 
 
 __all__ = ["Place", "size_inputs"]

@@ -10,18 +10,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from grapefx.ir import Captured
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.operators import HEAVY, op_name
+from grapefx.torch_compat import graph_module
 
 aten = torch.ops.aten
 
 
 def with_edges(cap: Captured) -> Captured:
     """The capture with a node on every edge into a weight layer."""
-    gm = GraphModule(cap.gm, torch.fx.Graph())
+    gm = graph_module(cap.gm, torch.fx.Graph())
     mapping: dict[Node, Node] = {}
     gm.graph.output(gm.graph.graph_copy(cap.gm.graph, mapping))
     for old, new in mapping.items():
