@@ -3,6 +3,7 @@
 # make versions   the tests on the oldest and the newest torch
 # make test   lint, types, tests
 # make perf   the compiler's deterministic figures against those recorded
+# make first-step   time to the first step against compiled backpropagation's (half an hour)
 # make gpu-check   parity and step times on a CUDA GPU, under 10 minutes
 # make figures   the papers' claims, measured and drawn
 # make test-all   the same with the long tests (every operator of torch's database, trainings)
@@ -16,7 +17,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: demo docs versions test test-all lint types pytest perf gpu-check figures coverage fuzz clean
+.PHONY: demo docs versions test test-all lint types pytest perf first-step gpu-check figures coverage fuzz clean
 # One thread a worker: tests are small, and workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DEFAULT_GOAL := test
@@ -60,6 +61,10 @@ test-all: lint types
 
 perf: $(STAMP)
 	$(BIN)/python -m tools.perf.perf_gate $(ARGS)
+
+first-step: $(STAMP)
+	$(BIN)/python -m tools.bench.compile_time --rounds 3 --variants compiled bp dfa \
+		--models depth120 resnet18@64 resnet50@64 transformer8-micro $(ARGS)
 
 # where torch is installed already: no environment is made, nothing is downloaded
 gpu-check:

@@ -25,13 +25,14 @@ RATES = ((1e12, 2.0**30), (1e11, 2.0**40))  # FLOP/s, bytes/s: memory limits, pr
     ("name", "variant", "parts"),
     [
         ("depth2", "compiled", set()),
-        ("tiny", "bp", {"plan", "nodes"}),
-        ("depth2", "grape 1/8", {"plan", "nodes", "calibration"}),
+        ("tiny", "bp", {"capture", "nodes"}),
+        ("depth2", "grape 1/8", {"capture", "nodes", "calibration"}),
     ],
 )
 def test_parts(name: str, variant: str, parts: set[str]) -> None:
     row = compile_time.measure(name, variant, batch=8, kernels=False)
-    assert {k for k, v in row.items() if v} == {"first", "processor"} | parts
+    assert {k for k, v in row.items() if v} == {"first", "front", "processor"} | parts
+    assert (row["capture"] or 0) < row["front"] <= row["first"]
 
 
 def test_networks() -> None:
@@ -40,6 +41,7 @@ def test_networks() -> None:
     assert len(layers) == 13 and layers[0].in_features == 64
     pytest.importorskip("torchvision")
     assert benchmark("squeezenet1_1").build()(benchmark("squeezenet1_1").example(2)[0]).ndim == 2
+    assert benchmark("squeezenet1_1@64").example(2)[0].shape == (2, 3, 64, 64)
     with pytest.raises(ValueError, match="nothing"):
         benchmark("nothing").build()
 
@@ -49,17 +51,20 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
     def found(name: str, variant: str, batch: int, **how: bool) -> compile_time.Row:
         asked.append((name, variant, batch, how))
-        part = None if variant == "compiled" else 2.0
-        return {"plan": part, "first": 3.0, "calibration": part, "processor": 1.0, "nodes": part}
+        mine = variant != "compiled"
+        row = {"first": 6.0 if mine else 4.0, "front": 2.0, "processor": 1.0, "compilers": 0.5}
+        return row | dict.fromkeys(("capture", "calibration", "nodes"), 3.0 if mine else None)
 
     monkeypatch.setattr(compile_time, "compile_seconds", found)
     argv = ["--depths", "3", "--variants", "compiled", "grape", "--no-kernels", "--batch", "4"]
-    assert compile_time.main(argv) == 0
+    assert compile_time.main([*argv, "--rounds", "2"]) == 0
     how = {"workers": False, "kernels": False}
-    assert asked == [("depth3", v, 4, how) for v in ("compiled", "grape")]
+    assert sorted(map(str, asked)) == sorted(
+        2 * [str(("depth3", v, 4, how)) for v in ("compiled", "grape")]
+    )
     text = capsys.readouterr().out
-    assert "| depth3 | compiled |  | 3.0 |  | 1.0 |  |" in text
-    assert "| depth3 | grape | 2.0 | 3.0 | 2.0 | 1.0 | 2.0 |" in text
+    assert "| depth3 | compiled | 4.0 | 1.00 | 2.0 |  |  | 1.0 | 0.5 |  |" in text
+    assert "| depth3 | grape | 6.0 | 1.50 | 2.0 | 3.0 | 3.0 | 1.0 | 0.5 | 3.0 |" in text
 
 
 def test_the_benchmark_shows_both_steps() -> None:

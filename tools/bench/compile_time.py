@@ -1,43 +1,64 @@
 """Time from the model to the end of its first step, and how it grows with depth.
 
     python -m tools.bench.compile_time                  # ResNet-50, 224x224, 1000 classes
+    python -m tools.bench.compile_time --rounds 3 --variants compiled bp dfa \\
+        --models depth120 resnet18@64 resnet50@64 transformer8-micro    # make first-step
     python -m tools.bench.compile_time --depths 10 20 40 80 160 320 --no-kernels
 
-Each row is a process of its own with an empty kernel cache. ``plan`` is the capture and all passes
-for every kind of step; ``first step`` everything from the model to the first gradients, kernels
-compiled; ``calibration`` the first step of the second kind. ``processor`` is the first step's
-processor time without compile workers, which ``--depths`` turns off: it says what grows.
+Each measurement is a process of its own with an empty kernel cache; those of a network take turns,
+and the table has their medians. ``first step`` is everything from the model to the first gradients,
+kernels compiled, and ``ratio`` what it is over compiled backpropagation's. ``in front`` is the part
+of it that is not Inductor's: capture and passes, or Dynamo and AOTAutograd; ``capture`` that of our
+capture alone. ``processor`` is processor time, which other load on the machine changes little: of
+the process, and of the C++ compilers that it started. ``calibration`` is the first step of the
+second kind. With ``--depths`` nothing is compiled beside the process: it says what grows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
 
-from grapefx.choices import resolve
-from grapefx.plan import build_plan
+from torch._inductor import compile_fx
+
+import grapefx.plan
+from grapefx.torch_compat import PendingKernels
 from tools import ROOT
-from tools.bench.models import PLAIN, VARIANTS, benchmark, make
+from tools.bench.models import PLAIN, VARIANTS, make
 from tools.common import cli
 from tools.common.results import Row
 from tools.common.table import Table, fixed
-from tools.common.timing import seconds
+from tools.common.timing import interleaved, ratios, seconds
 
+TIMES = ("first", "front", "capture", "calibration", "processor", "compilers")
 TABLE = Table(
-    "network", "variant", "plan s:", "first step s:", "calibration s:", "processor s:", "nodes:"
-)
+    "network", "variant", "first step s:", "ratio:", "in front s:", "capture s:", "calibration s:",
+    "processor s:", "of compilers s:", "nodes:",
+)  # fmt: skip
+# what a part of the first step is spent in
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "capture": ((grapefx.plan, "capture"),),
+    "inductor": ((compile_fx, "_compile_fx_inner"), (PendingKernels, "wait")),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table."""
     p = cli.parser("tools.bench.compile_time", __doc__)
-    p.add_argument("--model", default="resnet50", help="of tools.bench.models, or of torchvision")
+    p.add_argument(
+        "--models", nargs="+", default=["resnet50"], help="of tools.bench.models, or of torchvision"
+    )
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--depths", type=int, nargs="+", help="MLPs of these depths, 64 wide, instead")
     p.add_argument(
@@ -46,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("compiled", *VARIANTS),
         default=["compiled", "dfa", "grape"],
     )
+    p.add_argument("--rounds", type=int, default=1, help="measurements of each variant")
     p.add_argument("--no-kernels", action="store_true", help="the passes alone, no Inductor")
     p.add_argument("--one", nargs=2, metavar=("NAME", "VARIANT"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
@@ -53,15 +75,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(*args.one, batch=args.batch, kernels=not args.no_kernels)))
         return 0
     print(TABLE.head())
-    for name in [f"depth{d}" for d in args.depths] if args.depths else [args.model]:
-        for variant in args.variants:
-            row = compile_seconds(
-                name, variant, args.batch, workers=not args.depths, kernels=not args.no_kernels
-            )
-            parts = [row[k] for k in ("plan", "first", "calibration", "processor")]
-            cells = [fixed(part, 1, "") for part in parts]
-            print(TABLE.line(name, variant, *cells, row["nodes"] or ""), flush=True)
+    how = {"workers": not args.depths, "kernels": not args.no_kernels}
+    for name in [f"depth{d}" for d in args.depths] if args.depths else args.models:
+        calls = {
+            v: functools.partial(compile_seconds, name, v, args.batch, **how) for v in args.variants
+        }
+        for line in lines(name, interleaved(calls, args.rounds)):
+            print(line, flush=True)
     return 0
+
+
+def lines(name: str, found: dict[str, list[Row]]) -> Iterator[str]:
+    """The table's rows for a network, from what was measured of each variant by round."""
+    base = [row["first"] for row in found.get("compiled", ())]
+    for variant, rows in found.items():
+        times = {
+            k: statistics.median(r[k] for r in rows) if rows[0][k] is not None else None
+            for k in TIMES
+        }
+        ratio = ratios([r["first"] for r in rows], base).median if base else None
+        cells = [fixed(times[k], 1, "") for k in TIMES]
+        cells.insert(1, fixed(ratio, 2, ""))
+        yield TABLE.line(name, variant, *cells, rows[0]["nodes"] or "")
 
 
 def compile_seconds(
@@ -84,14 +119,25 @@ def compile_seconds(
 
 def measure(name: str, variant: str, *, batch: int, kernels: bool) -> Row:
     """Seconds of each part, in this process; None where a variant has no such part."""
-    row: Row = {"plan": None, "calibration": None, "nodes": None}
-    if variant not in PLAIN:
-        row |= _planned(name, variant, batch)
     step = make(name, variant, batch, "inductor" if kernels else "eager")
-    cpu = time.process_time()
-    row["first"] = seconds(step)
-    row["processor"] = time.process_time() - cpu
-    if variant in (*PLAIN, "bp"):
+    before = os.times()
+    with _timed() as parts:
+        first = seconds(step)
+    now = os.times()
+    row: Row = {
+        "first": first,
+        "front": first - parts["inductor"],
+        "capture": parts["capture"] or None,
+        "processor": now.user + now.system - before.user - before.system,
+        "compilers": now.children_user + now.children_system
+        - before.children_user - before.children_system,
+        "calibration": None,
+        "nodes": None,
+    }  # fmt: skip
+    if variant in PLAIN:
+        return row
+    row["nodes"] = len(step.net.plan.joint.gm.graph.nodes)  # type: ignore
+    if variant == "bp":
         return row
 
     def calibrate() -> None:
@@ -102,16 +148,28 @@ def measure(name: str, variant: str, *, batch: int, kernels: bool) -> Row:
     return row
 
 
-def _planned(name: str, variant: str, batch: int) -> Row:
-    found = benchmark(name)
-    options = VARIANTS[variant][0] | dict(found.options)
-    method, resolved = resolve(options.pop("method"), options)
-    model, (x, _) = found.build(), found.example(batch)
-    start = time.perf_counter()
-    plan = build_plan(model, (x,), {}, method=method, options=resolved)
-    for kind in plan.kinds():
-        plan.graph(kind)
-    return {"plan": time.perf_counter() - start, "nodes": len(plan.joint.gm.graph.nodes)}
+@contextlib.contextmanager
+def _timed() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of ``PARTS`` inside."""
+    found = dict.fromkeys(PARTS, 0.0)
+
+    def timed(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                found[part] += time.perf_counter() - start
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for part, places in PARTS.items():
+            for owner, name in places:
+                call = timed(getattr(owner, name), part)
+                stack.enter_context(mock.patch.object(owner, name, call))
+        yield found
 
 
 if __name__ == "__main__":

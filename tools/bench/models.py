@@ -118,13 +118,18 @@ def peers(name: str) -> list[str]:
 
 
 def benchmark(name: str) -> Benchmark:
-    """One of ``MODELS``, ``depthN`` (N hidden layers, 64 wide) or a torchvision classifier."""
+    """One of ``MODELS``, ``depthN`` (N hidden layers, 64 wide) or a torchvision classifier.
+
+    ``resnet50@64`` is one for images of 64 x 64 instead of 224 x 224.
+    """
     if name in MODELS:
         return MODELS[name]
     if name.startswith("depth") and name[5:].isdigit():
         return Benchmark(lambda: deep(int(name[5:])), (64,))
     zoo = importlib.import_module("torchvision.models")
-    return Benchmark(lambda: zoo.get_model(name, weights=None), (3, 224, 224))
+    name, _, side = name.partition("@")
+    size = int(side or 224)
+    return Benchmark(lambda: zoo.get_model(name, weights=None), (3, size, size))
 
 
 def build(name: str, variant: str, seed: int = 0, backend: str = "inductor") -> nn.Module:
