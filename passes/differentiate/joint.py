@@ -143,48 +143,41 @@ def trace_joint(
 
     # the captured graph holds its casts: where the model turns autocast off, it stays off
     no_casts = functools.partial(torch.autocast, unique[0].device.type, enabled=False)
-    n_mutated = len(cap.mutated)
-    # which outputs carry a gradient is known only after a run
-    with mode, python_dispatcher(), no_casts(), torch.set_grad_enabled(backward):
-        probe = outputs_of(unique)
-    differentiable = [
-        i
-        for i, o in enumerate(probe[n_mutated:])
-        if isinstance(o, torch.Tensor) and o.requires_grad
-    ]
     if not backward:
         with mode, python_dispatcher(), no_casts(), torch.no_grad():
-            gm = make_fx(lambda flat, _: outputs_of(flat), tracing_mode="real")(unique, [])
+            gm = make_fx(outputs_of, tracing_mode="real")(unique)
         return _finish(gm, cap, fakes, unique, [], [])
-    if not differentiable:
-        raise GrapefxError(
-            "no output of the model requires grad: every path from a trainable parameter to the "
-            "output is detached"
-        )
-    with mode:
-        cotangents = [torch.empty_like(probe[n_mutated + i]).detach() for i in differentiable]
+    # which outputs carry a gradient, and how they are laid out, is known only in a run
+    differentiable: list[int] = []
 
-    def joint(flat: list[Any], grads: list[Any]) -> list[Any]:
+    def joint(flat: list[Any]) -> list[Any]:
         with torch.enable_grad(), fx_traceback.preserve_node_meta():
             outs = outputs_of(flat)
+        results = outs[len(cap.mutated) :]
+        differentiable[:] = [
+            i for i, o in enumerate(results) if isinstance(o, torch.Tensor) and o.requires_grad
+        ]
+        if not differentiable:
+            raise GrapefxError(
+                "no output of the model requires grad: every path from a trainable parameter to "
+                "the output is detached"
+            )
+        ends = [results[i] for i in differentiable]
+        with torch.no_grad():
+            cotangents = [torch.empty_like(o) for o in ends]
         sources = [flat[where[fakes[k]]] for k in wanted]
         with torch.enable_grad():
-            found = torch.autograd.grad(
-                [outs[n_mutated + i] for i in differentiable],
-                sources,
-                grads,
-                allow_unused=True,
-            )
-        return [*outs, *found]
+            found = torch.autograd.grad(ends, sources, cotangents, allow_unused=True)
+        return [*outs, *found, *cotangents]
 
     # anomaly mode would ask values of tensors that have none
     with mode, python_dispatcher(), no_casts(), torch.autograd.set_detect_anomaly(False):
-        gm = make_fx(joint, tracing_mode="real")(unique, cotangents)
+        gm = make_fx(joint, tracing_mode="real")(unique)
         step = _finish(gm, cap, fakes, unique, wanted, differentiable)
         if any(n.op == "call_function" and writes(n) for n in step.gm.graph.nodes):
             # a derivative of torch's writes into a view (FFTs); this trace takes writes apart, but
             # runs every operator's Python a second time
-            gm = make_fx(functionalized(joint), tracing_mode="real")(unique, cotangents)
+            gm = make_fx(functionalized(joint), tracing_mode="real")(unique)
             step = _finish(gm, cap, fakes, unique, wanted, differentiable)
     return step
 
@@ -244,7 +237,10 @@ def _finish(
     # make_fx drops None outputs into the spec; put them back in place
     spec = getattr(gm, "_out_spec", None)
     results = flat if spec is None else pytree.tree_unflatten(flat, spec)
+    made = len(results) - len(differentiable)
     out.args = (tuple(results),)
+    _cotangents(graph, results[made:])
+    out.args = (out.args[0][:made],)  # type: ignore[index]
     graph.set_codegen(torch.fx.graph.CodeGen())
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (aten.alias.default, aten.detach.default):
@@ -260,6 +256,17 @@ def _finish(
         node.meta[meta.ROLE] = slot.role
         node.meta[meta.NAME] = slot.name
     return step
+
+
+def _cotangents(graph: torch.fx.Graph, made: Sequence[Node]) -> None:
+    """The cotangents, which the trace made when it needed them, become inputs behind the others."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for k, node in enumerate(made):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"grads_{k + 1}")
+        last.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
 
 
 def _out_of_place(graph: torch.fx.Graph) -> None:

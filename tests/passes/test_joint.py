@@ -259,3 +259,29 @@ def test_operators_that_torch_takes_apart_with_writes_or_checks(kind: str) -> No
     train_step(twin, (x,))
     assert_same_gradients(model, twin)
     train_step(compiled(model, "dfa", calib_every=None), (x,))
+
+
+class _Shifted(nn.Module):
+    """The gradient of an input is a cotangent as it came; the other result is the input's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x + self.shift, x.detach() * 2, z.t() * self.shift[:, None]
+
+
+def test_a_gradient_that_is_a_cotangent() -> None:
+    model = _Shifted().double()
+    net = compiled(eager_twin(model), "bp")
+    grads = []
+    for m in (net, model):
+        torch.manual_seed(0)
+        x, z = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        a, _, c = m(x, z)
+        (a.pow(3).sum() + c.sin().sum()).backward()
+        grads.append([x.grad, z.grad])
+    for mine, true in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=0)
+    assert_same_gradients(net, model)
