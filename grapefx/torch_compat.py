@@ -264,21 +264,28 @@ def prepare_inductor() -> None:
     """Let a thread ask the C++ compiler, once a process, which vector instructions it knows.
 
     Inductor asks in front of its first kernel, by test programs, and waits for seconds where its
-    cache on disk has no answer. Asked in time, a capture goes on meanwhile. Whoever wants to know
-    before the thread does waits at its locks.
+    cache on disk has no answer. Asked in time, the answer is there, or soon, behind its locks; a
+    capture goes on meanwhile.
     """
     # here: two threads in one circle of imports get halves of modules
     for name in ("codecache", "compile_fx", "cpp_builder", "cpu_vec_isa"):
         importlib.import_module(f"torch._inductor.{name}")
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor import cpu_vec_isa
 
-    caller = contextvars.copy_context()  # which holds Inductor's options
+    if not hasattr(cpu_vec_isa.VecISA, "_probe_load"):
+        return  # torch 2.11 keeps the program, but asks it again
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # Inductor will meet it, and say so
-            caller.run(pick_vec_isa)
+            known = cpu_vec_isa.x86_isa_checker()
+            for isa in cpu_vec_isa.supported_vec_isa_list:
+                if all(flag in known for flag in str(isa).split()):
+                    # of a class of its own: asking changes an object, and answers go by class
+                    bool(type("Asked", (type(isa),), {})())
 
-    threading.Thread(target=ask, name="grapefx vector instructions", daemon=True).start()
+    caller = contextvars.copy_context()  # which holds Inductor's options
+    name = "grapefx vector instructions"
+    threading.Thread(target=caller.run, args=(ask,), name=name, daemon=True).start()
 
 
 class PendingKernels:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile
 
 from grapefx import lowering
 from grapefx.runtime import captures
-from grapefx.torch_compat import PendingKernels, forward_of, graph_module, inductor_counts
+from grapefx.torch_compat import (
+    PendingKernels,
+    forward_of,
+    graph_module,
+    inductor_counts,
+    prepare_inductor,
+)
 from tests.zoo import MLP, compiled, train_step
 
 X = torch.randn(6, 8)
@@ -101,3 +109,28 @@ def test_a_graphs_python_is_written_when_it_is_called() -> None:
     x.users.copy().popitem()[0].args = (x, 2)
     gm.recompile()
     assert forward_of(gm)(torch.tensor(1.0)) == 3
+
+
+def test_asking_for_vector_instructions_leaves_inductors_objects_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A class-wide answer, or flags that are changed meanwhile, would reach Inductor's kernels."""
+    asked: list[object] = []
+
+    def build(self: object, code: str) -> bool:
+        asked.append(self)
+        return False
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", build)
+    before = [dict(vars(isa)) for isa in cpu_vec_isa.supported_vec_isa_list]
+    prepare_inductor.cache_clear()
+    prepare_inductor()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grapefx"):
+            thread.join()
+    expected = platform.machine() == "x86_64" and hasattr(cpu_vec_isa.VecISA, "_probe_load")
+    assert bool(asked) == expected
+    assert not any(a is isa for a in asked for isa in cpu_vec_isa.supported_vec_isa_list)
+    assert [dict(vars(isa)) for isa in cpu_vec_isa.supported_vec_isa_list] == before
+    monkeypatch.undo()
+    assert cpu_vec_isa.valid_vec_isa_list.__wrapped__() == cpu_vec_isa.valid_vec_isa_list()
