@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -330,7 +331,9 @@ def compile_step(
     ]
     device = _device_of(step)
     forms = forms_of(parallel, device, fixed=sizes is not None)
-    with PendingKernels() as pending:
+    pending = PendingKernels()
+    # Triton's kernels are waited for: Inductor puts them into its cache together with the graph
+    with pending if device == "cpu" else contextlib.nullcontext():
         forward, strides = lower_saving(parts, kind, backend, options, runs)
     cuda = device == "cuda"
     update = lower_forms(
