@@ -1,8 +1,14 @@
-"""Which tests run behind ``make test-all`` only: they are long, the rest is `make test`."""
+"""Which tests run behind ``make test-all`` only: they are long, the rest is ``make test``.
+
+Long by themselves (``LONG``, ``LONG_CASES``), or by their number: of a test with many cases
+``make test`` runs a sample, always the same.
+"""
 
 from __future__ import annotations
 
+import collections
 import re
+import zlib
 
 import pytest
 
@@ -63,6 +69,13 @@ LONG_CASES = {
 }
 
 
+# Folders whose tests compile or trace something: of a test with more than MANY cases there, one of
+# SAMPLE runs, those whose names come first by a hash.
+SAMPLED = ("methods", "passes", "runtime", "stages", "staleness", "fuzz", "integration")
+MANY = 6
+SAMPLE = 4
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--accept``: golden files are written anew instead of compared."""
     parser.addoption("--accept", action="store_true", help="write golden files anew")
@@ -74,9 +87,10 @@ FITTING = pytest.StashKey[set[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is long as slow."""
+    """Mark what is long as slow, and all but a sample of many cases."""
     collected = config.stash.setdefault(COLLECTED, set())
     fitting = config.stash.setdefault(FITTING, set())
+    short: dict[str, list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
         name = getattr(item, "originalname", "")
         long = item.path.name in LONG
@@ -87,4 +101,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 fitting.add(name)
                 long = True
         if long:
+            item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow") is None and item.path.parent.name in SAMPLED:
+            short[item.nodeid.partition("[")[0]].append(item)
+    for cases in short.values():
+        cases.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        kept = -(-len(cases) // SAMPLE) if len(cases) > MANY else len(cases)
+        for item in cases[kept:]:
             item.add_marker(pytest.mark.slow)

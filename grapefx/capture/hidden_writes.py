@@ -67,7 +67,8 @@ def show_writes(graph: Graph) -> None:
     Raises:
         CaptureError: a view of the written memory cannot be made again from it.
     """
-    _Writes(graph).run()
+    if any(_target(n) is not None for n in graph.nodes):
+        _Writes(graph).run()
 
 
 class _Writes:
@@ -89,9 +90,7 @@ class _Writes:
                             self._with_gradient(memory, n)
                 continue
             inputs = {a: self._current(a, n) for a in n.all_input_nodes}
-            target = None
-            if n.op in ("call_function", "call_method"):
-                target = written_operand(n.target, n.args, n.kwargs)
+            target = _target(n)
             if n.op == "call_method" and n.target == "detach_":
                 n.target = "detach"
                 self.renamed[n.all_input_nodes[0]] = n
@@ -163,6 +162,13 @@ class _Writes:
                 new = self.graph.node_copy(a, lambda b: base if b is own[0] else b)
             memory.views[a, graded] = new
         return memory.views[a, graded]
+
+
+def _target(n: Node) -> Any:
+    """What a node writes into, or None."""
+    if n.op not in ("call_function", "call_method"):
+        return None
+    return written_operand(n.target, n.args, n.kwargs)
 
 
 def written_operand(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

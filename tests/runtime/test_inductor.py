@@ -33,7 +33,7 @@ def test_inductor_equals_the_uncompiled_graphs() -> None:
 
 
 def test_inductor_batch_sizes_and_buffers() -> None:
-    """Any batch size through at most two compiled variants; batch norm written once a step."""
+    """Any batch size through two captures, of one sample and of more; batch norm written once."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
@@ -47,8 +47,9 @@ def test_inductor_batch_sizes_and_buffers() -> None:
         assert_same_gradients(net, twin, 1e-4)
         for a, b in zip(net.buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(a, b)
-    (program,) = net._captures.programs.values()
-    assert len(program.steps) <= 2
+    programs = net._captures.programs.values()
+    assert len(programs) <= 2
+    assert sum(len(program.steps) for program in programs) <= 3
 
 
 def test_inductor_autocast_and_channels_last() -> None:
