@@ -67,8 +67,12 @@ def show_writes(graph: Graph) -> None:
     Raises:
         CaptureError: a view of the written memory cannot be made again from it.
     """
-    if any(_target(n) is not None for n in graph.nodes):
-        _Writes(graph).run()
+    for n in graph.nodes:
+        target = _target(n)
+        value = target.meta.get("example_value") if isinstance(target, Node) else None
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            _Writes(graph).run()  # not for a counter of batches
+            return
 
 
 class _Writes:
