@@ -117,6 +117,8 @@ class _Writes:
             return  # a copy already, in this region
         root = self.nodes[key][0] if known is None else known.value
         assert root is not None
+        if root.op not in ("call_function", "call_method"):
+            return  # a parameter, a buffer or an argument: the write itself must last
         if not _has_gradient(root) or not (self.off or not _has_gradient(target)):
             return
         with self.graph.inserting_before(n):

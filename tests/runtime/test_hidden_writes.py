@@ -156,3 +156,19 @@ def test_export_refuses_them(reach: str) -> None:
     )
     with pytest.raises(CaptureError, match=r"out of autograd's sight\n  at .*test_hidden_writes"):
         net(torch.randn(5, 6))
+
+
+def test_a_parameter_is_no_activation() -> None:
+    class Clips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.first.weight[0].clamp_(-0.1, 0.1)
+            return self.first(x)
+
+    net = grapefx.compile(Clips(), method="bp", backend="eager")
+    with pytest.raises(CaptureError, match=r"writes into its parameter 'first\.weight'"):
+        net(torch.randn(5, 6))
