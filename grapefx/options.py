@@ -245,6 +245,15 @@ class Options:
         'With exact_rows: the "first" samples, which shuffled loaders draw at random, or those of '
         'the "largest" error.',
     )
+    mean_field: int | Literal["start"] | None = _option(
+        None,
+        Values(("start", None), least=1),
+        "Feedback maps that need no true gradient: the Jacobian at the mean of its derivatives, "
+        "from the weights and from running means, computed in every k-th step (a number; 1 is "
+        "every step), for a method whose maps are fixed between calibrations (dfa), which then "
+        'refit none; or only once, as the "start" of maps that learn or are refitted. None: '
+        "never. See docs/method.md.",
+    )
     granularity: Literal["layer", "sublayer", "block", "auto"] = _option(
         "layer",
         Values((*GRANULARITIES, "auto")),
@@ -339,11 +348,27 @@ class Options:
             raise OptionError(
                 "residual='leak' chooses its own points: leave points and granularity out"
             )
+        if isinstance(self.mean_field, int) and self.calib_refit == "feedback":
+            raise OptionError(
+                f"calib_refit='feedback' refits maps that mean_field={self.mean_field} computes\n"
+                "  remedy: leave one of the two out"
+            )
+        if self.mean_field == "start" and self.calibrates and self.starts:
+            raise OptionError(
+                "mean_field='start' sets the maps of step 0, which a calibration at step 0 refits\n"
+                "  remedy: calib_init=False, or leave mean_field out"
+            )
 
     @property
     def calibrates(self) -> bool:
         """Whether calibrations refit the maps."""
-        return self.calib_every is not None and self.calib_refit != "weights"
+        refits = self.calib_refit != "weights" and not isinstance(self.mean_field, int)
+        return self.calib_every is not None and refits
+
+    @property
+    def starts(self) -> bool:
+        """Whether step 0 is a calibration."""
+        return self.calib_every is not None if self.calib_init is None else self.calib_init
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Options)}
@@ -384,6 +409,7 @@ class CompileOptions(TypedDict, total=False):
     exact_rows: float
     exact_weight: float
     exact_pick: Literal["first", "largest"]
+    mean_field: int | Literal["start"] | None
     granularity: Literal["layer", "sublayer", "block", "auto"]
     points: Any
     error_at: Any

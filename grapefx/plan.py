@@ -24,6 +24,7 @@ from grapefx.methods import Method, get_method
 from grapefx.options import Options
 from grapefx.passes.differentiate.joint import trace_joint
 from grapefx.passes.feedback.exact_rows import ExactRows
+from grapefx.passes.feedback.mean_field import KEY, MeanField
 from grapefx.passes.feedback.normal_equations import memory_shapes
 from grapefx.passes.feedback.radial import homogeneous_points
 from grapefx.passes.feedback.second_forward import input_size
@@ -82,7 +83,7 @@ class Plan:
             budget=default_budget(options, self.captured),
             method=self.method,
             seed=options.seed,
-            refits=self.method.refits and options.calibrates,
+            refits=self.method.refits and (options.calibrates or options.mean_field is not None),
         )
         self.notes = [*self.captured.notes, *said]
         if self.method.feedback:
@@ -110,6 +111,9 @@ class Plan:
             return ("calibration",)
         if self.method.needs_tangents():
             return ("align", "calibration")
+        if self.mean_field is not None and self.mean_field.every:
+            often = ("mean_field", "calibration")
+            return often if self.mean_field.every == 1 else ("update", *often)
         return KINDS if self.method.aligns() else ("update", "calibration")
 
     def graph(self, kind: str) -> StepGraph:
@@ -137,6 +141,23 @@ class Plan:
             self.batch,
             self.batch_size,
         )
+
+    @property
+    def mean_field(self) -> MeanField | None:
+        """How maps come from mean derivatives; None for not at all.
+
+        A graph of one sample alone (the rest of an epoch) uses the maps that there are.
+        """
+        wanted = self.options.mean_field
+        if wanted is None or self.method.exact or self.batch is None:
+            return None
+        return MeanField(0 if isinstance(wanted, str) else wanted, self.batch)
+
+    @functools.cached_property
+    def means(self) -> str:
+        """The key of the running means in the learning state: one for each set of shapes."""
+        slots = self.graph("mean_field").outputs
+        return next(s.name for s in slots if s.role == "feedback" and s.name.startswith(KEY))
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -241,11 +262,12 @@ class Plan:
             self.error_rows,
             self._point_states(),
             ridge=options.ridge,
-            refit=options.calib_refit != "weights",
+            refit=options.calib_refit != "weights" and not isinstance(options.mean_field, int),
             true_gradients=options.calib_refit != "feedback",
             keep=options.calib_forget or 0.0,
             radial=self.radial,
             exact=self.exact_rows,
+            mean_field=self.mean_field,
         )
         streams = self.streams()
         quiet: tuple[int, ...] = ()
@@ -359,7 +381,7 @@ def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) ->
     frozen = not trainable and any(e.requires_grad for e in inputs)
     if frozen:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
         chosen = get_method("bp", {})
-        options = replace(options, residual="cut", points=None, exact_rows=0)
+        options = replace(options, residual="cut", points=None, exact_rows=0, mean_field=None)
     if options.residual == "leak":
         captured = with_edges(captured)
     if frozen:
@@ -420,6 +442,8 @@ def _check_lengths(plan: Plan) -> None:
         return
     if plan.method.full_tangents and not plan.method.exact:
         raise _SizedError(f"method {plan.method.name!r} adds up over the tokens of a sample")
+    if plan.mean_field is not None:
+        raise _SizedError("mean_field averages over the batch alone")
     if plan.exact_rows is not None:
         raise _SizedError("exact_rows follows the batch alone, not other lengths that change")
     maps = () if plan.method.exact else plan.maps
@@ -538,9 +562,29 @@ def _check_feedback(plan: Plan) -> None:
             "layers, ReLU, pooling, sums; no normalisation, no shortcut from in front of it)\n"
             "  remedy: radial='auto', which then corrects nothing, or radial=False"
         )
+    if plan.options.mean_field is not None:
+        _check_mean_field(plan)
     excess = plan.over_budget()
     if excess:
         raise BudgetError(excess)
+
+
+def _check_mean_field(plan: Plan) -> None:
+    """Raise ``PlacementError`` where maps cannot come from mean derivatives."""
+    asked = f"mean_field={plan.options.mean_field!r}"
+    tokens = [m for m in plan.maps if m.rows == "token"]
+    if tokens:
+        raise PlacementError(
+            f"{asked} is for an error of a sample, and the feedback map of "
+            f"{tokens[0].layer.name!r} is one for each token\n  remedy: leave mean_field out"
+        )
+    if any(m.seed is not None for m in plan.maps):
+        raise PlacementError(f"{asked} does not go with feedback='seeded', whose maps are not kept")
+    if plan.batch is None and plan.batch_size > 1:
+        raise PlacementError(
+            f"{asked} needs a batch size that may change, but this model's graph holds for "
+            f"{plan.batch_size} samples alone\n  remedy: leave mean_field out"
+        )
 
 
 def sizes_of(step: StepGraph, batch: int, rows: int) -> dict[Any, int]:

@@ -27,7 +27,7 @@ CHOICE: dict[str, Any] = {
 # who names one of these decides about calibration; the others stay as the options' defaults say
 _DECIDES = frozenset(CHOICE) | {
     "calib_unit", "calib_init", "calib_refit", "calib_update", "calib_threshold", "calib_budget",
-    "calib_growth", "steps_per_epoch", "ridge",
+    "calib_growth", "steps_per_epoch", "ridge", "mean_field",
 }  # fmt: skip
 
 

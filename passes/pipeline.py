@@ -96,6 +96,18 @@ FEEDBACK = Pass[StepContext](
     needs=("markers",),
     gives=("no markers", "no dead code"),
 )
+MEAN_FIELD = Pass[StepContext](
+    "mean_field",
+    lambda step, c: build_update(step, c.feedback, "mean_field"),
+    needs=("markers",),
+    gives=("no markers", "no dead code"),
+)
+START = Pass[StepContext](
+    "start",
+    lambda step, c: build_update(step, c.feedback, "start"),
+    needs=("markers",),
+    gives=("no markers", "no dead code"),
+)
 CALIBRATION = Pass[StepContext](
     "calibration",
     lambda step, c: build_calibration(step, c.feedback),  # a frozen model has no markers
@@ -142,6 +154,9 @@ STEPS: dict[str, tuple[Pass[StepContext], ...]] = {
     "update": (FEEDBACK, *FINISH),
     "align": (TANGENTS, FEEDBACK, *FINISH),
     "calibration": (CALIBRATION, *FINISH),
+    # maps from mean derivatives: running means, and the first batch's
+    "mean_field": (MEAN_FIELD, *FINISH),
+    "start": (START, *FINISH),
     # a method whose mechanism is not feedback at points has this step beside its calibration
     "weights": (STAND_IN, FEEDBACK, *FINISH),
     "parameters": (PERTURBED, *FINISH),
@@ -196,7 +211,7 @@ for _lists in (STEPS, DIVIDE, FORWARD, INFERENCE, UPDATE):
 def build_step(
     joint: StepGraph, kind: str, context: StepContext, runs: list[PassRun] | None = None
 ) -> StepGraph:
-    """A training step of one kind ("update", "align", "calibration"), from the joint graph."""
+    """A training step of one kind ("update", "align", ...), from the joint graph."""
     mechanism = context.feedback.method.mechanism
     which = mechanism if kind != "calibration" and mechanism in STEPS else kind
     return run(STEPS[which], joint, context, kind, runs)

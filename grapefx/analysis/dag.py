@@ -37,6 +37,7 @@ STAGES = {
     "error": "error",
     "alignment": "update",
     "exact_rows": "exact rows",
+    "mean_field": "mean field",
     "projection": "update",
     "refit": "update",
     "weight_grad": "update",

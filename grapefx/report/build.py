@@ -65,6 +65,7 @@ class MethodGraphs:
     notes: Sequence[str] = ()
     plan: Callable[[], PlanReport] | None = None
     sizes: Callable[[Graph, int], Mapping[str, int]] | None = None
+    every: int = 1
 
     def cost(self, gm: GraphModule, batch: int | None) -> GraphCost:
         """The cost of one of the graphs at a batch size."""
@@ -157,6 +158,9 @@ class _Builder:
         kinds = set(given.graphs) - {BACKWARD}
         if not kinds:
             return {BACKWARD: 1.0}
+        if "mean_field" in kinds:
+            often = 1 / given.every
+            return {k: s for k, s in (("mean_field", often), ("update", 1 - often)) if s}
         if "align" not in kinds:
             return {"update": 1.0}
         share = 1 / self.align_every

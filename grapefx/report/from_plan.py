@@ -15,6 +15,9 @@ from grapefx.report.build import LayerInfo, MethodGraphs
 from grapefx.report.records import PlanReport, SegmentRow
 
 
+MEAN_FIELD = "the feedback maps are computed from the weights and from mean derivatives"
+
+
 class PlanGraphs(Mapping[str, StepGraph]):
     """A plan's step graphs by kind, each built when it is first read."""
 
@@ -58,6 +61,7 @@ def method_graphs(plan: Plan) -> MethodGraphs:
         tuple(notes),
         plan=lambda: plan_report(plan),
         sizes=lambda graph, batch: _sizes(plan, graph, batch),
+        every=plan.mean_field.every if plan.mean_field is not None else 1,
     )
 
 
@@ -110,7 +114,11 @@ def when(kind: str, plan: Plan) -> str:
     if kind == "calibration":
         return _calibrations(o)
     if others == [kind]:
-        return "all other steps"
+        return "all other steps" + (f": {MEAN_FIELD}" if kind == "mean_field" else "")
+    if kind == "mean_field":
+        return f"one step in {o.mean_field}: {MEAN_FIELD}"
+    if "mean_field" in others:
+        return "the steps between: the feedback maps stay as they are"
     if kind == "align":
         if o.align_every == 1:
             return "all other steps: the feedback maps learn from tangents"
@@ -138,7 +146,8 @@ def _calibrations(o: Options) -> str:
         "feedback": "the feedback maps are refitted",
         "both": "exact gradients, and the feedback maps are refitted",
     }
-    return f"{' and '.join(times)}: {does[o.calib_refit]}"
+    refits = o.calib_refit if not isinstance(o.mean_field, int) else "weights"
+    return f"{' and '.join(times)}: {does[refits]}"
 
 
 def parameter_count(plan: Plan) -> int:

@@ -210,6 +210,7 @@ def _for_bp(options: Options) -> Options:
         calib_forget=None,
         radial=False,
         exact_rows=0,
+        mean_field=None,
     )
 
 

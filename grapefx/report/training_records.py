@@ -31,7 +31,7 @@ class StepRecord:
     Attributes:
         step: its number, counted from 0 over checkpoints.
         epoch: as announced by ``set_epoch``; None where none was.
-        kind: "update", "align" or "calibration".
+        kind: "update", "align", "mean_field", "start" or "calibration".
         cosines: "cos_jacobian" and "cos_gradient" of ``net.alignment()``, each by layer, as far as
             this step measured them.
         finite: whether the feedback maps could learn from it.

@@ -92,7 +92,7 @@ def agree(
     if "finite" in seen:
         # a mean of 1: true on all. Compared on the device: nobody waits for the flag here
         seen["finite"] = seen["finite"] == 1
-        new = {k: torch.where(seen["finite"], t, old[k]) for k, t in new.items()}
+        new = {k: torch.where(seen["finite"], t, old.get(k, t)) for k, t in new.items()}
     return new, seen
 
 

@@ -234,7 +234,7 @@ class FeedbackModule(Compiled, nn.Module):
         plan = program.plan
         assert plan is not None
         self._state.schedule.tell_once()
-        kind = self._state.kind(plan.kinds())
+        kind = self._state.kind(plan)
         device = self._captures.device_type
         if kind == "calibration" and self._options.calib_update == "sgd":
             _refuse_scaled(device)

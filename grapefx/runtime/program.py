@@ -197,13 +197,13 @@ class Program:
         graph = self.plan.graph(kind)
         variant = self._variant([b for k, b in self.steps if k == kind], batch)
         sizes = None if variant is None else sizes_of(graph, batch, self.plan.rows(batch))
-        chain = kind == "calibration" or self.plan.method.sequential
+        chain = kind in ("calibration", "start") or self.plan.method.sequential
         options = self.options
         step = self.steps[kind, variant] = compile_step(
             graph,
             kind,
             sizes,
-            options.backend,
+            "eager" if kind == "start" else options.backend,  # one step: not worth compiling
             options.backend_options,
             "off" if chain else options.parallel,
             self.places,

@@ -11,18 +11,27 @@ from grapefx import tree
 from grapefx.errors import StateError
 from grapefx.maps import StateSpec
 from grapefx.methods import Method
+from grapefx.passes.feedback.mean_field import KEY
 from grapefx.runtime.noise import seed_of
 from grapefx.torch_compat import new_fake_mode
 
 VERSION = 1
+MEANS = KEY.rstrip("/")
 
 
 class FeedbackState:
     """``tensors`` maps "layer/name" to a tensor. Values are replaced, never written in place."""
 
-    def __init__(self, method: Method, seed: int, memory: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        method: Method,
+        seed: int,
+        memory: frozenset[str] = frozenset(),
+        averages: bool = False,
+    ) -> None:
         self.method = method
         self.memory = memory  # names of what is kept beside the method's tensors
+        self.averages = averages  # whether means of derivatives are kept, under ``MEANS``
         self.seed = seed
         self.tensors: dict[str, Tensor] = {}
         self.readings: dict[str, str] = {}  # of each layer, see ``StateSpec``
@@ -76,7 +85,7 @@ class FeedbackState:
 
     def _check_pending(self, specs: tuple[StateSpec, ...]) -> None:
         assert self.pending is not None
-        have = {key.rpartition("/")[0].partition("[")[0] for key in self.pending}
+        have = {key.rpartition("/")[0].partition("[")[0] for key in self.pending} - {MEANS}
         want = {m.key for m in specs}
         if have - want and want - have:
             raise StateError(
@@ -123,7 +132,7 @@ class FeedbackState:
             layer, _, name = key.rpartition("/")
             layers.setdefault(layer, set()).add(name)
         for layer, found in layers.items():
-            if found != names:
+            if found != names and not (layer == MEANS and self.averages):
                 raise StateError(
                     f"the feedback state of layer {layer!r} holds {sorted(found)}, this method "
                     f"keeps {sorted(names)}: it was learned with other options"

@@ -19,6 +19,7 @@ from grapefx.ir import Layer
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.passes.feedback.normal_equations import MEMORY
+from grapefx.plan import Plan
 from grapefx.runtime import distributed
 from grapefx.runtime.history import History
 from grapefx.runtime.noise import draw, seed_of
@@ -43,12 +44,11 @@ class TrainingState:
         self.method = method
         self.options = options
         memory = frozenset(MEMORY if options.calib_forget is not None else ())
-        self.feedback = FeedbackState(method, options.seed, memory)
-        start = options.calib_init
+        self.feedback = FeedbackState(method, options.seed, memory, isinstance(options.mean_field, int))
         self.schedule = CalibrationSchedule(
             options.calib_every,
             options.calib_unit,
-            options.calib_every is not None if start is None else start,
+            options.starts,
             options.steps_per_epoch,
             options.calib_threshold,
             options.calib_budget,
@@ -65,16 +65,28 @@ class TrainingState:
 
     # a step
 
-    def kind(self, kinds: tuple[str, ...]) -> str:
+    def kind(self, plan: Plan) -> str:
         """Which of a plan's kinds of step comes next."""
+        kinds = plan.kinds()
         if kinds == ("calibration",) or self.schedule.due():
             return "calibration"
         step, options = self.schedule.step, self.options
+        if not self._begun(plan):
+            return "start"
+        if "mean_field" in kinds and step % plan.mean_field.every == 0:
+            return "mean_field"
         if "align" in kinds and (
             "update" not in kinds or step < options.align_warmup or step % options.align_every == 0
         ):
             return "align"
         return "update"
+
+    def _begun(self, plan: Plan) -> bool:
+        """Whether there are means, or a start, that the plan's maps come from."""
+        if plan.mean_field is None:
+            return True
+        once = plan.mean_field.every == 0
+        return self.schedule.step > 0 if once else plan.means in self.feedback.tensors
 
     def noise(
         self, step: CompiledStep, rows: int, sizes: dict[Any, int], device: torch.device

@@ -21,7 +21,7 @@ from grapefx.passes.feedback.normal_equations import (
     solve,
     without_memory,
 )
-from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
+from grapefx.passes.feedback.update import Builder, Feedback, refitted, replace_cuts
 from grapefx.passes.graph import markers, meta
 
 
@@ -112,7 +112,7 @@ def _fit(
         top = m.pick(e, g).to(dtype).abs().amax().clamp_min(1e-30)
         own = rows if m.groups == 1 else rows[:, m.columns(g)]
         parts.append(part @ (own / top))
-    return _accepted(parts, _refitted(method, m, parts, state), state)
+    return _accepted(parts, refitted(method, m, parts, state), state)
 
 
 def _fit_with_memory(
@@ -129,17 +129,8 @@ def _fit_with_memory(
     gram = keep * state[GRAM] + gram.to(state[GRAM].dtype)
     cross = keep * state[CROSS] + cross.to(state[CROSS].dtype)
     parts = solve(gram, cross, ridge)
-    new = _refitted(method, m, parts, without_memory(state))
+    new = refitted(method, m, parts, without_memory(state))
     return _accepted(parts, {**new, GRAM: gram, CROSS: cross}, state)
-
-
-def _refitted(method: Method, m: FeedbackMap, parts: list[Tensor], state: State) -> State:
-    """The method's state for the fitted map of each group."""
-    like = state["B"].dtype
-    if len(parts) == 1:
-        return method.refit(state, parts[0].to(like))
-    made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
-    return m.joined(made, state)
 
 
 def _accepted(parts: list[Tensor], new: State, old: State) -> State:

@@ -24,6 +24,7 @@ from grapefx.maps import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream, streams_of
 from grapefx.passes.feedback.exact_rows import Chain, ExactRows
+from grapefx.passes.feedback.mean_field import MeanChain, MeanField, map_of
 from grapefx.passes.feedback.normal_equations import MEMORY, without_memory
 from grapefx.passes.feedback.radial import bias_of, corrected, radial_error
 from grapefx.passes.graph import markers, meta
@@ -47,6 +48,7 @@ class Feedback:
     radial: frozenset[int] = frozenset()  # points whose cotangent is corrected along its value
     keep: float = 0.0  # of the normal equations of earlier calibrations, where states have them
     exact: ExactRows | None = None  # which samples get their true gradient
+    mean_field: MeanField | None = None  # how maps come from mean derivatives
 
 
 class Builder:
@@ -274,6 +276,24 @@ class Builder:
             if j is not None and "B" in state:
                 self.metric("cos_jacobian", m, cosine, state["B"], j)
 
+    def average(self, start: bool) -> None:
+        """Maps from the mean field; ``start``: from the means of this batch."""
+        mean_field, rows = self.fb.mean_field, self.fb.error_rows["dense"]
+        assert mean_field is not None
+        dtype = next(iter(self.fb.states[0].values())).dtype
+        chain = MeanChain(self.edit, mean_field, rows, start, dtype)
+        method = self.fb.method
+        for m, state in zip(self.fb.maps, self.state_nodes, strict=True):
+
+            def made(state: State, found: Any, m: FeedbackMap = m) -> State:
+                whole = map_of(m, found, state["B"])
+                parts = [whole[:, m.columns(g)] for g in range(m.groups)]
+                return {**state, **refitted(method, m, parts, without_memory(state))}
+
+            found = chain.rows.get(m.layer.index)
+            new = self.emit(made, state, found, phase="mean_field", layer=m.layer.name)
+            self.new_states.append(new)
+
     def _value(self, m: FeedbackMap) -> Node:
         return markers.find(self.graph, markers.CUT)[m.layer.index]
 
@@ -434,20 +454,38 @@ def authored(method: Method, part: str, m: FeedbackMap) -> Iterator[None]:
         ) from e
 
 
+def refitted(method: Method, m: FeedbackMap, parts: list[Tensor], state: State) -> State:
+    """The method's state for the fitted map of each group."""
+    like = state["B"].dtype
+    if len(parts) == 1:
+        return method.refit(state, parts[0].to(like))
+    made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
+    return m.joined(made, state)
+
+
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius cosine (GrAPE 2026 eq. 3); 0 where one of the two is 0."""
     a, b = a.float(), b.float()
     return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp_min(1e-30)
 
 
-def build_update(step: StepGraph, feedback: Feedback) -> StepGraph:
-    """A training step of the method. With tangents in the graph its maps learn from them."""
+def build_update(step: StepGraph, feedback: Feedback, kind: str = "update") -> StepGraph:
+    """A training step of the method. With tangents in the graph its maps learn from them.
+
+    ``kind``: "mean_field" computes them anew from the running means of derivatives, "start" from
+    those of this batch.
+    """
     b = Builder(step, feedback)
     if feedback.method.feedback:
         b.add_states()
     else:
         b.state_nodes = [{} for _ in feedback.maps]
     learns = feedback.method.learns_from
+    if kind != "update":
+        b.average(kind == "start")
+        replace_cuts(b, b.cotangents(b.new_states))
+        b.decay_weights()
+        return b.finish()
     if learns and (b.streams or "tangent" not in learns):
         b.learn()
     if feedback.method.transparent:

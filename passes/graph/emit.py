@@ -137,7 +137,7 @@ class Emitter:
             return out
 
         with self.mode, python_dispatcher():
-            inner = make_fx(wrapped, tracing_mode="real")(_distinct([n.meta["val"] for n in nodes]))
+            inner = make_fx(wrapped, tracing_mode="real")(distinct([n.meta["val"] for n in nodes]))
         inner.graph.eliminate_dead_code()
         return inner.graph, result[0]
 
@@ -156,7 +156,7 @@ class Emitter:
         return tree
 
 
-def _distinct(vals: list[Any]) -> list[Any]:
+def distinct(vals: list[Any]) -> list[Any]:
     """The tracer knows inputs by identity: two nodes that share a fake value get one each."""
     seen: set[int] = set()
     out = []

@@ -9,7 +9,7 @@ from torch.fx import Node
 from grapefx.errors import VerifyError
 from grapefx.ir import INPUT_ROLES, OUTPUT_ROLES, Layer, StepGraph
 from grapefx.passes.graph import markers, meta
-from grapefx.passes.graph.order import writes
+from grapefx.passes.graph.order import descendants, writes
 
 
 def check(step: StepGraph, after: str) -> StepGraph:
@@ -95,12 +95,15 @@ def independence(
     With ``exact_rows`` all may read a chain of true gradients of a part of the batch (the phase of
     that name), which must itself depend on no update. Without it no node may be of that phase.
 
+    Maps from mean derivatives (phase "mean_field") must depend on no update and on no error.
+
     Follows every projected cotangent through the graph. Returns, for each parameter gradient, the
     layers whose cotangent reaches it. Raises ``VerifyError`` naming a path when a cotangent reaches
     another layer's cotangent, or the gradient of a parameter outside its segment.
     """
     index = {layer.name: layer.index for layer in layers}
     reach: dict[Node, int] = {}
+    error = descendants(n for _, n in step.select("cotangent"))
     for node in step.gm.graph.nodes:
         if node.op == "output":
             continue
@@ -117,6 +120,11 @@ def independence(
                     f"the chain of exact rows reads the update of layer "
                     f"{layers[bits.bit_length() - 1].name!r} (at node {node.name!r}, {node.target})"
                 )
+        if meta.phase(node) == "mean_field" and (bits or node in error):
+            raise VerifyError(
+                f"the maps from mean derivatives wait for "
+                f"{'an update' if bits else 'the error'} (at node {node.name!r}, {node.target})"
+            )
         if meta.phase(node) == "projection":
             own = 1 << index[node.meta[meta.LAYER]]
             if bits & ~own:

@@ -295,7 +295,7 @@ class StagedModule(Compiled, nn.Module):
                if plan.captured.inputs[k].role == "input"):  # fmt: skip
             raise InputError("a stage gives no gradient to its inputs\n  remedy: x.detach()")
         job.began = True
-        kind = self._state.kind(plan.kinds())
+        kind = self._state.kind(plan)
         step = self._step(program, plan, kind, batch, given)
         outputs = self._outputs(plan)
         if job.only_prepare:
@@ -520,6 +520,11 @@ def _check(method: Method, options: Options) -> None:
     for name, bad in (("calib_update", "sgd"), ("calib_refit", "feedback")):
         if getattr(options, name) == bad and not method.exact:
             raise OptionError(f"{name}={bad!r} does not go with pipeline=")
+    if options.mean_field is not None:
+        raise OptionError(
+            f"mean_field={options.mean_field!r} is a chain through all stages, which does not go "
+            "with pipeline=\n  remedy: leave mean_field out"
+        )
     if options.exact_rows:
         raise OptionError(
             f"exact_rows={options.exact_rows!r} is a backward chain through all stages, which does "
