@@ -58,13 +58,16 @@ def check_together(method: Method, options: Options) -> None:
             f"and method {method.name!r} with calib_every={options.calib_every!r}, "
             f"calib_refit={options.calib_refit!r} has none\n  remedy: leave calib_forget out"
         )
-    if options.mean_field is not None and not method.exact:
+    if options.mean_field is not None:
         learns = bool(method.learns_from) and options.mean_field != "start"
         if not method.feedback or not method.refits or method.mechanism != "points" or learns:
             raise OptionError(
                 f"mean_field={options.mean_field!r} sets feedback maps, and method {method.name!r} "
-                + ("learns its own\n  remedy: mean_field='start'" if learns else "has none that can "
-                "be set\n  remedy: leave mean_field out")
+                + (
+                    "learns its own\n  remedy: mean_field='start'"
+                    if learns
+                    else "has none that can be set\n  remedy: leave mean_field out"
+                )
             )
     if options.radial is True and method.mechanism != "points":
         raise OptionError(

@@ -14,7 +14,6 @@ from grapefx.plan import Plan
 from grapefx.report.build import LayerInfo, MethodGraphs
 from grapefx.report.records import PlanReport, SegmentRow
 
-
 MEAN_FIELD = "the feedback maps are computed from the weights and from mean derivatives"
 
 

@@ -44,7 +44,9 @@ class TrainingState:
         self.method = method
         self.options = options
         memory = frozenset(MEMORY if options.calib_forget is not None else ())
-        self.feedback = FeedbackState(method, options.seed, memory, isinstance(options.mean_field, int))
+        self.feedback = FeedbackState(
+            method, options.seed, memory, isinstance(options.mean_field, int)
+        )
         self.schedule = CalibrationSchedule(
             options.calib_every,
             options.calib_unit,
@@ -73,7 +75,7 @@ class TrainingState:
         step, options = self.schedule.step, self.options
         if not self._begun(plan):
             return "start"
-        if "mean_field" in kinds and step % plan.mean_field.every == 0:
+        if "mean_field" in kinds and step % int(options.mean_field or 1) == 0:
             return "mean_field"
         if "align" in kinds and (
             "update" not in kinds or step < options.align_warmup or step % options.align_every == 0

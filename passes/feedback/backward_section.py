@@ -16,13 +16,23 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from grapefx.passes.graph import markers
+from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import distinct
 from grapefx.passes.graph.operators import ATTENTION_BACKWARD
 from grapefx.passes.graph.order import descendants
 from grapefx.torch_compat import batch_symbol, retrace
 
 aten = torch.ops.aten
+
+
+# operators that read of a tensor only its shape -> what they fill it with, or where that stands
+_FILLS: dict[Any, Callable[[Node], Any]] = {
+    **dict.fromkeys((aten.zeros_like, aten.new_zeros, aten.zeros), lambda n: 0),
+    **dict.fromkeys((aten.empty_like, aten.new_empty, aten.empty), lambda n: 0),
+    **dict.fromkeys((aten.ones_like, aten.new_ones, aten.ones), lambda n: 1),
+    **dict.fromkeys((aten.full_like, aten.full), lambda n: n.args[1]),
+    aten.new_full: lambda n: n.args[2],
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ def backward_section(graph: Graph, batch: Any, fixed: set[Node]) -> Section:
         node: Any = stack.pop()
         if node in inside or node in outside:
             continue
-        val = node.meta.get("val")
-        own = node in behind or isinstance(val, torch.SymInt) or (node in fixed and _has(val, batch))
+        sized = is_size(node) or (node in fixed and depends(node.meta["val"], batch))
+        own = node in behind or sized
         if node.op == "call_function" and node not in taps and own:
             inside.add(node)
             stack += node.all_input_nodes
@@ -69,11 +79,43 @@ def backward_section(graph: Graph, batch: Any, fixed: set[Node]) -> Section:
     return Section(made, sources, tuple(ends))
 
 
-def _has(val: Any, batch: Any) -> bool:
-    """Whether the shape of a value, or a size, depends on the batch's."""
-    sizes = val.shape if isinstance(val, Tensor) else (val,)
-    exprs = [batch_symbol(s) for s in sizes]
+def is_size(node: Node) -> bool:
+    """Whether a node is a number."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def depends(val: Any, batch: Any) -> bool:
+    """Whether the shape of a value depends on the batch's."""
+    exprs = [batch_symbol(s) for s in val.shape]
     return any(e is not None and batch in e.free_symbols for e in exprs)
+
+
+def random(node: Node) -> bool:
+    """Whether an operator draws."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def fills(node: Node) -> bool:
+    """Whether a node is a tensor of one number, ``filled``."""
+    return _packet(node) in _FILLS
+
+
+def filled(node: Node) -> Any:
+    """The number that a tensor is filled with."""
+    return _FILLS[_packet(node)](node)
+
+
+def fixed_values(graph: Graph) -> set[Node]:
+    """Values that no data reaches: parameters, buffers, constants, and what is computed of them."""
+    fixed: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and not random(node):
+            tensors = [a for a in node.all_input_nodes if not is_size(a)]
+            if fills(node) or fixed.issuperset(tensors):
+                fixed.add(node)
+        elif meta.role(node) in ("parameter", "buffer", "constant"):
+            fixed.add(node)
+    return fixed
 
 
 def _small(gm: GraphModule, example: list[Any]) -> Graph:
@@ -84,10 +126,10 @@ def _small(gm: GraphModule, example: list[Any]) -> Graph:
             with fx_traceback.set_current_meta(n):
                 if n.target in markers.ALL:
                     return self.fetch_args_kwargs_from_env(n)[0][0]
-                own = _OWN.get(getattr(n.target, "overloadpacket", None))
-                if own is None:
-                    return super().run_node(n)
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
+                own = _OWN.get(_packet(n))
+                if own is None or n.target is aten.scatter.value:
+                    return super().run_node(n)
                 return own(n.target, args, kwargs)
 
     def run(*inputs: Any) -> Any:
@@ -97,6 +139,10 @@ def _small(gm: GraphModule, example: list[Any]) -> Graph:
     graph: Graph = retrace(run, distinct(example), decompose=True).graph
     graph.eliminate_dead_code()
     return graph
+
+
+def _packet(node: Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -133,6 +179,27 @@ def _max_pool(op: Any, args: Any, kwargs: Any) -> Any:
     return folded.reshape(x.shape)
 
 
+def _adaptive_max_pool(op: Any, args: Any, kwargs: Any) -> Any:
+    """The same where windows differ in size."""
+    g, x, indices = args
+    flat = torch.zeros(x.flatten(-2).shape, dtype=g.dtype, device=g.device)
+    return _scatter(op, (flat, -1, indices.flatten(-2), g.flatten(-2)), {}).view(x.shape)
+
+
+def _scatter(op: Any, args: Any, kwargs: Any) -> Any:
+    """Each entry times whether it goes to a position (``scatter`` of a backward is onto zeros)."""
+    to, dim, index, source = args
+    places = torch.arange(to.shape[dim], device=to.device)
+    goes = index.movedim(dim, -1).unsqueeze(-1) == places
+    moved = (source.movedim(dim, -1).unsqueeze(-1) * goes).sum(-2).movedim(-1, dim)
+    return to + moved
+
+
+def _view(op: Any, args: Any, kwargs: Any) -> Any:
+    """A view, or a copy where what is written out here lies otherwise in memory."""
+    return args[0].reshape(args[1])
+
+
 def _attention(op: Any, args: Any, kwargs: Any) -> Any:
     """The derivative of softmax(q k^T) v; dropout of weights is 1 in the mean."""
     names = [a.name for a in op._schema.arguments]
@@ -143,7 +210,9 @@ def _attention(op: Any, args: Any, kwargs: Any) -> Any:
     scores = q @ k.transpose(-1, -2) * scale
     bias = given.get("attn_mask", given.get("attn_bias"))
     if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype is torch.bool else scores + bias
+        scores = (
+            scores.masked_fill(~bias, -torch.inf) if bias.dtype is torch.bool else scores + bias
+        )
     if given.get("is_causal"):
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -162,8 +231,22 @@ _OWN: dict[Any, _Rule] = {
     aten._adaptive_avg_pool2d_backward: _of_shape,
     aten._adaptive_avg_pool3d_backward: _of_shape,
     aten.max_pool2d_with_indices_backward: _max_pool,
+    aten.adaptive_max_pool2d_backward: _adaptive_max_pool,
+    aten.scatter: _scatter,
+    aten.scatter_add: _scatter,
+    aten.view: _view,
+    aten._unsafe_view: _view,
     **{getattr(aten, name): _attention for name in ATTENTION_BACKWARD if hasattr(aten, name)},
 }
 
 
-__all__ = ["Section", "backward_section"]
+__all__ = [
+    "Section",
+    "backward_section",
+    "depends",
+    "filled",
+    "fills",
+    "fixed_values",
+    "is_size",
+    "random",
+]
