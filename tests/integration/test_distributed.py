@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fdfa-never": ("fdfa", {"calib_every": None}),
     "auto": ("grape", {"calib_every": "auto", "calib_budget": 0.5, "calib_refit": "weights"}),
     "remembers": ("dfa", {"calib_unit": "step", "calib_every": 1, "calib_forget": 0.7}),
+    "mean field": ("dfa", {"calib_every": None, "mean_field": 2}),
     "own-sgd": ("grape", {"calib_unit": "step", "calib_every": 2, "calib_update": "sgd"}),
 }
 
