@@ -572,11 +572,11 @@ def _check_feedback(plan: Plan) -> None:
 def _check_mean_field(plan: Plan) -> None:
     """Raise ``PlacementError`` where maps cannot come from mean derivatives."""
     asked = f"mean_field={plan.options.mean_field!r}"
-    tokens = [m for m in plan.maps if m.rows == "token"]
-    if tokens:
+    kinds = {m.rows: m.layer.name for m in plan.maps}
+    if len(kinds) > 1:
         raise PlacementError(
-            f"{asked} is for an error of a sample, and the feedback map of "
-            f"{tokens[0].layer.name!r} is one for each token\n  remedy: leave mean_field out"
+            f"{asked} is for maps of one kind, but that of layer {kinds['token']!r} serves each "
+            f"token, that of layer {kinds['dense']!r} a sample\n  remedy: points= of one kind"
         )
     if any(m.seed is not None for m in plan.maps):
         raise PlacementError(f"{asked} does not go with feedback='seeded', whose maps are not kept")

@@ -8,9 +8,9 @@ of the error, so it reads no error, no sample and no layer's update: only weight
 earlier steps left. It costs C / N of a backward chain, beside the forward, and is the true Jacobian
 where the derivatives are constant. The papers have nothing like it.
 
-In: a joint graph. Out: ``MeanChain``, the rows at each cut. Where cotangents meet saved values entry by
-entry, what they are multiplied by is averaged; elsewhere (a product of two values) the value.
-Terms in which the samples of a batch meet are left out: batch norm is gamma / sigma.
+In: a joint graph. Out: ``MeanChain``, the rows at each cut. Where cotangents meet saved values
+entry by entry, what they are multiplied by is averaged; elsewhere (a product of two values) the
+value. Terms in which the samples of a batch meet are left out: batch norm is gamma / sigma.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from grapefx.passes.graph import markers
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.folds import batch_folds, fold_of
 from grapefx.passes.graph.source import quoted
+from grapefx.seeded import signs
 from grapefx.torch_compat import batch_symbol
 
 aten = torch.ops.aten
@@ -113,15 +114,25 @@ class MeanChain:
                 for v, f in zip(values, error.folds, strict=True)
             ]
 
-        def parts(x: Tensor) -> list[Tensor]:
-            pieces = x.split([math.prod(s) for s in shapes], 1)
-            made = zip(pieces, shapes, error.folds, strict=True)
-            return [from_samples(p.reshape(-1, *s), f) for p, s, f in made]
+        token = error.kind == "token"
 
-        total = sum(map(math.prod, shapes))
+        def parts(x: Tensor) -> list[Tensor]:
+            if token:  # the row at each token, with a sign
+                made = x.unsqueeze(1) * _signs(x, shapes[0][0]).unsqueeze(2)
+                return [from_samples(made, error.folds[0])]
+            pieces = x.split([math.prod(s) for s in shapes], 1)
+            return [
+                from_samples(p.reshape(-1, *s), f)
+                for p, s, f in zip(pieces, shapes, error.folds, strict=True)
+            ]
+
+        def sums(x: Tensor) -> Tensor:
+            return error([x.unsqueeze(1)] if token else parts(x)).t()
+
+        total = shapes[0][1] if token else sum(map(math.prod, shapes))
         rows = self.em.call(aten.eye.default, total, dtype=values[0].dtype, device=values[0].device)
         if error.rank is not None:
-            rows = self.em.trace(lambda x: error(parts(x)).t(), rows)
+            rows = self.em.trace(sums, rows)
         at = dict(zip(sorted(forward), self.em.trace(parts, rows), strict=True))
         self.shaped = {backward[i]: forward[i] for i in backward}
         return {node: at[i] for i, node in backward.items()}
@@ -335,13 +346,24 @@ class MeanChain:
 
 
 def map_of(m: FeedbackMap, rows: Tensor | None, like: Tensor) -> Tensor:
-    """B (C, n) as a map keeps it, from the chain's rows at its cut; zeros where none arrives."""
+    """B (C, n) as a map keeps it, from the chain's rows at its cut; zeros where none arrives.
+
+    The map of a token is the mean over tokens of what their own error does to them: signs that
+    belong to tokens take out what goes from one to another, but for a rest like their mean.
+    """
     if rows is None:
         return torch.zeros_like(like)
     wide = m.value_rows(rows).to(like.dtype)
+    if m.tokens is not None:
+        wide = wide.unflatten(0, (-1, m.tokens))
+        wide = (wide * _signs(wide, m.tokens).unsqueeze(2)).mean(1)
     if m.groups == 1:
         return wide
     return torch.cat([m.pick(wide[:, m.columns(g)].t(), g).t() for g in range(m.groups)], 1)
+
+
+def _signs(rows: Tensor, tokens: int) -> Tensor:
+    return signs((rows.shape[0], tokens), 0, rows.device, rows.dtype)
 
 
 def _averaged(x: Tensor, dtype: torch.dtype, dim: int = -1, outer: int = 1, inner: int = 1) -> Any:

@@ -278,7 +278,7 @@ class Builder:
 
     def average(self, start: bool) -> None:
         """Maps from the mean field; ``start``: from the means of this batch."""
-        mean_field, rows = self.fb.mean_field, self.fb.error_rows["dense"]
+        mean_field, rows = self.fb.mean_field, self.fb.error_rows[self.fb.maps[0].rows]
         assert mean_field is not None
         dtype = next(iter(self.fb.states[0].values())).dtype
         chain = MeanChain(self.edit, mean_field, rows, start, dtype)

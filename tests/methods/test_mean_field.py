@@ -22,6 +22,7 @@ from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.verify import independence
 from grapefx.plan import build_plan
 from grapefx.report.from_plan import method_graphs
+from grapefx.seeded import signs
 from tests.methods.test_exact_rows import Instance, Unrolled, still
 from tests.zoo import (
     MLP,
@@ -108,7 +109,7 @@ MORE: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "unrolled": lambda: (Unrolled(), (torch.randn(4, 5, 6),)),
     "instance norm": lambda: (Instance(), (torch.randn(4, 2, 6, 6),)),
 }
-TOKENS = {"encoder", "encoder-prenorm", "tied"}  # their maps serve one token each
+TOKENS = {"encoder", "encoder-prenorm", "tied"}  # one map for all tokens, not for each
 
 
 @pytest.mark.parametrize("name", [*(n for n in ZOO if n not in TOKENS), *MORE])
@@ -323,6 +324,68 @@ def test_a_transformer_block_by_hand(causal: bool) -> None:
     found["read"] = c + norm_back(torch.cat(parts, -1) @ model.qkv.weight, model.norm1, h0)
     for name, b in found.items():
         torch.testing.assert_close(net.feedback[f"{name}/B"], b.flatten(1), msg=name)
+
+
+@torch.no_grad()
+def test_a_token_s_map_is_the_mean_of_tokens() -> None:
+    """Of what their own error does to them; here nothing goes from one to another."""
+    torch.manual_seed(0)
+    model = MLP(act=nn.Tanh).double()
+    net = compiled(copy.deepcopy(model), "dfa", **ONLY)
+    x = torch.randn(6, 4, 8, dtype=torch.float64)
+    with torch.enable_grad():
+        train_step(net, (x,))
+    c = model.out.weight.expand(4, 5, 12)
+    for k in (2, 1, 0):
+        torch.testing.assert_close(net.feedback[f"layers.{k}/B"], c.mean(0))
+        h = x
+        for layer in model.layers[: k + 1]:
+            h = torch.tanh(layer(h))
+        c = (c * (1 - h * h).mean(0).unsqueeze(1)) @ model.layers[k].weight
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_what_goes_from_token_to_token_has_a_sign(rank: int | None) -> None:
+    """Of equal samples: s_t s_u dy_t / dh_u, meant over the tokens u and summed over t."""
+    torch.manual_seed(0)
+    model = Masked(0.0, depth=2).double()
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    mask = torch.ones(5, 5).tril() == 0
+    kind = "dense" if rank is None else f"low-rank:{rank}"
+    net = compiled(
+        copy.deepcopy(model), "dfa", points=["enc.layers.0.linear2"], feedback=kind, **ONLY
+    )
+    train_step(net, (x.expand(4, 5, 8).contiguous(), mask))
+    assert net.plan is not None
+    block = model.enc.layers[0]
+    with torch.no_grad():
+        inner = block.norm1(x + block.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0])
+        h = block.linear2(torch.relu(block.linear1(inner)))
+
+    def rest(h: Tensor) -> Tensor:
+        out: Tensor = model.head(model.enc.layers[1](block.norm2(inner + h), src_mask=mask))
+        return out[0]
+
+    jacobian: Any = torch.autograd.functional.jacobian(rest, h)
+    jacobian = jacobian[:, :, 0]  # (t, C, u, n)
+    if rank is not None:
+        eye = torch.eye(4, dtype=torch.float64).unsqueeze(1)
+        p = net.plan.error_rows["token"]([eye])
+        jacobian = torch.einsum("tcun,cr->trun", jacobian, p)
+    s = signs((jacobian.shape[1], 5), 0, x.device, x.dtype)
+    want = torch.einsum("ct,cu,tcun->cn", s, s, jacobian) / 5
+    torch.testing.assert_close(net.feedback["enc.layers.0.linear2/B"], want)
+
+
+@pytest.mark.parametrize("name", sorted(TOKENS))
+def test_maps_of_tokens_point_with_backpropagation(name: str) -> None:
+    model, args = make(name)
+    net = compiled(still(copy.deepcopy(model)), "dfa", **ONLY)
+    train_step(net, args)
+    train_step(still(model), args)
+    pairs = zip(net.parameters(), model.parameters(), strict=True)
+    found = [F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) for p, q in pairs]  # type: ignore[union-attr]
+    assert float(torch.stack(found).median()) > 0.8, found
 
 
 # kinds of maps, forms and precisions
@@ -596,11 +659,21 @@ def test_options_that_do_not_go_together(method: str, options: dict[str, Any], s
         grapefx.compile(MLP(), method=method, **{"mean_field": 1, "calib_every": 1, **options})
 
 
-@pytest.mark.parametrize("name", sorted(TOKENS))
-def test_maps_of_tokens_are_refused(name: str) -> None:
-    model, args = make(name)
-    with pytest.raises(PlacementError, match="one for each token"):
-        compiled(model, "dfa", **ONLY)(*args)
+class Spread(nn.Module):
+    """A layer in front of which there are no tokens yet, and one behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.a(x)).unsqueeze(1) * torch.arange(1, 5).view(4, 1)
+        return self.out(torch.tanh(self.b(h)))
+
+
+def test_maps_of_two_kinds_are_refused() -> None:
+    with pytest.raises(PlacementError, match="'b' serves each token, that of layer 'a' a sample"):
+        compiled(Spread(), "dfa", **ONLY)(torch.randn(4, 8))
 
 
 def test_what_is_said_about_it() -> None:
