@@ -19,7 +19,6 @@ statistics are constants here, as they are for tangents. The nodes of the chain 
 from __future__ import annotations
 
 import operator
-import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -32,6 +31,7 @@ from grapefx.errors import GrapefxError, OptionError
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.folds import Fold
+from grapefx.passes.graph.mixing import mixes
 from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import ancestors, descendants
 from grapefx.passes.graph.rows import RowEmitter, samples_apart
@@ -52,15 +52,6 @@ _BATCH_NORMS = {
     "batch_norm_backward": (0, 1, 2, 6, 7),
 }
 _VIEWS = {"view", "reshape", "_unsafe_view"}
-# Operators that may read the batch from any dim: of others, only from the first
-_ANY_DIM = {
-    *_VIEWS, "t", "transpose", "expand", "clone", "_to_copy", "copy", "mm", "bmm", "addmm",
-    "baddbmm", "sum", "mean", "constant_pad_nd", "cut_backward",
-}  # fmt: skip
-_MOVES = {"permute"}  # whose dims are an order of all of them
-_DIM_OF_RESULT = {"select_backward", "stack", "unsqueeze"}
-_SLICES = {"slice", "slice_scatter", "slice_backward"}
-_INDEXED = {"index", "_unsafe_index", "index_put", "_unsafe_index_put"}
 
 
 @dataclass(frozen=True)
@@ -256,40 +247,11 @@ class Chain(RowEmitter):
                 "them, or moves the batch to where it cannot be followed",
             )
         sources = [a for a in node.all_input_nodes if a in own and a in self.folds]
-        if node.target is not operator.getitem and any(self._mixes(node, a) for a in sources):
+        known = node.target is operator.getitem or op_name(node) in _BATCH_NORMS
+        if not known and any(mixes(node, a, self.folds) for a in sources):
             raise self.refused(
                 node, f"cannot tell whether {node.target} (node {node.name!r}) mixes samples"
             )
-
-    def _mixes(self, node: Node, source: Node) -> bool:
-        """Whether an operator may join the samples of a value that it reads."""
-        schema = getattr(node.target, "_schema", None)
-        name, dim = op_name(node), self.folds[source].dim
-        if schema is None or not schema.name.startswith(("aten::", "prims::", "grapefx::cut")):
-            return True
-        given = {
-            argument.name: node.args[k] if k < len(node.args) else node.kwargs.get(argument.name)
-            for k, argument in enumerate(schema.arguments)
-        }
-        if name in _INDEXED:
-            indices: Any = given.get("indices")
-            at = self.folds[node].dim
-            return not isinstance(indices, (list, tuple)) or any(
-                i is not None for i in indices[at : at + 1]
-            )
-        if "normalized_shape" in given:
-            normed: Any = given["normalized_shape"]
-            return bool(dim >= source.meta["val"].ndim - len(normed))
-        if "dim" in given or "dims" in given:
-            if name in _MOVES or (name in _SLICES and _whole(given)):
-                return False
-            of = node if name in _DIM_OF_RESULT else source
-            ndim, at = of.meta["val"].ndim, self.folds[of].dim
-            dims = given.get("dim", given.get("dims"))
-            listed = dims if isinstance(dims, (list, tuple)) else [dims]
-            return any(isinstance(d, int) and d % ndim == at for d in listed)
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        return not (dim == 0 or pointwise or name in _ANY_DIM or name in _BATCH_NORMS)
 
     def _couples(self, node: Node, name: str) -> bool:
         """Whether a batch norm took its statistics over samples (an instance norm does not)."""
@@ -308,13 +270,6 @@ class Chain(RowEmitter):
             return (g * scale.view(wide)).to(g.dtype)
 
         return self.trace(frozen, args[grad], args[weight], args[spread]), None, None
-
-
-def _whole(given: dict[str, Any]) -> bool:
-    """Whether a slice takes everything."""
-    start, end, step = given.get("start"), given.get("end"), given.get("step")
-    to_end = end is None or (isinstance(end, int) and end >= sys.maxsize)
-    return start in (0, None) and to_end and step in (1, None)
 
 
 def _input_only(node: Node, args: Any) -> Any:

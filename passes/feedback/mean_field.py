@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ from grapefx.passes.feedback.backward_section import (
 )
 from grapefx.passes.graph import markers
 from grapefx.passes.graph.edit import Edit
-from grapefx.passes.graph.folds import batch_folds, fold_of
+from grapefx.passes.graph.folds import Fold, batch_folds, fold_of
+from grapefx.passes.graph.mixing import mixes
 from grapefx.passes.graph.source import quoted
 from grapefx.seeded import signs
 from grapefx.torch_compat import batch_symbol
@@ -143,11 +145,15 @@ class MeanChain:
         """Which nodes are linear in the cotangent, which of these are zero, which hold data."""
         self.linear: set[Node] = set()
         self.zero: set[Node] = set()
+        self.places: dict[Node, Fold] = {}  # where the batch is
         self.data: set[Node] = set()
         for node in self.nodes:
             reads = node.all_input_nodes
-            if node.op == "placeholder":
-                source = sources[node]
+            source = sources.get(node)
+            fold = self.folds.get(source) if source else fold_of(node, self.batch, 0, self.places)
+            if fold is not None:
+                self.places[node] = fold
+            if source is not None:
                 self.whole[node] = self.shaped.get(source, source)
                 if source in taps:
                     self.linear.add(node)
@@ -198,6 +204,12 @@ class MeanChain:
         numbers = all(t.is_floating_point() for a in data for t in _tensors(a))
         if not numbers or node.target is aten.as_strided.default:
             raise self._refused(node, "reads positions that differ from sample to sample")
+        linear = [a for a in node.all_input_nodes if a in self.linear and a not in self.zero]
+        apart = node.target is operator.getitem or (
+            all(a in self.places and not mixes(node, a, self.places) for a in linear)
+        )
+        if not apart:
+            raise self._refused(node, "may mix the samples of a batch")
         try:
             return self._call(node, self._row)
         except (RuntimeError, ValueError) as e:

@@ -641,6 +641,29 @@ def test_what_cannot_be_averaged_is_refused_with_its_line() -> None:
         net(torch.randn(4, 8))
 
 
+@pytest.mark.parametrize("mix", [lambda h: h.cumsum(0), lambda h: h.flip(0), lambda h: h.roll(1)])
+def test_samples_that_mix_are_refused(mix: Callable[[Tensor], Tensor]) -> None:
+    class Mixing(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(mix(torch.tanh(self.layers[0](x))))
+            return out
+
+    with pytest.raises(OptionError, match="may mix the samples"):
+        compiled(Mixing(depth=1), "dfa", **ONLY, points=["layers.0"])(torch.randn(4, 8))
+
+
+def test_a_mean_over_the_batch_is_left_out() -> None:
+    class Centred(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layers[0](x)
+            out: Tensor = self.out(h - h.mean(0))
+            return out
+
+    net = compiled(Centred(depth=1), "dfa", **ONLY)
+    train_step(net, (torch.randn(4, 8),))
+    torch.testing.assert_close(net.feedback["layers.0/B"], net.out.weight.detach())
+
+
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
