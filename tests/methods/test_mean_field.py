@@ -435,9 +435,10 @@ def test_every_kind_of_map_stands_for_the_full_one() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"backend": "inductor"}, {"backend": "inductor", "mean_field": 3},
-        {"backend": "inductor", "dynamic": True}, {"backend": "inductor", "parallel": "horizontal"},
-        {"capture": "export"},
+        {"backend": "inductor"}, {"capture": "export"},
+        pytest.param({"backend": "inductor", "mean_field": 3}, marks=pytest.mark.slow),
+        pytest.param({"backend": "inductor", "dynamic": True}, marks=pytest.mark.slow),
+        pytest.param({"backend": "inductor", "parallel": "horizontal"}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_every_form_gives_the_same(options: dict[str, Any]) -> None:
