@@ -12,8 +12,8 @@ largest error. The papers have nothing like it.
 
 In: a joint graph. The backward nodes between the error taps and the cuts are emitted a second time
 with every operand cut down to these samples. Batch norm in training mode couples samples: its
-statistics are constants here, as they are for tangents. The nodes of the chain have the phase
-"exact_rows"; the verifier knows that they wait for each other.
+derivative takes its means over these samples, with all samples' statistics. The nodes of the chain
+have the phase "exact_rows"; the verifier knows that they wait for each other.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _MASKS = {
     "convolution_backward", "native_layer_norm_backward", "native_group_norm_backward",
     "native_batch_norm_backward",
 }  # fmt: skip
+_SAVED_MEAN = 5  # of the following, by position
 # batch norm's backward -> (gradient, input, weight, saved 1 / sigma, training) by position
 _BATCH_NORMS = {
     "native_batch_norm_backward": (0, 1, 2, 6, 7),
@@ -213,7 +214,7 @@ class Chain(RowEmitter):
         kwargs = torch.fx.node.map_arg(dict(node.kwargs), operand)
         name = op_name(node)
         if self.rows is not None and name in _BATCH_NORMS and self._couples(node, name):
-            return self._frozen_norm(args, name)
+            return self._coupled_norm(args, name)
         if name in _MASKS:
             args = _input_only(node, args)
         if name in _VIEWS:
@@ -260,16 +261,25 @@ class Chain(RowEmitter):
         along_channels = fold is not None and fold.dim == 1
         return not along_channels and (training is None or bool(node.args[training]))
 
-    def _frozen_norm(self, args: Any, name: str) -> tuple[Any, None, None]:
-        """gamma / sigma times the gradient: the batch's statistics as constants."""
-        grad, _, weight, spread, _ = _BATCH_NORMS[name]
+    def _coupled_norm(self, args: Any, name: str) -> tuple[Any, None, None]:
+        """The whole derivative, with the saved statistics, and its means over these samples.
 
-        def frozen(g: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tensor:
+        Written out, since some kernels also want what their forward left for all samples.
+        """
+        grad, value, weight, spread, _ = _BATCH_NORMS[name]
+
+        def coupled(
+            g: Tensor, x: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor
+        ) -> Tensor:
+            wide, over = [1, -1, *[1] * (g.ndim - 2)], [0, *range(2, g.ndim)]
+            e = g.to(mean.dtype)
+            normed = (x.to(mean.dtype) - mean.view(wide)) * invstd.view(wide)
             scale = invstd if gamma is None else gamma * invstd
-            wide = [1, -1, *[1] * (g.ndim - 2)]
-            return (g * scale.view(wide)).to(g.dtype)
+            means = [t.mean(over, keepdim=True) for t in (e, e * normed)]
+            return (scale.view(wide) * (e - means[0] - normed * means[1])).to(g.dtype)
 
-        return self.trace(frozen, args[grad], args[weight], args[spread]), None, None
+        operands = (args[i] for i in (grad, value, weight, _SAVED_MEAN, spread))
+        return self.trace(coupled, *operands), None, None
 
 
 def _input_only(node: Node, args: Any) -> Any:
