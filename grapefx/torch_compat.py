@@ -859,6 +859,19 @@ def _without_function_modes() -> contextlib.AbstractContextManager[Any]:
     return torch_function_mode_stack_state_mgr
 
 
+def _add_missing_shapes() -> torch.library.Library | None:
+    """The shape of an encoder layer in fast inference, which torch 2.11 lacks for tracing."""
+    name = "_transformer_encoder_layer_fwd"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
+        return None
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(name, lambda src, *_: torch.empty_like(src), "Meta")
+    return library
+
+
+_shapes = _add_missing_shapes()  # registered for as long as this is held
+
+
 def dynamo_trace(
     fn: types.FunctionType, arguments: tuple[Any, ...], numbers: frozenset[str] = frozenset()
 ) -> DynamoTrace | None:
