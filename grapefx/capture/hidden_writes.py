@@ -69,7 +69,8 @@ def show_writes(graph: Graph) -> None:
     """
     for n in graph.nodes:
         target = _target(n)
-        value = target.meta.get("example_value") if isinstance(target, Node) else None
+        first = target[0] if isinstance(target, list | tuple) and target else target
+        value = first.meta.get("example_value") if isinstance(first, Node) else None
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
             _Writes(graph).run()  # not for a counter of batches
             return
@@ -101,26 +102,34 @@ class _Writes:
             elif isinstance(target, Node):
                 self.written_by[n] = target
                 self._write(n, target, inputs)
+            elif isinstance(target, list | tuple) and any(map(self._hidden, target)):
+                raise hidden_write(quoted(n), ", several in one call")
             for a, now in inputs.items():
                 if now is not a:
                     n.replace_input_with(a, now)
             if (key := _storage(n)) is not None:
                 self.nodes.setdefault(key, []).append(n)
 
+    def _hidden(self, target: Any) -> Node | None:
+        """The activation that a write into ``target`` changes out of autograd's sight, or None."""
+        key = _storage(target) if isinstance(target, Node) else None
+        if key is None or key not in self.nodes:
+            return None
+        known = self.memory.get(key)
+        root = self.nodes[key][0] if known is None else known.value
+        if root is None:
+            return None  # a copy already, in this region
+        if root.op not in ("call_function", "call_method"):
+            return None  # a parameter, a buffer or an argument: the write itself must last
+        return root if _has_gradient(root) and (self.off or not _has_gradient(target)) else None
+
     def _write(self, n: Node, target: Node, inputs: dict[Node, Node]) -> None:
         """Let ``n`` write into a copy, if autograd does not see that it writes."""
+        root = self._hidden(target)
+        if root is None:
+            return
         key = _storage(target)
-        if key is None or key not in self.nodes:
-            return
         known = self.memory.get(key)
-        if known is not None and known.value is None:
-            return  # a copy already, in this region
-        root = self.nodes[key][0] if known is None else known.value
-        assert root is not None
-        if root.op not in ("call_function", "call_method"):
-            return  # a parameter, a buffer or an argument: the write itself must last
-        if not _has_gradient(root) or not (self.off or not _has_gradient(target)):
-            return
         with self.graph.inserting_before(n):
             plain = self.graph.call_method("detach", (root,))
             copy = self.graph.call_method("clone", (plain,))

@@ -172,3 +172,10 @@ def test_a_parameter_is_no_activation() -> None:
     net = grapefx.compile(Clips(), method="bp", backend="eager")
     with pytest.raises(CaptureError, match=r"writes into its parameter 'first\.weight'"):
         net(torch.randn(5, 6))
+
+
+def test_several_tensors_in_one_call_are_refused() -> None:
+    model = Writer(lambda t: torch._foreach_mul_([t, t.clone()], 2.0), "detach", "h")
+    net = grapefx.compile(model, method="bp", backend="eager")
+    with pytest.raises(CaptureError, match="out of autograd's sight, several in one call"):
+        net(torch.randn(5, 6))
