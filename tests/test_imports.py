@@ -29,6 +29,7 @@ ORDER = [
     ["recommend"],
     ["choices", "placing", "untraceable"],
     ["plan"],
+    ["planning"],
     ["staging"],
     ["report"],
     ["runtime"],

@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 import grapefx
 from grapefx.analysis import pipelines as s
 from grapefx.analysis.device import load_device
-from grapefx.plan import build_plan
+from grapefx.planning import build_plan
 from grapefx.report.stages import stage_cost
 from grapefx.staging import divide_plan, ends_of, links_of, order_of, usual_kind
 from tools.common import cli

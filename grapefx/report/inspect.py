@@ -24,7 +24,8 @@ from grapefx.errors import CaptureError, GrapefxWarning, InputError, OptionError
 from grapefx.methods import Method, get_method, names, option_names
 from grapefx.options import OPTION_NAMES, Options
 from grapefx.passes.runner import PassRun
-from grapefx.plan import Plan, build_plan
+from grapefx.plan import Plan
+from grapefx.planning import build_plan
 from grapefx.report.build import build_report, opened
 from grapefx.report.from_plan import method_graphs, parameter_count
 from grapefx.report.records import PassRow

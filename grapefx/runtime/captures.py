@@ -18,7 +18,8 @@ from grapefx.layout import distributed_tensor
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.passes.runner import PassRun
-from grapefx.plan import Plan, build_forward, plan_call
+from grapefx.plan import Plan
+from grapefx.planning import build_forward, plan_call
 from grapefx.runtime import hooks, inplace
 from grapefx.runtime.building import building
 from grapefx.runtime.program import Program

@@ -18,7 +18,7 @@ from grapefx.methods import get_method
 from grapefx.methods.base import Rows
 from grapefx.passes.divide.partition import split
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import build_plan
+from grapefx.planning import build_plan
 from grapefx.seeded import signs, uniform
 from tests.zoo import assert_same_gradients
 

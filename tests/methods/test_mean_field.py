@@ -20,7 +20,7 @@ from grapefx.ir import Slot
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.verify import independence
-from grapefx.plan import build_plan
+from grapefx.planning import build_plan
 from grapefx.report.from_plan import method_graphs
 from grapefx.seeded import signs
 from tests.methods.test_exact_rows import Instance, Unrolled, still

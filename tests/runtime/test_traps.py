@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grapefx.errors import GrapefxWarning
-from grapefx.plan import build_plan
+from grapefx.planning import build_plan
 from tests.zoo import (
     MLP,
     Tied,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from grapefx.choices import resolve
 from grapefx.ir import Slot
-from grapefx.plan import Plan, build_plan, sizes_of
+from grapefx.plan import Plan, sizes_of
+from grapefx.planning import build_plan
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.training_state import TrainingState
 from grapefx.torch_compat import batch_symbol
