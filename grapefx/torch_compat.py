@@ -844,6 +844,32 @@ def _dynamo_settings(numbers: frozenset[str] = frozenset()) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _leaves_inside() -> Iterator[None]:
+    """``h.requires_grad = True`` on an activation without gradient is left out of a trace.
+
+    No parameter feels it (transformers' speech models say it for checkpoints). Dynamo refuses it.
+    """
+    from torch._dynamo.variables import TensorVariable, builtin
+
+    owner: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
+    name = "_call_setattr" if hasattr(owner, "_call_setattr") else "call_setattr"  # torch 2.11
+    original = getattr(owner, name)
+
+    def call_setattr(self: Any, tx: Any, obj: Any, attribute: Any, value: Any) -> Any:
+        said = [v.as_python_constant() for v in (attribute, value) if v.is_python_constant()]
+        activation = isinstance(obj, TensorVariable) and obj.source is None
+        if said == ["requires_grad", True] and activation and not obj.requires_grad:
+            return value
+        return original(self, tx, obj, attribute, value)
+
+    setattr(owner, name, call_setattr)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 def _without_function_modes() -> contextlib.AbstractContextManager[Any]:
     """Sets modes such as ``torch.device(...)`` aside for a trace, which knows of them.
 
@@ -887,7 +913,7 @@ def dynamo_trace(
         with (
             convert_frame.compile_lock, _dynamo_settings(numbers),
             _without_function_modes(), quiet_export(), unchecked_distributions(),
-            warnings.catch_warnings(),
+            _leaves_inside(), warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             out = convert_frame.fullgraph_capture(fn, arguments)
