@@ -690,8 +690,13 @@ def unchecked_distributions() -> Iterator[None]:
 def quiet_export() -> Iterator[None]:
     """Export without its log of failures (we report them), and without torch's own data-dependent
     question in ``nn.TransformerEncoder``: a mask that is not declared causal is applied as a mask.
+
+    A hook on buffers that a failed export leaves behind (torch 2.11) is taken away again.
     """
-    from torch.nn.modules import transformer
+    from torch.nn.modules import module, transformer
+
+    hooks = module._global_buffer_registration_hooks
+    before = set(hooks)
 
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
@@ -708,6 +713,8 @@ def quiet_export() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        for left in set(hooks) - before:
+            del hooks[left]
         if detect is not None:
             transformer._detect_is_causal_mask = detect
 

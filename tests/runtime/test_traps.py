@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import grapefx
 from grapefx.errors import GrapefxWarning
 from grapefx.planning import build_plan
 from tests.zoo import (
@@ -234,3 +235,25 @@ def test_writes_inside_an_operator_that_torch_takes_apart(method: str) -> None:
     for node in net.plan.joint.gm.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         assert schema is None or not schema.is_mutable, node
+
+
+def test_a_failed_export_leaves_no_hook_behind() -> None:
+    """torch 2.11 leaves one on the buffers of every module of the process."""
+
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.mean = self.mean + 1
+            h = self.first(x)
+            return h if h.sum() > 0 else -h
+
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = dict(hooks)
+    net = grapefx.compile(Decides(), method="bp", backend="eager", capture="export")
+    with pytest.raises(grapefx.CaptureError):
+        net(torch.randn(5, 4))
+    assert dict(hooks) == before

@@ -100,6 +100,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "bp": ({"method": "bp"}, 1),
     "dfa": ({"method": "dfa", "calib_every": None}, 1),
     "dfa radial": ({"method": "dfa", "calib_every": None, "radial": "auto"}, 1),
+    "dfa exact rows": (
+        {"method": "dfa", "calib_every": None, "exact_rows": 0.125, "exact_pick": "largest"},
+        1,
+    ),
+    "dfa mean field": ({"method": "dfa", "calib_every": None, "mean_field": 1}, 1),
     "fdfa": ({"method": "fdfa", "calib_every": None}, 1),
     "grape": ({"method": "grape", "calib_every": None}, 1),
     "grape 1/8": ({"method": "grape", "calib_every": None, "tangent_fraction": 1 / 8}, 1),
