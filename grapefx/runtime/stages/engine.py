@@ -15,6 +15,7 @@ from grapefx.passes.divide.commit import reduced, reduction_of
 from grapefx.passes.divide.stages import SEND
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.stages.compiled import StageStep
+from grapefx.torch_compat import memory
 
 
 class Wires(Protocol):
@@ -62,6 +63,7 @@ class _Held:
     saved: list[Any] = field(default_factory=list)
     made: dict[int, Any] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
+    memories: set[int] = field(default_factory=set)  # of tensors that a gradient may be a view of
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
         self.step, self.inputs, self.wires, self.gather = step, inputs, wires, gather
         self.held: dict[int, _Held] = {}
         self.gradients: dict[str, Tensor] = {}
+        self._summed: set[str] = set()  # gradients that are sums of microbatches, added to in place
         self.contributions: dict[Slot, list[Tensor]] = {}
         self.learned: dict[Slot, Tensor] = {}
         self.losses: list[Tensor] = []
@@ -165,12 +168,29 @@ class Engine:
     def _take(self, slot: Slot, value: Tensor, held: _Held) -> None:
         if slot.role == "gradient":
             old = self.gradients.get(slot.name)
-            # the first is a copy: a graph may return a view of what it keeps
-            self.gradients[slot.name] = value.clone() if old is None else old.add_(value)
+            if old is None:
+                self.gradients[slot.name] = self._own(value, held)
+            elif slot.name in self._summed:
+                old.add_(value)
+            else:
+                self.gradients[slot.name] = old + value
+                self._summed.add(slot.name)
         elif slot.name.startswith(SEND):
             held.values[slot] = value
         elif slot.role == "saved":
             self.contributions.setdefault(slot, []).append(value)
+
+    def _own(self, value: Tensor, held: _Held) -> Tensor:
+        """A gradient in memory of its own: a graph may return a view of what it keeps."""
+        if not held.memories:
+            kept = (*held.saved, *held.values.values(), *self.inputs.fixed.values())
+            held.memories.update(memory(t) for t in kept if isinstance(t, Tensor))
+        where = memory(value)
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        if where in held.memories or not whole:
+            return value.clone()
+        held.memories.add(where)
+        return value
 
     def _sent(self, action: Action) -> Tensor:
         held = self._of(action.microbatch)
