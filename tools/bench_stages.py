@@ -7,10 +7,11 @@
 Each round runs one step (gradients cleared, forward, loss, backward; no optimizer) of every variant
 in shuffled order, the same on all ranks; a step lasts from a barrier to the next one. Given are the
 median, its quartiles, the ratio to backpropagation in one process with one thread (the median of
-paired ratios), what the device model predicts for that ratio, where it does, and the peak of the
-memory that one step allocates (activations, gradients, temporaries) on the rank with most of it.
-Torch's pipelines
-run the same layers, cut where ours are cut ("interleaved" and "ZBV" into twice as many stages).
+paired ratios), what the device model predicts for that ratio on devices of their own, where it does
+(these processes share one memory: two threads, which share it as well, do not halve a step either),
+and the peak of the memory that one step allocates (activations, gradients, temporaries) on the rank
+with most of it. Torch's pipelines run the same layers, cut where ours are cut ("interleaved" and
+"ZBV" into twice as many stages).
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def predicted(model: nn.Sequential, x: Tensor, stages: int, m: int, method: str)
             {c.name for c in found.channels if c.kind == "chain" and c.source == k}
             for k in range(count)
         ]
-        costs = [stage_cost(g.step, chains[g.index], device) for g in found.stages]
+        costs = [stage_cost(g.step, chains[g.index], device, parts) for g in found.stages]
         exact = kind == "calibration"
         first = commit is not None and commit.first
         schedule = s.connect(order_of(count, parts, exact, commit), links_of(found, exact, first))

@@ -41,8 +41,13 @@ class StageCost:
         return found.get(do, 0.0)
 
 
-def stage_cost(step: StepGraph, chains: set[str], device: DeviceModel) -> StageCost:
-    """What a stage's graph costs. ``chains``: the names of the gradients that it sends on."""
+def stage_cost(
+    step: StepGraph, chains: set[str], device: DeviceModel, microbatches: int = 1
+) -> StageCost:
+    """What a stage's graph costs. ``chains``: the names of the gradients that it sends on.
+
+    Every microbatch but the first adds its gradients to those before it: two are read, one written.
+    """
     slots = dict(zip(step.placeholders(), step.inputs, strict=True))
     late = descendants(n for n, slot in slots.items() if slot.role in LATE_ROLES)
     pairs = zip(step.outputs, step.results(), strict=True)
@@ -53,6 +58,10 @@ def stage_cost(step: StepGraph, chains: set[str], device: DeviceModel) -> StageC
         part = "backward" if node in chain else "update" if node in late else "forward"
         flops = (cost.matmul_flops, cost.vector_flops)
         sums[part] += device.seconds(*flops, cost.bytes, cost.dtype)
+    pairs = zip(step.outputs, step.results(), strict=True)
+    for gradient in [n.meta["val"] for slot, n in pairs if slot.role == "gradient"]:
+        adding = device.seconds(0, gradient.numel(), 3 * _bytes(gradient), gradient.dtype)
+        sums["update"] += adding * (microbatches - 1) / microbatches
     weights = sum(_bytes(n.meta["val"]) for n, slot in slots.items() if slot.role == "parameter")
     parts = split(step)
     held = [n for n in parts.update.graph.nodes if n.op == "placeholder"][: parts.saved]
@@ -97,7 +106,9 @@ def stages_text(
         kind = usual_kind(plan)
         ends = ends_of(plan, "auto", count, part, device)
         stages, commit = divide_plan(plan, kind, part, ends)
-        costs = [stage_cost(x.step, _chains(stages, x.index), model) for x in stages.stages]
+        costs = [
+            stage_cost(x.step, _chains(stages, x.index), model, microbatches) for x in stages.stages
+        ]
         chained = kind == "calibration" or plan.method.exact
         first = commit is not None and commit.first
         order = order_of(count, microbatches, chained, commit)
