@@ -76,7 +76,6 @@ class Engine:
         self.step, self.inputs, self.wires, self.gather = step, inputs, wires, gather
         self.held: dict[int, _Held] = {}
         self.gradients: dict[str, Tensor] = {}
-        self._summed: set[str] = set()  # gradients that are sums of microbatches, added to in place
         self.contributions: dict[Slot, list[Tensor]] = {}
         self.learned: dict[Slot, Tensor] = {}
         self.losses: list[Tensor] = []
@@ -168,13 +167,8 @@ class Engine:
     def _take(self, slot: Slot, value: Tensor, held: _Held) -> None:
         if slot.role == "gradient":
             old = self.gradients.get(slot.name)
-            if old is None:
-                self.gradients[slot.name] = self._own(value, held)
-            elif slot.name in self._summed:
-                old.add_(value)
-            else:
-                self.gradients[slot.name] = old + value
-                self._summed.add(slot.name)
+            added = self._own(value, held) if old is None else old.add_(value)
+            self.gradients[slot.name] = added
         elif slot.name.startswith(SEND):
             held.values[slot] = value
         elif slot.role == "saved":
