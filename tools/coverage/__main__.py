@@ -159,7 +159,7 @@ def _report(
     stages: Callable[[Sample, int], Stages],
     send: Callable[[Row], None],
 ) -> None:
-    row: Row = {"stage": "build"}
+    row: Row = {"stage": "build", "torch": torch.__version__.split("+")[0]}
     try:
         torch.manual_seed(0)
         for stage, found in stages(ZOOS[zoo]()[name](), depth):

@@ -6,8 +6,6 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from tools.common.results import Row
 from tools.common.table import Table
 from tools.coverage.zoos import BATCH
@@ -36,9 +34,9 @@ that has no row has not been measured yet.
 CAPTURED = """
 ## Captured by Dynamo
 
-Every model with `--capture` (torch {torch}): captured by Dynamo, and the gradients of `bp` against
-eager PyTorch to a relative 1e-6. {ok} of {all} work. CPU seconds of capture, placement and joint
-graph, summed over the {both} models that both ways can capture: {dynamo:.0f} with Dynamo,
+Models with `--capture --depth 1` (torch {torch}): captured by Dynamo, and the gradients of `bp`
+against eager PyTorch to a relative 1e-6. {ok} of {all} work. CPU seconds of capture, placement and
+joint graph, summed over the {both} models that both ways can capture: {dynamo:.0f} with Dynamo,
 {export:.0f} with `capture="export"`, {ratio:.2f} times.
 """
 COMPILED = """
@@ -93,7 +91,7 @@ def document(
 ) -> str:
     """The page: a summary, the failures with their reasons, every model; captures, compilations."""
     ordered = sorted(rows, key=_order)
-    out = [HEAD.format(batch=BATCH, torch=torch.__version__.split("+")[0])]
+    out = [HEAD.format(batch=BATCH, torch=_versions(ordered))]
     groups = {z: [r for r in ordered if r["zoo"] == z] for z in sorted({r["zoo"] for r in ordered})}
     sums = []
     for zoo, members in [*groups.items(), ("all", ordered)]:
@@ -112,6 +110,11 @@ def document(
     return "\n".join(out).rstrip() + "\n"
 
 
+def _versions(rows: Iterable[Row]) -> str:
+    """The versions of torch that the rows were measured with."""
+    return ", ".join(sorted({r.get("torch", "unknown") for r in rows}))
+
+
 def _captured(rows: Sequence[Row]) -> list[str]:
     """The two ways to capture: sums, and each model that either cannot take."""
     both = [r for r in rows if r["ok"] and "export_s" in r]
@@ -119,7 +122,7 @@ def _captured(rows: Sequence[Row]) -> list[str]:
         return []
     sums = {k: sum(r[f"{k}_s"] for r in both) for k in ("dynamo", "export")}
     text = CAPTURED.format(
-        torch=torch.__version__.split("+")[0],
+        torch=_versions(rows),
         ok=sum(r["ok"] for r in rows),
         all=len(rows),
         both=len(both),
