@@ -31,7 +31,9 @@ RATES = ((1e12, 2.0**30), (1e11, 2.0**40))  # FLOP/s, bytes/s: memory limits, pr
 )
 def test_parts(name: str, variant: str, parts: set[str]) -> None:
     row = compile_time.measure(name, variant, batch=8, kernels=False)
-    assert {k for k, v in row.items() if v} == {"first", "front", "processor"} | parts
+    # time of compilers may be that of processes which an earlier test has started
+    found = {k for k, v in row.items() if v} - {"compilers"}
+    assert found == {"first", "front", "processor"} | parts
     assert (row["capture"] or 0) < row["front"] <= row["first"]
 
 
