@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grapefx.errors import StateError, tell
+from grapefx.errors import InputError, StateError, tell
 from grapefx.ir import Layer
 from grapefx.methods import Method
 from grapefx.options import Options
@@ -85,6 +85,12 @@ class TrainingState:
 
     def _begun(self, plan: Plan) -> bool:
         """Whether there are means, or a start, that the plan's maps come from."""
+        wanted = plan.options.mean_field
+        if wanted is not None and plan.mean_field is None and self.schedule.step == 0:
+            raise InputError(
+                f"mean_field={wanted!r} takes its maps from the first training batch, which has "
+                "one sample here\n  remedy: begin with a batch of more"
+            )
         if plan.mean_field is None:
             return True
         once = plan.mean_field.every == 0

@@ -745,3 +745,16 @@ def test_a_deep_network_learns_without_a_true_gradient() -> None:
     }
     assert min(found["ours"], found["thinned"]) > found["bp"] - 0.03, found
     assert found["fixed"] < found["bp"] - 0.06, found
+
+
+@pytest.mark.parametrize("mean_field", [1, "start"])
+def test_a_first_batch_of_one_sample_is_refused(mean_field: Any) -> None:
+    """Its graph takes no means: the maps would stay random without a word."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net = grapefx.compile(
+        model, method="dfa", mean_field=mean_field, calib_every=None, backend="eager"
+    )
+    with pytest.raises(grapefx.InputError, match="begin with a batch of more"):
+        net(torch.randn(1, 6)).sum().backward()
+    net(torch.randn(4, 6)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

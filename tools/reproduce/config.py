@@ -200,8 +200,9 @@ def load_config(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
     setting = {k: v for k, v in raw.items() if k in SETTING}
     _check_setting(path.name, setting)
     rows = {n: _row(path.name, n, r, setting) for n, r in raw["methods"].items()}
-    try:  # a subset is named by what --set made of it
-        differs = tuple(d.format(**setting) for d in raw.get("differs", ()))
+    try:  # a subset or another network is named by what --set made of it
+        title, *differs = (d.format(**setting) for d in (raw["title"], *raw.get("differs", ())))
     except (KeyError, IndexError, ValueError) as e:
-        raise ConfigError(f"{path.name}: differs: {e!r} is no key of the config") from e
-    return Config(name, raw["title"], raw["source"], differs, setting, rows, _hash(setting), sets)
+        raise ConfigError(f"{path.name}: title, differs: {e!r} is no key of the config") from e
+    hashed = _hash(setting)
+    return Config(name, title, raw["source"], tuple(differs), setting, rows, hashed, sets)
