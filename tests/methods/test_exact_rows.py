@@ -109,13 +109,18 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("name", [*ZOO, *MORE])
-def test_all_rows_at_weight_one_are_backpropagation(name: str) -> None:
-    """Whatever the maps are, every gradient is that of eager autograd."""
+def doubled(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A model in float64 and without randomness, and the arguments of a call."""
     torch.manual_seed(2)
     model, args = make(name) if name in ZOO else MORE[name]()
     args = tuple(a.double() if a.is_floating_point() else a for a in args)
-    assert_same_gradients(*nets(still(model.double()), args), tol=1e-10)
+    return still(model.double()), args
+
+
+@pytest.mark.parametrize("name", [*ZOO, *MORE])
+def test_all_rows_at_weight_one_are_backpropagation(name: str) -> None:
+    """Whatever the maps are, every gradient is that of eager autograd."""
+    assert_same_gradients(*nets(*doubled(name)), tol=1e-10)
 
 
 @pytest.mark.parametrize("name", [*ZOO, *MORE])
@@ -125,10 +130,7 @@ def test_a_part_equals_the_gradient_of_a_mixed_cotangent(name: str) -> None:
     With maps alone, all rows exact, and the first n exact, on a loss that only the first n or only
     the others feel: the three agree where they must.
     """
-    torch.manual_seed(2)
-    model, args = make(name) if name in ZOO else MORE[name]()
-    args = tuple(a.double() if a.is_floating_point() else a for a in args)
-    model = still(model.double())
+    model, args = doubled(name)
     lead = next(a for a in args if a.ndim and a.shape[0] == args[0].shape[0])
     batch = lead.shape[0]
     n = ExactRows(0.4, 1.0, "first", None, batch).count(batch)
@@ -149,10 +151,7 @@ def test_a_part_equals_the_gradient_of_a_mixed_cotangent(name: str) -> None:
 @pytest.mark.parametrize("name", [*ZOO, *MORE])
 def test_the_largest_errors_are_the_first_once_sorted(name: str) -> None:
     """The same samples in the order of their errors, of which the first n are exact."""
-    torch.manual_seed(2)
-    model, args = make(name) if name in ZOO else MORE[name]()
-    args = tuple(a.double() if a.is_floating_point() else a for a in args)
-    model = still(model.double())
+    model, args = doubled(name)
     lead = next(a for a in args if a.ndim and a.shape[0] == args[0].shape[0])
     batch = lead.shape[0]
     order = torch.arange(batch - 1, -1, -1)
