@@ -113,7 +113,7 @@ class RowEmitter(Emitter):
         """The samples in question of a value."""
         assert self.rows is not None
         if self.index is None:
-            return take_rows(self, node, fold, self.rows)
+            return _take_first(self, node, fold, self.rows)
         part: Node = self.trace(lambda x, i: _taken(x, i, fold), node, self.index)
         return part
 
@@ -121,7 +121,7 @@ class RowEmitter(Emitter):
         """A value in which the samples in question are those of ``part``."""
         assert self.rows is not None
         if self.index is None:
-            return put_rows(self, node, fold, self.rows, part)
+            return _put_first(self, node, fold, self.rows, part)
         whole: Node = self.trace(lambda x, i, p: _put(x, i, p, fold), node, self.index, part)
         return whole
 
@@ -153,14 +153,14 @@ class RowEmitter(Emitter):
         return self.p(tree)
 
 
-def scaled(em: Emitter, rows: Any, factor: int) -> Any:
+def _scaled(em: Emitter, rows: Any, factor: int) -> Any:
     """``rows * factor`` as a node (or the node itself)."""
     return rows if factor == 1 else em.call(operator.mul, rows, factor)
 
 
-def take_rows(em: Emitter, node: Node, fold: Fold, rows: Any) -> Node:
+def _take_first(em: Emitter, node: Node, fold: Fold, rows: Any) -> Node:
     """The first ``rows`` samples of a value."""
-    end = scaled(em, rows, fold.inner)
+    end = _scaled(em, rows, fold.inner)
     if fold.outer == 1:
         return em.call(aten.slice.Tensor, node, fold.dim, 0, end)
     wide, shape = _apart(em, node, fold)
@@ -169,9 +169,9 @@ def take_rows(em: Emitter, node: Node, fold: Fold, rows: Any) -> Node:
     return em.call(aten.view.default, solid, shape)
 
 
-def put_rows(em: Emitter, node: Node, fold: Fold, rows: Any, first: Node) -> Node:
+def _put_first(em: Emitter, node: Node, fold: Fold, rows: Any, first: Node) -> Node:
     """A value whose first ``rows`` samples are ``first``, the others its own."""
-    end = scaled(em, rows, fold.inner)
+    end = _scaled(em, rows, fold.inner)
     if fold.outer == 1:
         return em.call(aten.slice_scatter.default, node, first, fold.dim, 0, end)
     solid = em.call(aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -208,4 +208,4 @@ def _put(x: Tensor, index: Tensor, part: Tensor, fold: Fold) -> Tensor:
     return apart.reshape(x.shape)
 
 
-__all__ = ["RowEmitter", "samples_apart", "scaled", "take_rows"]
+__all__ = ["RowEmitter", "samples_apart"]
