@@ -179,6 +179,22 @@ def test_eulers_identity_holds_exactly_where_the_pass_says(name: str) -> None:
         assert torch.allclose(inner, s, rtol=1e-10, atol=1e-12) == (i in points), layer.name
 
 
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_behind_a_norm_the_degree_is_zero(norm: type[nn.Module], shortcut: bool) -> None:
+    """<h, delta> = 0, for each sample or in the sum over the batch, unless a shortcut passes it."""
+    torch.manual_seed(4)
+    inner = nn.Sequential(
+        nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False), norm(6, eps=1e-15)
+    ).double()
+    last = nn.Linear(6, 3).double()
+    h = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    y = last(inner(h) + h if shortcut else inner(h))
+    (delta,) = torch.autograd.grad(nn.functional.cross_entropy(y, torch.arange(8) % 3), h)
+    along = (h * delta).sum(1) if norm is nn.LayerNorm else (h * delta).sum()
+    assert torch.allclose(along, torch.zeros_like(along), atol=1e-12) != shortcut
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "branches", "tokens"])
 def test_the_true_gradient_is_left_alone(name: str) -> None:
     """Where maps give the true cotangent (the last layer's weight), the correction is zero."""
