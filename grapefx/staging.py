@@ -10,7 +10,8 @@ from grapefx.analysis.device import DeviceModel, load_device
 from grapefx.errors import MethodError, OptionError, PlacementError, nearest
 from grapefx.methods import Method
 from grapefx.passes.divide.commit import Commit, cut_commit
-from grapefx.passes.divide.stages import SEND, Owners, Stages, legal_ends, split_stages
+from grapefx.passes.divide.owners import Owners, legal_ends
+from grapefx.passes.divide.stages import SEND, Stages, split_stages
 from grapefx.passes.pipeline import LowerContext, prepare
 from grapefx.plan import Plan, sizes_of
 

@@ -691,11 +691,16 @@ def quiet_export() -> Iterator[None]:
     """Export without its log of failures (we report them), and without torch's own data-dependent
     question in ``nn.TransformerEncoder``: a mask that is not declared causal is applied as a mask.
 
-    A hook on buffers that a failed export leaves behind (torch 2.11) is taken away again.
+    A hook on buffers that a failed export leaves behind (torch 2.11) is taken away again, also one
+    of a user's own export: no other trace of a model that assigns buffers would get past it.
     """
     from torch.nn.modules import module, transformer
 
     hooks = module._global_buffer_registration_hooks
+    if not torch.compiler.is_exporting():
+        for key, hook in list(hooks.items()):
+            if "register_buffer_assignment_hook" in getattr(hook, "__qualname__", ""):
+                del hooks[key]
     before = set(hooks)
 
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")

@@ -16,8 +16,9 @@ from grapefx.analysis.cost import graph_cost
 from grapefx.analysis.device import DeviceModel, load_device
 from grapefx.errors import InputError
 from grapefx.ir import StepGraph
+from grapefx.passes.divide.owners import LATE_ROLES
 from grapefx.passes.divide.partition import split
-from grapefx.passes.divide.stages import LATE_ROLES, SEND, Stages
+from grapefx.passes.divide.stages import SEND, Stages
 from grapefx.passes.graph.order import ancestors, descendants
 from grapefx.plan import Plan
 from grapefx.staging import check_method, divide_plan, ends_of, links_of, order_of, usual_kind

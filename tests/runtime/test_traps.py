@@ -237,23 +237,30 @@ def test_writes_inside_an_operator_that_torch_takes_apart(method: str) -> None:
         assert schema is None or not schema.is_mutable, node
 
 
+class Decides(nn.Module):
+    """Assigns a buffer, then asks for a value where ``ask`` says so."""
+
+    def __init__(self, ask: bool = True) -> None:
+        super().__init__()
+        self.ask, self.first = ask, nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = self.mean + 1
+        h = self.first(x)
+        return -h if self.ask and h.sum() > 0 else h
+
+
 def test_a_failed_export_leaves_no_hook_behind() -> None:
     """torch 2.11 leaves one on the buffers of every module of the process."""
-
-    class Decides(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(4, 4)
-            self.register_buffer("mean", torch.zeros(4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.mean = self.mean + 1
-            h = self.first(x)
-            return h if h.sum() > 0 else -h
-
     hooks = torch.nn.modules.module._global_buffer_registration_hooks
     before = dict(hooks)
     net = grapefx.compile(Decides(), method="bp", backend="eager", capture="export")
     with pytest.raises(grapefx.CaptureError):
         net(torch.randn(5, 4))
     assert dict(hooks) == before
+    with pytest.raises(Exception, match="data-dependent"):  # the user's own export
+        torch.export.export(Decides(), (torch.randn(5, 4),))
+    model = Decides(ask=False)
+    grapefx.compile(model, method="bp", backend="eager")(torch.randn(5, 4))
+    torch.testing.assert_close(model.mean, torch.ones(4))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grapefx.analysis.pipelines import Action
 from grapefx.ir import Slot
-from grapefx.passes.divide.stages import legal_ends
+from grapefx.passes.divide.owners import legal_ends
 from grapefx.plan import Plan
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.program import sizes_of

@@ -104,12 +104,18 @@ def _check_clipped(seen: list[Any]) -> None:
 
 
 def test_failures_are_named_on_every_living_rank(tmp_path: Path) -> None:
-    with pytest.raises(mp.ProcessExitedException):  # the rank that is killed
-        mp.spawn(worker.failing, (2, str(tmp_path)), nprocs=2, join=True)  # type: ignore[no-untyped-call]
+    context = mp.get_context("spawn")  # mp.spawn ends the living ranks with the dead one
+    ranks = [context.Process(target=worker.failing, args=(r, 2, str(tmp_path))) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert ranks[1].exitcode == 9  # the rank that is killed
     first, last = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2))
     for found in (first, last):
         assert "another parameters (differently seeded?)" in found["seeds"]
         assert "another step graph" in found["models"]
+        assert "loss=None must be a function" in found["no loss"]
         assert "another batch size than stage 0 (rank 0): 12 and 16" in found["shapes"]
     assert "stage 1 (rank 1) failed in error of microbatch 0: ValueError" in last["loss"]
     assert "StageError: stage 0 (rank 0) failed in recv of microbatch 0" in first["loss"]

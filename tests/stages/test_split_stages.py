@@ -14,7 +14,8 @@ from grapefx.errors import PlacementError, VerifyError
 from grapefx.ir import Slot, StepGraph
 from grapefx.methods import get_method
 from grapefx.options import Options
-from grapefx.passes.divide.stages import SEND, Stages, legal_ends, split_stages
+from grapefx.passes.divide.owners import legal_ends
+from grapefx.passes.divide.stages import SEND, Stages, split_stages
 from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.annotate import annotate

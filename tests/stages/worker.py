@@ -186,12 +186,12 @@ def failing(rank: int, world: int, folder: str) -> None:
             made.prepare(data[0][0] if x is None else x)
             before = [p.detach().clone() for p in made.parameters()]
             made.step(data[0][0], target=data[0][1], loss=F.cross_entropy)
-            steps, grads = made._state.schedule.step, [p.grad.clone() for p in made.parameters()]
+            steps, grads = made._trainer.state.schedule.step, [p.grad.clone() for p in made.parameters()]
             made.step(data[1][0], target=data[1][1], loss=loss)
         except grapefx.GrapefxError as e:
             message = f"{type(e).__name__}: {e}"
             if "failed in" in message:
-                assert made._state.schedule.step == steps
+                assert made._trainer.state.schedule.step == steps
                 assert all(torch.equal(p.grad, g) for p, g in
                            zip(made.parameters(), grads, strict=True))  # fmt: skip
                 assert all(torch.equal(p, b) for p, b in
@@ -225,5 +225,6 @@ def failing(rank: int, world: int, folder: str) -> None:
     scene("models", net=other_width)
     scene("shapes", x=data[0][0][: 16 - 4 * rank])
     scene("loss", wrong)
+    scene("no loss", None)
     scene("hanging", slow)
     scene("killed", killed)

@@ -12,8 +12,9 @@ from grapefx.analysis import pipelines as s
 from grapefx.ir import Slot
 from grapefx.lowering import Compiled, lower_saving, lower_tasks, update_for
 from grapefx.passes.divide.commit import Commit
+from grapefx.passes.divide.owners import stage_numbers
 from grapefx.passes.divide.partition import Split, split
-from grapefx.passes.divide.stages import SEND, Stages, stage_numbers
+from grapefx.passes.divide.stages import SEND, Stages
 from grapefx.passes.divide.tasks import Tasks, split_by_results
 from grapefx.plan import Plan
 from grapefx.staging import links_of, order_of

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from grapefx.errors import MethodError
 from grapefx.ir import Slot
-from grapefx.passes.divide.stages import Stages, stage_numbers
+from grapefx.passes.divide.owners import stage_numbers
+from grapefx.passes.divide.stages import Stages
 from grapefx.plan import Plan
 
 
