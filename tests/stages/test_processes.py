@@ -18,8 +18,6 @@ from tests.zoo import make
 if not (dist.is_available() and dist.is_gloo_available()):  # pragma: no cover
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-pytestmark = pytest.mark.slow  # processes that import torch
-
 CASES = {
     2: [("bp", 1), ("bp", 4), ("dfa", 2), ("fdfa", 8), ("grape", 1)],
     4: [("bp", 8), ("dfa", 4), ("grape", 2)],

@@ -180,18 +180,19 @@ def failing(rank: int, world: int, folder: str) -> None:
 
     def scene(name: str, loss: Any = F.cross_entropy, net: Any = None, x: Any = None) -> None:
         group = dist.new_group(list(range(world)))
-        made = net(group) if net else compiled("dfa", group, 2, stage_timeout=3)
+        made = net(group) if net else compiled("dfa", group, 2, stage_timeout=10)
         message = ""
         try:
             made.prepare(data[0][0] if x is None else x)
             before = [p.detach().clone() for p in made.parameters()]
             made.step(data[0][0], target=data[0][1], loss=F.cross_entropy)
-            steps, grads = made._trainer.state.schedule.step, [p.grad.clone() for p in made.parameters()]
+            state = made._trainer.state
+            steps, grads = state.schedule.step, [p.grad.clone() for p in made.parameters()]
             made.step(data[1][0], target=data[1][1], loss=loss)
         except grapefx.GrapefxError as e:
             message = f"{type(e).__name__}: {e}"
             if "failed in" in message:
-                assert made._trainer.state.schedule.step == steps
+                assert state.schedule.step == steps
                 assert all(torch.equal(p.grad, g) for p, g in
                            zip(made.parameters(), grads, strict=True))  # fmt: skip
                 assert all(torch.equal(p, b) for p, b in
@@ -212,7 +213,7 @@ def failing(rank: int, world: int, folder: str) -> None:
                                backend="eager")  # fmt: skip
 
     def slow(out: Tensor, y: Tensor) -> Tensor:
-        time.sleep(6)
+        time.sleep(15)
         return F.cross_entropy(out, y)
 
     def wrong(out: Tensor, y: Tensor) -> Tensor:
