@@ -319,7 +319,7 @@ class FeedbackModule(Compiled, nn.Module):
                 "  without one: grapefx.inspect(model, example)"
             )
         name = type(self._original).__name__
-        chosen = reason(self._options)
+        chosen = reason(self._options, self.plan.joint.gm.graph, len(self.plan.layers))
         return explain(self.plan, name, lowered=self._captures.lowered(), chosen=chosen, **choices)
 
     def record(self, steps: int | None = 10_000) -> None:

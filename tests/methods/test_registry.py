@@ -163,6 +163,23 @@ def test_what_is_recommended_depends_on_the_network() -> None:
     assert "Chosen" not in str(plain.explain())
 
 
+@pytest.mark.parametrize("kind", ["attention", "batch norms", "few batch norms"])
+def test_what_measured_better_with_a_chain_is_said_not_chosen(kind: str) -> None:
+    norms = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(9)]
+    models: dict[str, nn.Module] = {
+        "attention": nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        "batch norms": nn.Sequential(*norms, nn.Linear(8, 2)),
+        "few batch norms": nn.Sequential(*norms[:2], nn.Linear(8, 2)),
+    }
+    x = torch.randn(6, 3, 8) if kind == "attention" else torch.randn(6, 8)
+    net = grapefx.compile(models[kind], method="dfa", backend="eager")
+    net(x).sum().backward()
+    assert net._options.exact_rows == 0 and net._options.mean_field is None
+    said = str(net.explain())
+    words = {"attention": "granularity='block'", "batch norms": "mean_field=1"}
+    assert words[kind] in said if kind in words else "Chosen" not in said
+
+
 # class targets
 
 
