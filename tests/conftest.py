@@ -71,9 +71,9 @@ LONG_CASES = {
 }
 
 
-# Folders whose tests compile or trace something: of a test with more than MANY cases there, one of
-# SAMPLE runs, those whose names come first by a hash.
-SAMPLED = ("methods", "passes", "runtime", "stages", "staleness", "fuzz", "integration")
+# Folders whose tests compile or trace something (staleness and fuzz sample by themselves). Of a test
+# with more than MANY cases there one of SAMPLE runs, those whose names come first by a hash.
+SAMPLED = ("methods", "passes", "runtime", "stages", "integration")
 MANY = 6
 SAMPLE = 5
 
