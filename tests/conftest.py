@@ -71,8 +71,8 @@ LONG_CASES = {
 }
 
 
-# Folders whose tests compile or trace something (staleness and fuzz sample by themselves). Of a test
-# with more than MANY cases there one of SAMPLE runs, those whose names come first by a hash.
+# Folders whose tests compile or trace something (staleness and fuzz sample by themselves). Of a
+# test with more than MANY cases there one of SAMPLE runs, those whose names come first by a hash.
 SAMPLED = ("methods", "passes", "runtime", "stages", "integration")
 MANY = 6
 SAMPLE = 5
