@@ -108,6 +108,38 @@ def test_loggers_and_monitors_get_the_alignment(tmp_path: Path) -> None:
     assert float(monitored) == pytest.approx(sum(cosines) / 2, abs=1e-6)
 
 
+def test_mlflow_gets_the_alignment(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    logger = MLFlowLogger("run", tracking_uri=uri, artifact_location=str(tmp_path))
+    module = Classifier()
+    trainer(tmp_path, 3, logger=logger, enable_checkpointing=False).fit(module, data())
+    client = mlflow.tracking.MlflowClient(uri)
+    seen = client.get_metric_history(logger.run_id, "grapefx/net/calibrations")
+    assert [m.value for m in seen] == [1, 1, 2, 2, 3, 3]
+    for layer, cosines in module.net.alignment().items():
+        for kind, value in cosines.items():
+            last = client.get_metric_history(logger.run_id, f"grapefx/net/{kind}/{layer}")[-1]
+            assert last.value == pytest.approx(value, abs=1e-6)
+
+
+def test_weights_and_biases_gets_the_alignment(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger("run", save_dir=tmp_path, offline=True)
+    module = Classifier()
+    trainer(tmp_path, 3, logger=logger, enable_checkpointing=False).fit(module, data())
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert summary["grapefx/net/calibrations"] == 3
+    for layer, cosines in module.net.alignment().items():
+        for kind, value in cosines.items():
+            assert summary[f"grapefx/net/{kind}/{layer}"] == pytest.approx(value, abs=1e-6)
+
+
 def test_a_module_without_a_net_is_refused(tmp_path: Path) -> None:
     module = Classifier()
     module.net = nn.Linear(8, 3)  # type: ignore[assignment]
