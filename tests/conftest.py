@@ -31,17 +31,22 @@ LONG_CASES = {
     "test_averaged_weights": "False",
     "test_batched_updates_are_the_same": "macro-.*|micro-.*|resnet-dfa",
     "test_cached_traces_give_the_same_graphs": "dfa|fdfa",
+    "test_calibration_steps_follow_eager": "",
     "test_changes_between_steps": "bp",
     "test_cnn_runs_the_whole_zoo_of_changes_in_feedback_mode": "",
+    "test_compiled_steps_are_compared": "",
     "test_copies_go_their_own_way": "pickle",
     "test_cosine_against_batch_and_depth": "8-.*",
     "test_every_method_learns_with_every_kind": "(fdfa|dkp|grape-2024)-.*",
+    "test_depth_costs_cosine_and_iterations_bring_it_back": "",
+    "test_every_form_gives_the_same": "options0",
     "test_exact_steps_equal_eager": "(?!mlp).*-bp|(gru|encoder-prenorm|unused|stop|inplace)-grape",
     "test_feedback_steps_are_those_of_a_fresh_net": "padded-grape|causal-dfa",
+    "test_forward_and_update_share_a_mask": "(bp|grape)-None",
     "test_full_batch_equals_forward_ad": "encoder-causal|encoder-sequence-first|gru",
     "test_gradients_of_compiled_pools": ".*",
     "test_in_a_process_of_its_own": "",
-    "test_inductor_at_any_batch_size": "(?!mlp-None).*",
+    "test_inductor_at_any_batch_size": ".*",
     "test_inductor_computes_what_the_graphs_say": "(?!cnn-1.0).*",
     "test_learns": "",
     "test_loss_inside_the_model": "bp|dfa",
@@ -51,6 +56,8 @@ LONG_CASES = {
     "test_no_update_depends_on_another_layer": "gru|stop",
     "test_points_by_name_glob_class_and_function": "blocks.*|points1-.*",
     "test_only_the_option_makes_a_chain_and_the_verifier_knows": "(?!mlp|residual).*",
+    "test_recurrent_layers_say_why_each_length_is_captured": "lstm",
+    "test_refit_variants": "",
     "test_resume_is_bit_exact": "mlp-grape-.*",
     "test_runs_on": ".*-(residual|tied)",
     "test_smoke_goes_through_everything_and_goes_on": "",
@@ -75,7 +82,7 @@ LONG_CASES = {
 # test with more than MANY cases there one of SAMPLE runs, those whose names come first by a hash.
 SAMPLED = ("methods", "passes", "runtime", "stages", "integration")
 MANY = 6
-SAMPLE = 5
+SAMPLE = 8
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
