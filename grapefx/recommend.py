@@ -48,7 +48,7 @@ def recommended(model: nn.Module, method: Method, choices: dict[str, Any]) -> di
     return dict(CHOICE)
 
 
-def reason(options: Options, graph: Graph, points: int) -> str:
+def reason(method: Method, options: Options, graph: Graph, points: int) -> str:
     """Why a network has these options, or what measured better, for ``explain``; may be empty.
 
     ``graph``: its joint graph, with so many feedback points.
@@ -60,7 +60,8 @@ def reason(options: Options, graph: Graph, points: int) -> str:
             "calib_forget=0.7), and the radial correction (radial='auto'); calib_every=1 is one "
             "calibration an epoch without them"
         )
-    if options.calib_every != 1 or options.exact_rows or options.mean_field is not None:
+    decided = options.calib_every != 1 or options.exact_rows or options.mean_field is not None
+    if decided or not method.refits:
         return ""
     names = {op_name(n) for n in graph.nodes if n.op == "call_function"}
     written_out = "bmm" in names and bool(names & {"_softmax", "_safe_softmax"})

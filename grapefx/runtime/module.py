@@ -319,7 +319,8 @@ class FeedbackModule(Compiled, nn.Module):
                 "  without one: grapefx.inspect(model, example)"
             )
         name = type(self._original).__name__
-        chosen = reason(self._options, self.plan.joint.gm.graph, len(self.plan.layers))
+        graph, points = self.plan.joint.gm.graph, len(self.plan.layers)
+        chosen = reason(self._method, self._options, graph, points)
         return explain(self.plan, name, lowered=self._captures.lowered(), chosen=chosen, **choices)
 
     def record(self, steps: int | None = 10_000) -> None:

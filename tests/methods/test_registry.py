@@ -178,6 +178,9 @@ def test_what_measured_better_with_a_chain_is_said_not_chosen(kind: str) -> None
     said = str(net.explain())
     words = {"attention": "granularity='block'", "batch norms": "mean_field=1"}
     assert words[kind] in said if kind in words else "Chosen" not in said
+    exact = grapefx.compile(models[kind], method="bp", backend="eager", calib_every=1)
+    exact(x).sum().backward()
+    assert "Chosen" not in str(exact.explain())
 
 
 # class targets
