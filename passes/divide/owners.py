@@ -17,6 +17,7 @@ from grapefx.errors import PlacementError
 from grapefx.ir import Layer, StepGraph
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.annotate import HEAD
+from grapefx.passes.graph.operators import draws
 from grapefx.passes.graph.order import ancestors, descendants
 
 aten = torch.ops.aten
@@ -99,7 +100,7 @@ class Owners:
 
     def _forward(self, step: StepGraph) -> None:
         """Forward values and tangents: the latest stage of what they read, or of their layer."""
-        drawn = [n for n in self.nodes if is_random(n)]
+        drawn = [n for n in self.nodes if draws(n)]
         data = descendants(
             [n for n, s in self.slots.items() if s.role in ("input", "noise", "random")] + drawn
         )
@@ -210,12 +211,6 @@ class Owners:
         return tuple(s for a in node.all_input_nodes for s in self._places(a))
 
 
-def is_random(node: Node) -> bool:
-    """Whether a node draws random numbers."""
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
-
-
 def _addends(node: Node) -> list[Node]:
     """The terms of a sum, in order; views of a sum and other nodes are one term."""
     if node.op == "call_function" and node.target is aten.add.Tensor and not node.kwargs:
@@ -225,4 +220,4 @@ def _addends(node: Node) -> list[Node]:
     return [node]
 
 
-__all__ = ["LATE_ROLES", "Owners", "is_random", "legal_ends", "stage_numbers"]
+__all__ = ["LATE_ROLES", "Owners", "legal_ends", "stage_numbers"]

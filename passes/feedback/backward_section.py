@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.emit import distinct
-from grapefx.passes.graph.operators import ATTENTION_BACKWARD
+from grapefx.passes.graph.operators import ATTENTION_BACKWARD, draws
 from grapefx.passes.graph.order import descendants
 from grapefx.torch_compat import batch_symbol, retrace
 
@@ -90,11 +90,6 @@ def depends(val: Any, batch: Any) -> bool:
     return any(e is not None and batch in e.free_symbols for e in exprs)
 
 
-def random(node: Node) -> bool:
-    """Whether an operator draws."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
 def fills(node: Node) -> bool:
     """Whether a node is a tensor of one number, ``filled``."""
     return _packet(node) in _FILLS
@@ -109,7 +104,7 @@ def fixed_values(graph: Graph) -> set[Node]:
     """Values that no data reaches: parameters, buffers, constants, and what is computed of them."""
     fixed: set[Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and not random(node):
+        if node.op == "call_function" and not draws(node):
             tensors = [a for a in node.all_input_nodes if not is_size(a)]
             if fills(node) or fixed.issuperset(tensors):
                 fixed.add(node)
@@ -248,5 +243,4 @@ __all__ = [
     "fills",
     "fixed_values",
     "is_size",
-    "random",
 ]

@@ -37,12 +37,12 @@ from grapefx.passes.feedback.backward_section import (
     fills,
     fixed_values,
     is_size,
-    random,
 )
 from grapefx.passes.graph import markers
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.folds import Fold, batch_folds, fold_of
 from grapefx.passes.graph.mixing import mixes
+from grapefx.passes.graph.operators import draws
 from grapefx.passes.graph.source import quoted
 from grapefx.seeded import signs
 from grapefx.torch_compat import batch_symbol
@@ -166,7 +166,7 @@ class MeanChain:
                 self.linear.add(node)
                 if self.zero.issuperset(linear) or not any(map(self._batched, _tensors(node))):
                     self.zero.add(node)
-            elif any(a in self.data for a in reads) or random(node):
+            elif any(a in self.data for a in reads) or draws(node):
                 self.data.add(node)
 
     def _emit(self, ends: list[Node]) -> None:

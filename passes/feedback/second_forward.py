@@ -23,7 +23,7 @@ from grapefx.methods.base import Method
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.emit import Emitter
-from grapefx.passes.graph.operators import LAYER_PRODUCTS
+from grapefx.passes.graph.operators import LAYER_PRODUCTS, draws
 from grapefx.passes.graph.order import ancestors
 
 aten = torch.ops.aten
@@ -191,10 +191,7 @@ def _weights(step: StepGraph) -> dict[Node, Node]:
 
 def _random(node: Node) -> bool:
     """Whether a node draws numbers (its input gives the shape alone); dropout is not meant."""
-    tags = getattr(node.target, "tags", ())
-    return (
-        torch.Tag.nondeterministic_seeded in tags and node.target is not aten.native_dropout.default
-    )
+    return draws(node) and node.target is not aten.native_dropout.default
 
 
 def _again(em: Emitter, output: Node, data: list[Node], x: Node, changed: Node) -> dict[Node, Node]:

@@ -66,6 +66,11 @@ MERGE = frozenset(
 )  # fmt: skip
 
 
+def draws(node: Node) -> bool:
+    """Whether a node's operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def op_name(node: Node) -> str:
     """The name of a node's operator: "add" for ``aten.add.Tensor``."""
     target = node.target
