@@ -74,7 +74,12 @@ class Plan:
             budget=default_budget(options, self.captured),
             method=self.method,
             seed=options.seed,
-            refits=self.method.refits and (options.calibrates or options.mean_field is not None),
+            refits=self.method.refits
+            and (
+                options.calibrates
+                or options.mean_field is not None
+                or options.calib_refit == "feedback"  # refits in `net.calibration()`, if nowhere else
+            ),
         )
         self.notes = [*self.captured.notes, *said]
         if self.method.feedback:
@@ -247,13 +252,14 @@ class Plan:
     def _context(self) -> StepContext:
         """What the passes of a step read beside the joint graph."""
         method, options = self.method, self.options
+        kept = not isinstance(options.mean_field, int) and all(m.seed is None for m in self.maps)
         feedback = Feedback(
             method,
             self.maps,
             self.error_rows,
             self._point_states(),
             ridge=options.ridge,
-            refit=options.calib_refit != "weights" and not isinstance(options.mean_field, int),
+            refit=options.calib_refit != "weights" and kept,
             true_gradients=options.calib_refit != "feedback",
             keep=options.calib_forget or 0.0,
             radial=self.radial,

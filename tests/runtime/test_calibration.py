@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grapefx
-from grapefx.errors import GrapefxWarning
+from grapefx.errors import GrapefxWarning, OptionError
 from grapefx.runtime.module import FeedbackModule
 from grapefx.runtime.schedule import CalibrationSchedule
 from tests.zoo import MLP, compiled, eager_twin, gradients, loss_of, make, train_step
@@ -70,6 +70,28 @@ def test_context_manager_and_never() -> None:
     with net.calibration():
         assert exact_steps(net, model, args, 2) == [0, 1]
     assert exact_steps(net, model, args, 2) == []
+
+
+@pytest.mark.parametrize("feedback", ["auto", "seeded", "pooled:2", "sparse:2", "low-rank:4"])
+@pytest.mark.parametrize("method", ["dfa", "fdfa"])
+def test_a_calibration_without_a_schedule_is_exact(method: str, feedback: str) -> None:
+    """With every kind of map: also where there is none to refit, because maps are not kept."""
+    model, args = make("cnn")
+    if method == "fdfa" and feedback == "seeded":
+        pytest.skip("learned maps are kept")
+    net = compiled(model, method, calib_every=None, feedback=feedback)
+    assert exact_steps(net, model, args, 1) == []
+    with net.calibration():
+        assert exact_steps(net, model, args, 1) == [0]
+    assert net.calibrations == 1
+
+
+def test_maps_that_calibrations_refit_are_kept() -> None:
+    """``net.calibration()`` with ``calib_refit="feedback"`` does nothing else than refit."""
+    model, _ = make("cnn")
+    options: dict[str, Any] = {"calib_every": None, "calib_refit": "feedback"}
+    with pytest.raises(OptionError, match="seeded"):
+        train_step(compiled(model, "dfa", feedback="seeded", **options), make("cnn")[1])
 
 
 def test_refit_variants() -> None:
