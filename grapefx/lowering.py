@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from grapefx.layout import described
 from grapefx.passes.divide.partition import Split
 from grapefx.passes.divide.tasks import Tasks
+from grapefx.passes.graph.layout import described
 from grapefx.passes.peephole.size_inputs import size_inputs
 from grapefx.passes.pipeline import FORWARD, UPDATE, LowerContext
 from grapefx.passes.runner import PassRun, run

@@ -33,8 +33,6 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from grapefx import tree
-
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
@@ -657,10 +655,10 @@ def plain_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def plain_calls(model: torch.nn.Module) -> Iterator[None]:
-    """Every module inside runs its own forward: a capture must not meet another compiler."""
+def plain_calls(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """These modules run their own forward: a capture must not meet another compiler."""
     name = "_compiled_call_impl"
-    held = [(m.__dict__, m.__dict__.pop(name)) for m in tree.modules(model) if m.__dict__.get(name)]
+    held = [(m.__dict__, m.__dict__.pop(name)) for m in modules if m.__dict__.get(name)]
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
     joint graph --STEPS[kind]--> step graph --DIVIDE--> forward | update --FORWARD, UPDATE--> code
 
-Capture, placement and the joint trace come before (``grapefx/planning.py``); Inductor comes after
+Capture, placement and the joint trace come before (``grapefx/plan/build.py``); Inductor comes after
 (``grapefx/lowering.py``). ``runner.py`` says what a pass is, and runs, checks and logs them.
 """
 

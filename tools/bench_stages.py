@@ -39,9 +39,9 @@ from torch.profiler import ProfilerActivity, profile
 import grapefx
 from grapefx.analysis import pipelines as s
 from grapefx.analysis.device import load_device
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
+from grapefx.plan.stages import divide_plan, ends_of, links_of, order_of, usual_kind
 from grapefx.report.stages import stage_cost
-from grapefx.staging import divide_plan, ends_of, links_of, order_of, usual_kind
 from tools.common import cli
 from tools.common.machine import machine
 

@@ -18,10 +18,10 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from grapefx import tree
+from grapefx.capture import module_tree
+from grapefx.capture.canonicalize import tidy
 from grapefx.capture.data_writes import refuse_data_writes
 from grapefx.capture.hidden_writes import show_writes
-from grapefx.capture.tidy import tidy
 from grapefx.errors import CaptureError
 from grapefx.ir import Captured, Slot
 from grapefx.passes.graph import custom_functions
@@ -374,9 +374,9 @@ def _names(model: nn.Module, real: list[Tensor], call: Sequence[Any]) -> list[Sl
     An argument's number is its place among the tensors of the call; others follow.
     """
     own: dict[int, Slot] = {}
-    for name, b in tree.named_buffers(model):
+    for name, b in module_tree.named_buffers(model):
         own[id(b)] = Slot("buffer", name)
-    for name, p in tree.named_parameters(model):
+    for name, p in module_tree.named_parameters(model):
         own[id(p)] = Slot("parameter", name)
     given = [leaf for leaf in call if isinstance(leaf, Tensor)]
     arguments = {id(leaf): i for i, leaf in reversed(list(enumerate(given)))}

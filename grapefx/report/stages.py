@@ -21,7 +21,7 @@ from grapefx.passes.divide.partition import split
 from grapefx.passes.divide.stages import SEND, Stages
 from grapefx.passes.graph.order import ancestors, descendants
 from grapefx.plan import Plan
-from grapefx.staging import check_method, divide_plan, ends_of, links_of, order_of, usual_kind
+from grapefx.plan.stages import check_method, divide_plan, ends_of, links_of, order_of, usual_kind
 
 MOST = 800  # stages x microbatches up to which the zero-bubble order is worked out
 

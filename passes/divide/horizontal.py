@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from grapefx.layout import strides
 from grapefx.passes.divide.families import Family, find_families, operands, places_of
+from grapefx.passes.graph.layout import strides
 from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import dead_code
 from grapefx.torch_compat import retrace, vmap_rules_only

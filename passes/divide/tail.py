@@ -16,8 +16,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
-from grapefx.layout import strided
 from grapefx.passes.graph import meta
+from grapefx.passes.graph.layout import strided
 from grapefx.passes.graph.order import ancestors, dead_code
 from grapefx.torch_compat import graph_module, size_hint
 

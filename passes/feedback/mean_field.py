@@ -30,6 +30,7 @@ from torch.fx import Node
 from grapefx.errors import GrapefxError, OptionError
 from grapefx.ir import Slot
 from grapefx.maps import ErrorRows, FeedbackMap, from_samples, to_samples
+from grapefx.maps.seeded import signs
 from grapefx.passes.feedback.backward_section import (
     backward_section,
     depends,
@@ -44,7 +45,6 @@ from grapefx.passes.graph.folds import Fold, batch_folds, fold_of
 from grapefx.passes.graph.mixing import mixes
 from grapefx.passes.graph.operators import draws
 from grapefx.passes.graph.source import quoted
-from grapefx.seeded import signs
 from grapefx.torch_compat import batch_symbol
 
 aten = torch.ops.aten

@@ -21,6 +21,7 @@ from torch.fx import Node
 from grapefx.errors import GrapefxError, MethodError
 from grapefx.ir import Phase, Slot, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap
+from grapefx.maps.seeded import uniform
 from grapefx.methods.base import Method, Rows, State
 from grapefx.passes.differentiate.tangent import Stream, streams_of
 from grapefx.passes.feedback.exact_rows import Chain, ExactRows
@@ -29,7 +30,6 @@ from grapefx.passes.feedback.normal_equations import MEMORY, without_memory
 from grapefx.passes.feedback.radial import bias_of, corrected, radial_error
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
-from grapefx.seeded import uniform
 
 aten = torch.ops.aten
 

@@ -29,8 +29,7 @@ from grapefx.lowering import lower_saving, lower_update, update_for
 from grapefx.methods import Method
 from grapefx.passes.divide.partition import split
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 from grapefx.report.build import opened
 from grapefx.runtime import program
 from grapefx.torch_compat import inductor_counts

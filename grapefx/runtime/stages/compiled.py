@@ -17,7 +17,7 @@ from grapefx.passes.divide.partition import Split, split
 from grapefx.passes.divide.stages import SEND, Stages
 from grapefx.passes.divide.tasks import Tasks, split_by_results
 from grapefx.plan import Plan
-from grapefx.staging import links_of, order_of
+from grapefx.plan.stages import links_of, order_of
 
 PARTS: tuple[s.Do, ...] = ("error", "backward", "estimate", "update")
 

@@ -13,7 +13,7 @@ from grapefx.passes.divide.commit import Commit, cut_commit
 from grapefx.passes.divide.owners import Owners, legal_ends
 from grapefx.passes.divide.stages import SEND, Stages, split_stages
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan, sizes_of
+from grapefx.plan.plan import Plan, sizes_of
 
 
 def check_method(method: Method) -> None:

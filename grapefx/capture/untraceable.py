@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.errors import OptionError
-from grapefx.layout import distributed_tensor
+from grapefx.passes.graph.layout import distributed_tensor
 
 
 class Compiled:
@@ -16,7 +16,7 @@ class Compiled:
 
 def refuse_untraceable(model: nn.Module) -> None:
     """Raise ``OptionError`` naming a part that is compiled already, TorchScript or lazy."""
-    for name, part in tree.named_modules(model):
+    for name, part in module_tree.named_modules(model):
         found = _untraceable(part)
         if found is not None:
             raise OptionError(f"{f'{name!r} of the model' if name else 'the model'} {found}")
