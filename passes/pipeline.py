@@ -16,10 +16,11 @@ from grapefx.ir import Layer, StepGraph
 from grapefx.passes.differentiate.tangent import add_tangents
 from grapefx.passes.divide.partition import Split, forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
+from grapefx.passes.feedback.builder import Feedback
 from grapefx.passes.feedback.calibration import build_calibration
 from grapefx.passes.feedback.perturbed import build_perturbed
 from grapefx.passes.feedback.second_forward import build_two_forwards
-from grapefx.passes.feedback.update import Feedback, build_update
+from grapefx.passes.feedback.update import build_update
 from grapefx.passes.feedback.weights import stand_in
 from grapefx.passes.graph.annotate import annotate
 from grapefx.passes.graph.custom_functions import expand

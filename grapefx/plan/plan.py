@@ -18,12 +18,12 @@ from grapefx.ir import Captured, Layer, Role, StepGraph
 from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, choose_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
+from grapefx.passes.feedback.builder import Feedback
 from grapefx.passes.feedback.exact_rows import ExactRows
 from grapefx.passes.feedback.mean_field import KEY, MeanField
 from grapefx.passes.feedback.normal_equations import memory_shapes
 from grapefx.passes.feedback.radial import homogeneous_points
 from grapefx.passes.feedback.second_forward import input_size
-from grapefx.passes.feedback.update import Feedback
 from grapefx.passes.feedback.weights import weight_shapes
 from grapefx.passes.graph import markers
 from grapefx.passes.graph.verify import independence
