@@ -114,7 +114,7 @@ def _device(examples: list[Any]) -> str:
 
 
 def _outputs(gm: GraphModule) -> int:
-    return len(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])  # type: ignore[arg-type]
+    return len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _lower(

@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from grapefx.capture import module_tree
 from grapefx.capture.around_trace import as_parameters, custom_functions
 from grapefx.capture.call import Symbolic, choices, dense, examples, flatten, flatten_call
-from grapefx.capture.canonicalize import keep_no_grad, passes_gradient, tidy
+from grapefx.capture.canonicalize import canonicalize, keep_no_grad, passes_gradient
 from grapefx.capture.cumulative import cumulative_norms
 from grapefx.capture.data_writes import DataWritesRefused
 from grapefx.capture.fingerprint import Fingerprint, describe_leaf
@@ -192,7 +192,7 @@ def _read(
 ) -> Capture | None:
     model, gm = scope.model, program.graph_module
     notes: list[str] = []
-    tidy(gm, notes)
+    canonicalize(gm, notes)
     stores = _stores(model)
     slots, held = _slots(program, model, notes)
     mutated, outputs = _outputs(program)
@@ -245,7 +245,7 @@ def _read(
 
 
 def _output(gm: torch.fx.GraphModule) -> Any:
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    return gm.graph.output_node().args[0]
 
 
 def _slots(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from grapefx.capture import Scope, dense, flatten_call, module_tree
+from grapefx.capture.untraceable import distributed_tensor
 from grapefx.errors import InputError, tell
 from grapefx.methods import Method
 from grapefx.options import Options
-from grapefx.passes.graph.layout import distributed_tensor
 from grapefx.passes.runner import PassRun
 from grapefx.plan import Plan, build_forward, plan_call
 from grapefx.runtime import hooks, inplace

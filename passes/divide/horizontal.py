@@ -58,7 +58,7 @@ def batch_layers(
     if not families or order is None:
         return update, ()
     out = retrace(lambda *inputs: rewrite.run(inputs, order), example, decompose=decompose)
-    node = next(n for n in reversed(out.graph.nodes) if n.op == "output")
+    node = out.graph.output_node()
     node.args = (tuple(node.args[0]),)  # type: ignore[arg-type]
     dead_code(out.graph)
     out.recompile()

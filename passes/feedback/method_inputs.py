@@ -8,7 +8,7 @@ and once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -93,38 +93,31 @@ class MethodInputs:
         return [forward[i] for i in sorted(forward)]
 
     def _errors(self) -> list[Node]:
-        """e at each tap, in order; zeros at one whose output the loss does not use."""
+        """e at each tap; zeros at one whose output the loss does not use."""
         errors = markers.find(self.edit.graph, markers.TAP_BACKWARD)
-        forward = markers.find(self.edit.graph, markers.TAP)
         em = self.edit.emitter
-        nodes = []
-        for i in sorted(forward):
-            if i in errors:
-                nodes.append(errors[i])
-            else:
-                with em.before(self.edit.output, phase="error"):
-                    nodes.append(em.call(aten.zeros_like.default, forward[i]))
-        return nodes
+        return self._at_taps(errors, lambda tap: em.call(aten.zeros_like.default, tap), "error")
 
     def _tangent(self, kind: str, stream: Stream) -> Node:
-        """The tangent of the output in one stream, as rows."""
-        return self._rows(f"tangent {id(stream)}", kind, lambda: self._tangents(stream), "tangent")
-
-    def _tangents(self, stream: Stream) -> list[Node]:
-        """The tangent at each tap, in order; zeros at one that no noise reaches."""
-        forward = markers.find(self.edit.graph, markers.TAP)
+        """The output's tangent in one stream, as rows; zeros at a tap that no noise reaches."""
         em = self.edit.emitter
-        nodes = []
-        for i in sorted(forward):
-            node = stream.taps.get(i)
-            if node is None:
-                like = next(iter(stream.taps.values()))
-                sizes = [int(s) for s in forward[i].meta["val"].shape[1:]]
-                with em.before(self.edit.output, phase="tangent"):
-                    samples = em.call(aten.sym_size.int, like, 0)
-                    node = em.call(aten.new_zeros.default, like, [samples, *sizes])
-            nodes.append(node)
-        return nodes
+        like = next(iter(stream.taps.values()))
+
+        def zeros(tap: Node) -> Node:
+            samples = em.call(aten.sym_size.int, like, 0)
+            sizes = [int(s) for s in tap.meta["val"].shape[1:]]
+            return em.call(aten.new_zeros.default, like, [samples, *sizes])
+
+        at_taps = functools.partial(self._at_taps, stream.taps, zeros, "tangent")
+        return self._rows(f"tangent {id(stream)}", kind, at_taps, "tangent")
+
+    def _at_taps(
+        self, found: Mapping[int, Node], zeros: Callable[[Node], Node], phase: Phase
+    ) -> list[Node]:
+        """What there is at each tap, in order."""
+        taps = markers.find(self.edit.graph, markers.TAP)
+        with self.edit.emitter.before(self.edit.output, phase=phase):
+            return [found[i] if i in found else zeros(taps[i]) for i in sorted(taps)]
 
     @functools.cached_property
     def _targets(self) -> Node:

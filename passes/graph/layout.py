@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,11 +31,4 @@ def contiguous(value: Tensor) -> bool:
     return value.layout is not torch.strided or value.is_contiguous()
 
 
-def distributed_tensor(values: Iterable[Any]) -> bool:
-    """Whether one of these is a ``DTensor``; torch's module for them is not imported to see it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    kind = getattr(module, "DTensor", None)
-    return kind is not None and any(isinstance(v, kind) for v in values)
-
-
-__all__ = ["contiguous", "described", "distributed_tensor", "strided", "strides"]
+__all__ = ["contiguous", "described", "strided", "strides"]

@@ -18,6 +18,7 @@ from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
 from grapefx.passes.graph.folds import Fold
 from grapefx.passes.graph.operators import op_name
+from grapefx.passes.graph.order import ancestors
 from grapefx.passes.graph.source import source_of
 from grapefx.passes.place.blocks import blocks, sublayers
 from grapefx.passes.place.points import select
@@ -128,8 +129,8 @@ def _exact_from(cuts: tuple[CutPoint, ...], sweep: Sweep, taps: list[Node]) -> t
 
     Each as its module (or node) with its source line.
     """
-    leading = sweep.ancestors([c.node for c in cuts]) | {c.node for c in cuts}
-    within = (sweep.ancestors(sweep.user_outputs) | set(sweep.user_outputs)) - leading
+    leading = ancestors(c.node for c in cuts)
+    within = ancestors(sweep.user_outputs) - leading
     seen: set[Node] = set()
     found: dict[str, None] = {}
     for n in sweep.nodes:

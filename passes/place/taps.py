@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from grapefx.errors import PlacementError
 from grapefx.passes.graph.operators import LINEAR, op_name
+from grapefx.passes.graph.order import ancestors
 from grapefx.passes.graph.source import source_of
 from grapefx.passes.place.points import select
 from grapefx.passes.place.sweep import (
@@ -195,7 +196,7 @@ def _joined(taps: list[Node], tail: set[Node], sweep: Sweep) -> list[Node]:
 
 def _from_weights(out: Node, sweep: Sweep) -> set[Node]:
     """The values between trainable parameters and an output, and the output."""
-    before = (sweep.ancestors([out]) | {out}) & sweep.data & sweep.live
+    before = ancestors([out]) & sweep.data & sweep.live
     found: set[Node] = set()
     for n in sweep.nodes:
         if n not in before or n.op != "call_function" or n.target is aten.detach.default:
