@@ -443,6 +443,3 @@ class CompileOptions(TypedDict, total=False):
     scale: float
     sign_error: bool
     step: str
-
-
-__all__ = ["OPTIONS", "OPTION_NAMES", "CompileOptions", "Options", "Values", "described"]

@@ -251,20 +251,3 @@ def inference(
     """A forward graph for inference, and which of the inputs of ``forward`` it uses."""
     step, used = forward_only(prepare(forward, "inference", backend, context))
     return run(INFERENCE[backend], step, context, "inference"), used
-
-
-__all__ = [
-    "BACKENDS",
-    "DIVIDE",
-    "FORWARD",
-    "INFERENCE",
-    "STEPS",
-    "UPDATE",
-    "LowerContext",
-    "Noise",
-    "StepContext",
-    "build_step",
-    "divide",
-    "inference",
-    "prepare",
-]

@@ -59,6 +59,3 @@ def custom_functions() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-__all__ = ["as_parameters", "custom_functions"]

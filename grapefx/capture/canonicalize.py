@@ -93,6 +93,3 @@ def canonicalize(gm: torch.fx.GraphModule, notes: list[str]) -> None:
         _refuse_data(gm.graph)
     for m in parts:
         m.recompile()
-
-
-__all__ = ["canonicalize", "keep_no_grad", "passes_gradient"]

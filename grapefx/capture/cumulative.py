@@ -55,6 +55,3 @@ def _forward(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) 
         norm.running_mean.copy_(norm.running_mean * (1 - part) + mean * part)
         norm.running_var.copy_(norm.running_var * (1 - part) + var * part)
     return out
-
-
-__all__ = ["cumulative_norms"]

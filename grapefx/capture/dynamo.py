@@ -302,6 +302,3 @@ def _remedy(why: str) -> str:
         "leave that line out of the forward, or use capture='export', which runs it at the capture "
         "alone and watches less of what the model reads"
     )
-
-
-__all__ = ["capture_dynamo", "explain"]

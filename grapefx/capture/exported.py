@@ -391,6 +391,3 @@ def _explain(error: Exception) -> CaptureError:
         remedy = "see the error above; the model must be traceable by torch.export"
     at = f"\n  at {where}" if where else ""
     return CaptureError(f"the model cannot be captured: {first_line(error)}{at}\n  {remedy}")
-
-
-__all__ = ["capture_exported"]

@@ -468,6 +468,3 @@ def _number(leaf: Any) -> Any:
         )
     expr = size_expression(leaf)
     return leaf if expr is None else Size(expr)
-
-
-__all__ = ["Computed", "Functional", "Given", "Size", "functional"]

@@ -47,6 +47,3 @@ def _trainable_at(place: int) -> bool:
         and t.untyped_storage().data_ptr() == place
         for t in kinds
     )
-
-
-__all__ = ["refuse_unregistered", "tensor_attributes"]

@@ -85,6 +85,3 @@ def _others(model: nn.Module) -> bool:
     """Whether a module normalises or is of a kind that was not measured, by its class's name."""
     names = [type(part).__name__.lower() for part in module_tree.modules(model)]
     return any(kind in name for name in names for kind in _NOT_MEASURED)
-
-
-__all__ = ["CHOICE", "reason", "recommended"]

@@ -170,14 +170,3 @@ def ends_of(plan: Plan, stages: object, count: int, batch: int, device: str) -> 
             f"pipeline has {count} processes"
         )
     return tuple(found)
-
-
-__all__ = [
-    "balanced_ends",
-    "check_method",
-    "divide_plan",
-    "ends_of",
-    "layer_seconds",
-    "schedule_of",
-    "usual_kind",
-]

@@ -216,6 +216,3 @@ def _scaling(
         lines.append(f"{p:>6}  {cells[0]:>8.3f}  {cells[1]:>11.3f}" + "".join(
             f"{c:>13.3f}" for c in cells[2:]))  # fmt: skip
     return lines
-
-
-__all__ = ["StageCost", "stage_cost", "stages_text"]

@@ -244,6 +244,3 @@ class _Lengths:
     def stay(self, key: Any, dims: frozenset[tuple[int, int]]) -> None:
         """These could not be symbolic: each new length is a capture of its own."""
         self._fixed.setdefault(key, set()).update(dims)
-
-
-__all__ = ["Captures"]

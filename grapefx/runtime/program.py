@@ -403,12 +403,3 @@ def _device_of(step: StepGraph) -> str:
 
 def _unbound(scope: Any) -> Any:
     raise AssertionError("a program is called before it is bound")
-
-
-__all__ = [
-    "CompiledForward",
-    "CompiledStep",
-    "NoiseInput",
-    "Program",
-    "sizes_of",
-]

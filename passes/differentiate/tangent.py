@@ -178,6 +178,3 @@ class _Inputs:
         with self.em.before(at, layer=meta.layer(at)):
             made: Node = self.em.trace(sign, node)
             return made
-
-
-__all__ = ["Stream", "add_tangents", "streams_of"]

@@ -187,6 +187,3 @@ def _product(em: TangentEmitter, source: Source, noise: Node) -> Callable[[], No
         return y * mean.clamp_min(1e-12).rsqrt()  # type: ignore[no-any-return]
 
     return lambda: em.trace(convolve, em.p(source.data), noise)
-
-
-__all__ = ["PERTURB", "Source", "induced", "weight_sources"]

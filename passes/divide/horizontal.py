@@ -285,6 +285,3 @@ def _like(value: Any, val: Any) -> Any:
         ):
             return value.contiguous(memory_format=layout)
     return value
-
-
-__all__ = ["WORTH", "batch_layers"]

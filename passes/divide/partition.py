@@ -188,6 +188,3 @@ def _drop_unused_inputs(graph: Graph) -> list[str]:
         else:
             graph.erase_node(node)
     return used
-
-
-__all__ = ["LATE", "Split", "forward_only", "split"]

@@ -287,6 +287,3 @@ def _sum(graph: Graph, nodes: list[Node]) -> Node:
         made.meta = dict(n.meta)
         total = made
     return total
-
-
-__all__ = ["SEND", "Channel", "Kind", "Stage", "Stages", "split_stages"]

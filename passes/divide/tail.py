@@ -127,6 +127,3 @@ def _inputs_first(graph: Graph) -> None:
     first = next(n for n in graph.nodes if n.op == "call_function")
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         first.prepend(node)
-
-
-__all__ = ["Tail", "cut_tail"]

@@ -116,6 +116,3 @@ def _graph(
     out = graph.output(tuple(copies[n] for n in given))
     out.meta = {}
     return graph_module(update, graph)
-
-
-__all__ = ["REST", "SHARED", "Ref", "Task", "Tasks", "split_by_results", "split_tasks", "take"]

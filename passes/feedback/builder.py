@@ -125,6 +125,3 @@ def _stacked(values: list[Any]) -> Tensor:
     return torch.stack(
         [v.float() if v is not None else some.new_full((), nan).float() for v in values]
     )
-
-
-__all__ = ["Builder", "Feedback"]

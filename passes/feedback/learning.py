@@ -133,6 +133,3 @@ def _finite(xs: list[Tensor]) -> Tensor:
     # a sum is finite only if every term is; overflow of a finite sum skips a step, no more
     total = sum(x.float().abs().sum() for x in xs)
     return torch.isfinite(total)  # type: ignore[arg-type]
-
-
-__all__ = ["all_finite", "average", "learn"]

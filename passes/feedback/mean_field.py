@@ -399,6 +399,3 @@ def _spread(mean: Tensor, count: int, dim: int, outer: int, inner: int) -> Any:
 def _tensors(node: Node) -> Sequence[Tensor]:
     val = node.meta.get("val")
     return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, Tensor)]
-
-
-__all__ = ["KEY", "MeanChain", "MeanField", "map_of"]

@@ -47,6 +47,3 @@ def refitted(method: Method, m: FeedbackMap, parts: list[Tensor], state: State) 
         return method.refit(state, parts[0].to(like))
     made = [method.refit(m.state_part(state, g), p.to(like)) for g, p in enumerate(parts)]
     return m.joined(made, state)
-
-
-__all__ = ["authored", "refitted", "rows_of"]

@@ -130,6 +130,3 @@ class MethodInputs:
                 "  remedy: return one tensor of logits, or use a method that reads the error (dfa)"
             )
         return self.edit.add_input("target", Slot("target", "0"), taps[0].meta["val"])
-
-
-__all__ = ["MethodInputs"]

@@ -122,6 +122,3 @@ def _projected(
     for more in made[1:]:
         total = total + more
     return m.from_rows(total / len(made) if len(made) > 1 else total, like)
-
-
-__all__ = ["decay_weights", "open_cuts", "project", "replace_cuts"]

@@ -181,6 +181,3 @@ def corrected(c: Tensor, h: Tensor, s: Tensor, fold: tuple[int, int, int]) -> Te
         wide_scale = scale.repeat_interleave(per).repeat(outer)
     shape[dim] = -1
     return (c.to(wide) + h.to(wide) * wide_scale.view(shape)).to(c.dtype)
-
-
-__all__ = ["bias_of", "corrected", "homogeneous_points", "radial_error"]

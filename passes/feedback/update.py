@@ -42,6 +42,3 @@ def build_update(step: StepGraph, feedback: Feedback, kind: str = "update") -> S
     replace_cuts(b, project(b, states))
     decay_weights(b)
     return b.finish()
-
-
-__all__ = ["build_update"]

@@ -132,6 +132,3 @@ def _call(graph: Graph, cond: Node, op: Any, *args: Any) -> Node:
     new.meta = {k: v for k, v in cond.meta.items() if k not in ("tensor_meta", "unbacked_bindings")}
     new.meta["val"] = val
     return new
-
-
-__all__ = ["inline_branches"]

@@ -121,6 +121,3 @@ class Edit:
             outputs=tuple(self.outputs),
             **facts,
         )
-
-
-__all__ = ["Edit"]

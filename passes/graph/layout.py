@@ -29,6 +29,3 @@ def described(value: Tensor) -> Any:
 def contiguous(value: Tensor) -> bool:
     """Whether a tensor lies as ``contiguous()`` would lay it; a sparse one always does."""
     return value.layout is not torch.strided or value.is_contiguous()
-
-
-__all__ = ["contiguous", "described", "strided", "strides"]

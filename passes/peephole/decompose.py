@@ -48,6 +48,3 @@ def decompose(
     out.args = (tuple(results),)
     dead_code(gm.graph)
     return replace(work, gm=gm)
-
-
-__all__ = ["decompose"]

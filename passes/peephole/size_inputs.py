@@ -54,6 +54,3 @@ def size_inputs(gm: GraphModule, example: Sequence[Any]) -> tuple[GraphModule, t
             last = graph.placeholder(f"size_{k}")
         last.meta["val"] = place.read(example)
     return graph_module(gm, graph), tuple(places.values())
-
-
-__all__ = ["Place", "size_inputs"]

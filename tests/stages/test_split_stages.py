@@ -23,8 +23,7 @@ from grapefx.passes.graph.annotate import annotate
 from grapefx.passes.graph.order import descendants
 from grapefx.passes.graph.verify import check
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan, build_plan
-from grapefx.runtime.program import sizes_of
+from grapefx.plan import Plan, build_plan, sizes_of
 from tests.stages.models import MODELS, make
 from tests.zoo import step_inputs
 

@@ -132,6 +132,3 @@ def _doing(parts: Split, stages: Stages, index: int, first: bool) -> list[s.Do]:
         else:
             found.append("update")
     return found
-
-
-__all__ = ["Draw", "StageStep", "compile_stage"]

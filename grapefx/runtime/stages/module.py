@@ -251,6 +251,3 @@ def _group(mesh: Any, name: str) -> Any:
         f"{name}= takes one dim of a DeviceMesh, mesh['pp'], or a process group, not "
         f"{type(mesh).__name__}"
     )
-
-
-__all__ = ["StagedModule"]

@@ -350,6 +350,3 @@ def _values(model: nn.Module) -> str:
         for n, p in module_tree.named_parameters(model)
     ]
     return f"{zlib.crc32(repr(own).encode()):08x}"
-
-
-__all__ = ["Job", "Loss", "StageTrainer"]
