@@ -82,7 +82,7 @@ class FeedbackMap:
 
     @property
     def trace_key(self) -> tuple[object, ...]:
-        """All that a traced computation depends on (see ``passes.trace_key``)."""
+        """All that a traced computation depends on (see ``passes/graph/trace_key.py``)."""
         sizes = (self.error_dim, self.value_dim, self.tokens, self.classes)
         offset = self.layer.index if self.groups > 1 else 0
         return (self.rows, sizes, self.layer.fold, self.pool, self.groups, offset, self.seed)

@@ -69,7 +69,7 @@ def add_tangents(
     (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
     ``signs`` the noise arrives as bytes, 0 for -1 and 1 for +1. Layers in
     ``quiet`` get noise that no tangent follows: one more stream, without taps. ``perturb`` says
-    where noise is added (``passes.weight_noise``).
+    where noise is added (``weight_noise.py``).
     """
     edit = Edit(step)
     step, graph = edit.step, edit.graph

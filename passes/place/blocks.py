@@ -1,6 +1,6 @@
 """Granularities "block" and "sublayer": which of the feedback points end one.
 
-In: the segments of a sweep (see ``passes.sweep``). Out: the ones to keep.
+In: the segments of a sweep (see ``sweep.py``). Out: the ones to keep.
 """
 
 from __future__ import annotations

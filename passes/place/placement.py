@@ -2,7 +2,7 @@
 
 In: the captured forward graph. Out: a ``Placement`` (nothing is rewritten here).
 
-``passes.sweep`` finds the segments and what may close them, ``passes.taps`` the error taps; here
+``sweep.py`` finds the segments and what may close them, ``taps.py`` the error taps; here
 the user's choices are applied, and layers named.
 """
 
@@ -65,7 +65,7 @@ def place(
 ) -> Placement:
     """Choose feedback points and the error tap on a captured graph.
 
-    ``points`` and ``error_at`` are choices of the user (see ``passes.points``); ``error_at`` may
+    ``points`` and ``error_at`` are choices of the user (see ``points.py``); ``error_at`` may
     be "output", for the outputs themselves whatever their width. Raises ``PlacementError`` when
     there is no trainable parameter, no differentiable output with a batch dim, or no feedback point
     at all (a single layer: use ``method="bp"``).

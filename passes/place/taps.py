@@ -1,6 +1,6 @@
 """Error taps: the values whose true gradient is the error.
 
-In: a sweep (``passes.sweep``). Out: the outputs; for an output that is reduced over the batch, the
+In: a sweep (``sweep.py``). Out: the outputs; for an output that is reduced over the batch, the
 values in front; for a wide output layer, the value that it reads.
 """
 
@@ -36,7 +36,7 @@ def error_taps(sweep: Sweep, error_at: Any) -> tuple[list[Node], str]:
     """The taps, and a note where they were moved for the user.
 
     ``error_at``: None, "output" (the outputs themselves, whatever their width) or the user's choice
-    (``passes.points``). Raises ``PlacementError`` where the model returns nothing that depends on
+    (``points.py``). Raises ``PlacementError`` where the model returns nothing that depends on
     its input, ``UncuttableError`` where nothing in front of a reduced output keeps the batch.
     """
     if error_at is not None and error_at != "output":
