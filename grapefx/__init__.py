@@ -16,7 +16,7 @@ from grapefx.errors import (
     VerifyError,
 )
 from grapefx.methods import Method
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from grapefx.report.inspect import inspect
 
 __version__ = "0.1.0"

@@ -10,15 +10,15 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from grapefx.choices import resolve
+from grapefx.capture.untraceable import refuse_untraceable
 from grapefx.errors import OptionError, tell
 from grapefx.methods import Method
 from grapefx.options import CompileOptions, described
+from grapefx.plan import resolve
 from grapefx.runtime import inplace as in_place
 from grapefx.runtime import names
 from grapefx.runtime.module import FeedbackModule
 from grapefx.runtime.stages.module import StagedModule
-from grapefx.untraceable import refuse_untraceable
 
 M = TypeVar("M", bound=nn.Module)
 CalibEvery = int | Literal["auto", "geometric"] | EllipsisType | None
@@ -91,8 +91,8 @@ def compile(
             docs/methods.md), or a ``Method`` instance. A method's own options (``eta``, ``alpha``,
             ...) are given here too; see ``grapefx.methods``.
         preset: "recommended" (what measured best for the kind of network, see
-            ``grapefx.recommend``; ``net.explain()`` says what was chosen) or "paper" (the method's
-            literal form). Options that are given win over the preset's.
+            ``grapefx.plan.recommend``; ``net.explain()`` says what was chosen) or "paper" (the
+            method's literal form). Options that are given win over the preset's.
         calib_every: T, calibrate once every T epochs (GrAPE 2026 section 3.4; default 1); None for
             never; "auto": when the gradients' alignment asks for it. A calibration that finds their
             mean cosine with the true ones under ``calib_threshold`` halves the gap to the next,

@@ -96,17 +96,12 @@ class StepGraph:
 
     def output_node(self) -> Node:
         """The graph's output node."""
-        node: Node = next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        node: Node = self.gm.graph.output_node()
         return node
 
     def copy(self) -> StepGraph:
         """A deep copy of the graph; fake values and source locations are shared."""
-        graph = Graph()
-        mapping: dict[Node, Node] = {}
-        graph.output(graph.graph_copy(self.gm.graph, mapping))
-        for old, new in mapping.items():
-            new.meta = dict(old.meta)
-        return replace(self, gm=graph_module(self.gm, graph))
+        return replace(self, gm=graph_module(self.gm, copied(self.gm.graph)))
 
     def select(self, role: Role) -> list[tuple[Slot, Node]]:
         """The placeholders of one role."""
@@ -117,6 +112,13 @@ class StepGraph:
     def produced(self, role: OutputRole) -> list[tuple[Slot, Any]]:
         """The outputs of one role."""
         return [(s, n) for s, n in zip(self.outputs, self.results(), strict=True) if s.role == role]
+
+
+def copied(source: Graph) -> Graph:
+    """A copy of a graph; fake values and source locations are shared."""
+    graph = Graph()
+    graph.output(graph.graph_copy(source, {}))
+    return graph
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Captured:
 
     def results(self) -> list[Any]:
         """The fake values of the model's outputs (None for what is no node's value)."""
-        output = next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        output = self.gm.graph.output_node()
         return [n.meta.get("val") for n in output.args[0][len(self.mutated) :]]  # type: ignore[index,union-attr]
 
     @property

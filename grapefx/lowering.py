@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from grapefx.layout import described
 from grapefx.passes.divide.partition import Split
 from grapefx.passes.divide.tasks import Tasks
+from grapefx.passes.graph.layout import described
 from grapefx.passes.peephole.size_inputs import size_inputs
 from grapefx.passes.pipeline import FORWARD, UPDATE, LowerContext
 from grapefx.passes.runner import PassRun, run
@@ -114,7 +114,7 @@ def _device(examples: list[Any]) -> str:
 
 
 def _outputs(gm: GraphModule) -> int:
-    return len(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])  # type: ignore[arg-type]
+    return len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _lower(

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypedDict
 from grapefx.capture import FRONT_ENDS
 from grapefx.errors import OptionError, is_number, nearest
 from grapefx.lowering import PARALLEL
-from grapefx.map_choice import parse_kind
+from grapefx.maps import parse_kind
 from grapefx.passes.differentiate.weight_noise import PERTURB
 from grapefx.passes.pipeline import BACKENDS
 from grapefx.passes.place.placement import GRANULARITIES
@@ -443,6 +443,3 @@ class CompileOptions(TypedDict, total=False):
     scale: float
     sign_error: bool
     step: str
-
-
-__all__ = ["OPTIONS", "OPTION_NAMES", "CompileOptions", "Options", "Values", "described"]

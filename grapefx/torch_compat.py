@@ -33,66 +33,14 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from grapefx import tree
-
+# torch's own that other files import from here; what is written below needs no mention
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
-    "PendingKernels",
     "TorchDispatchMode",
-    "batch_symbol",
-    "call_of",
-    "clear_saved_tensors",
-    "concrete",
-    "copy_all",
-    "decomposed",
-    "decompositions",
-    "dual",
-    "dynamo_refusal",
-    "dynamo_trace",
-    "facts_of",
-    "fake_mode_of",
-    "fake_tensor",
-    "fixed_size",
-    "forward_of",
-    "from_data",
-    "functional_graph",
-    "functionalized",
-    "global_hooks",
-    "graph_module",
-    "holders",
-    "in_dual_level",
-    "inductor_compile",
-    "inductor_counts",
-    "inductor_options",
-    "lazy_graph_modules",
     "make_fx",
-    "mark_dynamic",
-    "memory",
-    "min_cut_partition",
-    "native_random",
-    "new_fake_mode",
-    "new_size",
-    "plain_call",
-    "plain_calls",
-    "prepare_inductor",
     "python_dispatcher",
     "pytree",
-    "quiet_export",
-    "release",
-    "restrided",
-    "retrace",
-    "set_call",
-    "size_expression",
-    "size_hint",
-    "subtraction",
-    "transforming",
-    "unchecked_distributions",
-    "unwrap_for_export",
-    "vmap_rules_only",
-    "without_modes",
-    "without_trackers",
-    "written",
 ]
 
 
@@ -238,7 +186,7 @@ def inductor_compile(
     from torch._inductor.compile_fx import compile_fx_inner
 
     mode = next(fake_mode_of(v) for v in example if isinstance(v, FakeTensor))
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    output = gm.graph.output_node()
     output.meta["user_visible_output_idxs"] = list(range(user_outputs))
     context = TracingContext(mode)
     context.fakify_first_call = True  # torch 2.11: strides as symbols, not as their hints
@@ -657,10 +605,10 @@ def plain_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def plain_calls(model: torch.nn.Module) -> Iterator[None]:
-    """Every module inside runs its own forward: a capture must not meet another compiler."""
+def plain_calls(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """These modules run their own forward: a capture must not meet another compiler."""
     name = "_compiled_call_impl"
-    held = [(m.__dict__, m.__dict__.pop(name)) for m in tree.modules(model) if m.__dict__.get(name)]
+    held = [(m.__dict__, m.__dict__.pop(name)) for m in modules if m.__dict__.get(name)]
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
     joint graph --STEPS[kind]--> step graph --DIVIDE--> forward | update --FORWARD, UPDATE--> code
 
-Capture, placement and the joint trace come before (``grapefx/planning.py``); Inductor comes after
+Capture, placement and the joint trace come before (``grapefx/plan/build.py``); Inductor comes after
 (``grapefx/lowering.py``). ``runner.py`` says what a pass is, and runs, checks and logs them.
 """
 
@@ -16,10 +16,11 @@ from grapefx.ir import Layer, StepGraph
 from grapefx.passes.differentiate.tangent import add_tangents
 from grapefx.passes.divide.partition import Split, forward_only, split
 from grapefx.passes.divide.tail import Tail, cut_tail
+from grapefx.passes.feedback.builder import Feedback
 from grapefx.passes.feedback.calibration import build_calibration
 from grapefx.passes.feedback.perturbed import build_perturbed
 from grapefx.passes.feedback.second_forward import build_two_forwards
-from grapefx.passes.feedback.update import Feedback, build_update
+from grapefx.passes.feedback.update import build_update
 from grapefx.passes.feedback.weights import stand_in
 from grapefx.passes.graph.annotate import annotate
 from grapefx.passes.graph.custom_functions import expand
@@ -250,20 +251,3 @@ def inference(
     """A forward graph for inference, and which of the inputs of ``forward`` it uses."""
     step, used = forward_only(prepare(forward, "inference", backend, context))
     return run(INFERENCE[backend], step, context, "inference"), used
-
-
-__all__ = [
-    "BACKENDS",
-    "DIVIDE",
-    "FORWARD",
-    "INFERENCE",
-    "STEPS",
-    "UPDATE",
-    "LowerContext",
-    "Noise",
-    "StepContext",
-    "build_step",
-    "divide",
-    "inference",
-    "prepare",
-]

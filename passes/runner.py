@@ -166,6 +166,3 @@ def _configure() -> None:
     log.addHandler(handler)
     log.setLevel(min(LOGS[n] for n in names))
     log.propagate = False
-
-
-__all__ = ["Pass", "PassRun", "declare", "left_out", "run", "without"]

@@ -17,10 +17,8 @@ import grapefx
 from grapefx.ir import StepGraph
 from grapefx.methods import get_method
 from grapefx.options import OPTION_NAMES, Options
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan, sizes_of
 from grapefx.runtime.module import FeedbackModule
-from grapefx.runtime.program import sizes_of
 from grapefx.torch_compat import batch_symbol
 
 Model = tuple[nn.Module, tuple[Any, ...]]

@@ -39,9 +39,9 @@ from torch.profiler import ProfilerActivity, profile
 import grapefx
 from grapefx.analysis import pipelines as s
 from grapefx.analysis.device import load_device
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
+from grapefx.plan.stages import divide_plan, ends_of, schedule_of, usual_kind
 from grapefx.report.stages import stage_cost
-from grapefx.staging import divide_plan, ends_of, links_of, order_of, usual_kind
 from tools.common import cli
 from tools.common.machine import machine
 
@@ -167,8 +167,7 @@ def predicted(model: nn.Sequential, x: Tensor, stages: int, m: int, method: str)
         ]
         costs = [stage_cost(g.step, chains[g.index], device, parts) for g in found.stages]
         exact = kind == "calibration"
-        first = commit is not None and commit.first
-        schedule = s.connect(order_of(count, parts, exact, commit), links_of(found, exact, first))
+        schedule = schedule_of(found, commit, parts, exact)
         spans = s.simulate(schedule, lambda r, a, costs=costs: costs[r].seconds(a.do))  # type: ignore[misc]
         times.append(s.makespan(spans))
     return times[0] / times[1]

@@ -27,10 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grapefx.errors import GrapefxWarning
 from grapefx.ir import StepGraph
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan, sizes_of
 from grapefx.runtime.parallel import FORMS
-from grapefx.runtime.program import CompiledStep, compile_step, sizes_of
+from grapefx.runtime.program import CompiledStep, compile_step
 from grapefx.torch_compat import concrete
 from tools import ROOT
 from tools.bench.models import MODELS, SMALL, VARIANTS, Benchmark

@@ -182,16 +182,6 @@ class Dag:
                 graph.add_edge(names[p], names[i])
         return graph
 
-    def reaches(self, sources: Sequence[int]) -> list[bool]:
-        """For every task, whether a path leads to it from one of ``sources`` (or it is one)."""
-        hit = [False] * len(self.tasks)
-        for s in sources:
-            hit[s] = True
-        for i, preds in enumerate(self.preds):
-            if not hit[i]:
-                hit[i] = any(hit[p] for p in preds)
-        return hit
-
 
 def build_dag(
     graph: GraphModule | Graph | GraphCost,

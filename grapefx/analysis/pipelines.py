@@ -324,26 +324,3 @@ def gantt(spans: Sequence[Span], width: int = 72) -> str:
         for x in range(first, min(max(last, first), width)):
             rows[s.rank][x] = _LETTERS.get(s.action.do, "?")
     return "\n".join(f"{r:>3} {''.join(row)}" for r, row in enumerate(rows))
-
-
-__all__ = [
-    "ONCE",
-    "Action",
-    "Do",
-    "Link",
-    "Order",
-    "Schedule",
-    "Span",
-    "check",
-    "connect",
-    "feedback",
-    "forward_first",
-    "gantt",
-    "held",
-    "learn_first",
-    "makespan",
-    "one_forward_one_backward",
-    "simulate",
-    "with_learning",
-    "zero_bubble",
-]

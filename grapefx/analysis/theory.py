@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# GrAPE 2026, appendix D.1: beta = 2, and alpha observed for fused dual numbers.
-PAPER_BETA = 2.0
-PAPER_ALPHA = (0.8, 1.3)
+PAPER_BETA = 2.0  # GrAPE 2026, appendix D.1
 
 
 def arithmetic_ratio(alpha: float, beta: float = PAPER_BETA) -> float:

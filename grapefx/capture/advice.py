@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.errors import CaptureError, GrapefxError, InputError
 
 
@@ -44,7 +44,7 @@ def advised(
                 f"the {name} is a PackedSequence, whose rows belong to no sample: pass the padded "
                 "tensor (nn.utils.rnn.pad_packed_sequence) and mask, or gather, what follows"
             )
-    parts = [(n, m) for n, m in tree.named_modules(model) if _fake_quantize(m)]
+    parts = [(n, m) for n, m in module_tree.named_modules(model) if _fake_quantize(m)]
     if not remedy and "ctc_loss" in said:
         remedy = (
             "CTC loss reads its lengths as numbers: return the log-probabilities and compute the "
@@ -79,7 +79,7 @@ def no_tensor(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(f"buffer {n!r}", b) for n, b in tree.named_buffers(model)]
+    return [(f"buffer {n!r}", b) for n, b in module_tree.named_buffers(model)]
 
 
 def _fake_quantize(module: nn.Module) -> bool:

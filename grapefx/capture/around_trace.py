@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.errors import CaptureError
 from grapefx.passes.graph import custom_functions as functions
 
@@ -19,7 +19,7 @@ def as_parameters(model: nn.Module) -> Iterator[None]:
     """Tensors that ``torch.func.functional_call`` put in the places of parameters become ones."""
     held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     made: dict[int, nn.Parameter] = {}
-    for module in tree.modules(model):
+    for module in module_tree.modules(model):
         values: dict[str, Any] = module.__dict__["_parameters"]
         for name, t in values.items():
             if t is None or isinstance(t, nn.Parameter):
@@ -59,6 +59,3 @@ def custom_functions() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-__all__ = ["as_parameters", "custom_functions"]

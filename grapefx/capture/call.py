@@ -147,15 +147,3 @@ def examples(
         for d in new:
             mark_dynamic(out[i], d)
     return out
-
-
-__all__ = [
-    "Symbolic",
-    "choices",
-    "dense",
-    "examples",
-    "flatten",
-    "flatten_call",
-    "pick_hint",
-    "resized",
-]

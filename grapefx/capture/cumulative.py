@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grapefx import tree
+from grapefx.capture import module_tree
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -22,7 +22,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 @contextlib.contextmanager
 def cumulative_norms(model: nn.Module) -> Iterator[None]:
     """A trace inside: such layers count and average in the graph."""
-    if not any(isinstance(m, _NORMS) and _cumulative(m) for m in tree.modules(model)):
+    if not any(isinstance(m, _NORMS) and _cumulative(m) for m in module_tree.modules(model)):
         yield
         return
     owner = nn.modules.batchnorm._BatchNorm
@@ -55,6 +55,3 @@ def _forward(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) 
         norm.running_mean.copy_(norm.running_mean * (1 - part) + mean * part)
         norm.running_var.copy_(norm.running_var * (1 - part) + var * part)
     return out
-
-
-__all__ = ["cumulative_norms"]

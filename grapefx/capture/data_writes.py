@@ -82,6 +82,3 @@ def _error(where: str) -> CaptureError:
         "self.name = value; for an activation or an argument, go on with a new one, x = value; for "
         "a parameter, write behind the optimizer's step, under torch.no_grad()"
     )
-
-
-__all__ = ["DataWritesRefused", "refuse_data_writes"]

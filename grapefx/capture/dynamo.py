@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.capture.call import Symbolic, choices, examples, flatten_call
 from grapefx.capture.cumulative import cumulative_norms
 from grapefx.capture.functional import Computed, Functional, Given, NumberError, Size, functional
@@ -95,11 +95,11 @@ def _capture(
     code = (_forward if scope.inner else _call).__code__
     own = {"__builtins__": __builtins__, "__name__": __name__, "torch": torch}
     fn = types.FunctionType(code, own, "grapefx_call")
-    known = {d for p in tree.parameters(scope.model) for d in p.shape}
+    known = {d for p in module_tree.parameters(scope.model) for d in p.shape}
     reduced: Capture | None = None
     why = ""
     last: Exception | None = None
-    with plain_calls(scope.model), cumulative_norms(scope.model):
+    with plain_calls(module_tree.modules(scope.model)), cumulative_norms(scope.model):
         tries = [Symbolic()] if fixed else choices(leaves, batch_dim, others)
         for which in tries:
             if not which and reduced is not None:
@@ -302,6 +302,3 @@ def _remedy(why: str) -> str:
         "leave that line out of the forward, or use capture='export', which runs it at the capture "
         "alone and watches less of what the model reads"
     )
-
-
-__all__ = ["capture_dynamo", "explain"]

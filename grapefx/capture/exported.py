@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.capture.around_trace import as_parameters, custom_functions
 from grapefx.capture.call import Symbolic, choices, dense, examples, flatten, flatten_call
-from grapefx.capture.constants import refuse_unregistered, tensor_attributes
+from grapefx.capture.canonicalize import canonicalize, keep_no_grad, passes_gradient
 from grapefx.capture.cumulative import cumulative_norms
 from grapefx.capture.data_writes import DataWritesRefused
 from grapefx.capture.fingerprint import Fingerprint, describe_leaf
 from grapefx.capture.record import Capture, Run, Scope, fixed_lead, keeps_batch
-from grapefx.capture.tidy import keep_no_grad, passes_gradient, tidy
+from grapefx.capture.unregistered import refuse_unregistered, tensor_attributes
 from grapefx.errors import CaptureError, first_line, tell
 from grapefx.ir import Captured, Slot
 from grapefx.passes.graph.branches import inline_branches
@@ -90,7 +90,7 @@ def capture_exported(scope: Scope, *, batch_dim: int = 0, fixed: bool = False) -
         raise CaptureError("the call has no tensor argument; grapefx needs a batch to trace")
     model = scope.model
     flat = _Flat(scope, spec, [TENSOR if isinstance(x, Tensor) else x for x in leaves])
-    known = {d for p in tree.parameters(model) for d in p.shape}
+    known = {d for p in module_tree.parameters(model) for d in p.shape}
     failure: Exception | None = None
     reduced: Capture | None = None
     tries = [Symbolic()] if fixed else choices(leaves, batch_dim, frozenset())
@@ -150,9 +150,9 @@ def _symbols(program: Any, which: Symbolic, given: Sequence[Any], batch_dim: int
 def _export(flat: _Flat, tensors: list[Tensor], dims: Any, model: nn.Module) -> tuple[Any, Any]:
     """The decomposed program, and what the model asked of symbolic sizes."""
     with (
-        custom_functions(), plain_calls(model), as_parameters(model), _attributes_kept(model),
-        cumulative_norms(model), quiet_export(), unchecked_distributions(),
-        warnings.catch_warnings(),
+        custom_functions(), plain_calls(module_tree.modules(model)), as_parameters(model),
+        _attributes_kept(model), cumulative_norms(model), quiet_export(),
+        unchecked_distributions(), warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=dims, strict=False)
@@ -166,7 +166,11 @@ def _export(flat: _Flat, tensors: list[Tensor], dims: Any, model: nn.Module) -> 
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """What a forward assigns while it is traced (values of the trace) is taken back."""
-    held = [(store, dict(store)) for m in tree.modules(model) for store in (m.__dict__, m._buffers)]
+    held = [
+        (store, dict(store))
+        for m in module_tree.modules(model)
+        for store in (m.__dict__, m._buffers)
+    ]
     try:
         yield
     finally:
@@ -188,7 +192,7 @@ def _read(
 ) -> Capture | None:
     model, gm = scope.model, program.graph_module
     notes: list[str] = []
-    tidy(gm, notes)
+    canonicalize(gm, notes)
     stores = _stores(model)
     slots, held = _slots(program, model, notes)
     mutated, outputs = _outputs(program)
@@ -241,16 +245,16 @@ def _read(
 
 
 def _output(gm: torch.fx.GraphModule) -> Any:
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    return gm.graph.output_node().args[0]
 
 
 def _slots(
     program: Any, model: nn.Module, notes: list[str]
 ) -> tuple[list[Slot], dict[str, Tensor]]:
-    buffers = dict(tree.named_buffers(model, remove_duplicate=False))
+    buffers = dict(module_tree.named_buffers(model, remove_duplicate=False))
     # tied parameters go by the name that named_parameters() gives them
-    first = {id(p): n for n, p in tree.named_parameters(model)}
-    named = tree.named_parameters(model, remove_duplicate=False)
+    first = {id(p): n for n, p in module_tree.named_parameters(model)}
+    named = module_tree.named_parameters(model, remove_duplicate=False)
     tied = {n: first[id(p)] for n, p in named}
     held: dict[str, Tensor] = {}
     slots: list[Slot] = []
@@ -302,7 +306,7 @@ def _outputs(program: Any) -> tuple[list[str], list[str]]:
 def _stores(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each parameter and buffer lives: (dict, key) by full name."""
     slots: dict[str, tuple[dict[str, Any], str]] = {}
-    for prefix, module in tree.named_modules(model, remove_duplicate=False):
+    for prefix, module in module_tree.named_modules(model, remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for store in (module._parameters, module._buffers):
             for key in store:
@@ -387,6 +391,3 @@ def _explain(error: Exception) -> CaptureError:
         remedy = "see the error above; the model must be traceable by torch.export"
     at = f"\n  at {where}" if where else ""
     return CaptureError(f"the model cannot be captured: {first_line(error)}{at}\n  {remedy}")
-
-
-__all__ = ["capture_exported"]

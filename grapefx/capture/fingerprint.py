@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grapefx import tree
-from grapefx.layout import contiguous, described, strided
+from grapefx.capture import module_tree
+from grapefx.passes.graph.layout import contiguous, described, strided
 
 _SCALARS = (int, float, bool, str, FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -35,7 +35,7 @@ class Fingerprint:
     def refresh(self) -> None:
         """Walk the module tree again."""
         self._identity: list[int] | None = None  # set last: an interrupted walk is done again
-        self.modules = list(tree.modules(self.model))
+        self.modules = list(module_tree.modules(self.model))
         self._dicts = [m.__dict__ for m in self.modules]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [d[name] for d in self._dicts for name in _HOOKS]
@@ -64,7 +64,7 @@ class Fingerprint:
         ties = tuple([first.setdefault(id(d[n]), k) for k, (d, n) in enumerate(self._parameters)])
         # which modules and hooks there are under which names, what is tied, how buffers lie
         paths = tuple(
-            [(n, type(m)) for n, m in tree.named_modules(self.model, remove_duplicate=False)]
+            [(n, type(m)) for n, m in module_tree.named_modules(self.model, remove_duplicate=False)]
         )
         token = (paths, tuple(self._hooked), ties, tuple([_layout(b) for b in buffers]))
         self.structure = self._tokens.setdefault(token, len(self._tokens))

@@ -18,12 +18,12 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from grapefx import tree
+from grapefx.capture import module_tree
+from grapefx.capture.canonicalize import canonicalize
 from grapefx.capture.data_writes import refuse_data_writes
 from grapefx.capture.hidden_writes import show_writes
-from grapefx.capture.tidy import tidy
 from grapefx.errors import CaptureError
-from grapefx.ir import Captured, Slot
+from grapefx.ir import Captured, Slot, copied
 from grapefx.passes.graph import custom_functions
 from grapefx.passes.graph.branches import inline_branches
 from grapefx.passes.graph.source import quoted
@@ -100,11 +100,11 @@ def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Fun
     runner = _Runner(trace.gm, nodes, places, trace.example_inputs)
     gm, written = functional_graph(runner, fakes, trace.mode)
     notes: list[str] = []
-    tidy(gm, notes)
+    canonicalize(gm, notes)
     tensors = [n for n in gm.graph.nodes if n.op == "placeholder"]
     slots, tensors, real, places = _with_constants(gm, trace, names, tensors, real, places)
     by_name = {n.name: k for k, n in enumerate(tensors)}
-    result = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    result: Any = gm.graph.output_node()
     mutated = []
     for value in result.args[0][: len(written)]:
         k = by_name[written[value.name]]
@@ -119,7 +119,7 @@ def functional(trace: DynamoTrace, model: nn.Module, call: Sequence[Any]) -> Fun
         first.prepend(tensors[i])
     gm.recompile()
     _trace_back(gm, origins)
-    outputs = [n for n in result.args[0][len(mutated) :]]
+    outputs = list(result.args[0][len(mutated) :])
     captured = Captured(
         gm=gm,
         inputs=tuple(slots),
@@ -264,8 +264,7 @@ def _idle_results(node: Node, backward: GraphModule) -> set[int]:
 
 def _in_one_mode(gm: GraphModule) -> GraphModule:
     """A copy whose caller decides whether gradients are recorded, as in any ``backward``."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copied(gm.graph)
     for n in list(graph.nodes):
         if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
             graph.erase_node(n)
@@ -283,11 +282,7 @@ def _detached(gm: GraphModule) -> GraphModule:
 
     Detaching what leaves would be wrong for memory written inside.
     """
-    graph = Graph()
-    mapping: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(gm.graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
+    graph = copied(gm.graph)
     show_writes(graph)
     inside: set[Node] = set()
     off = False
@@ -311,7 +306,7 @@ def _detached(gm: GraphModule) -> GraphModule:
 
 def _sizes_returned(graph: Graph) -> dict[int, Any]:
     """Numbers among the outputs, which follow from sizes and integers: they leave the graph."""
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    output = graph.output_node()
     returned = list(output.args[0])  # type: ignore[arg-type]
     found = {}
     for i, n in enumerate(returned):
@@ -374,9 +369,9 @@ def _names(model: nn.Module, real: list[Tensor], call: Sequence[Any]) -> list[Sl
     An argument's number is its place among the tensors of the call; others follow.
     """
     own: dict[int, Slot] = {}
-    for name, b in tree.named_buffers(model):
+    for name, b in module_tree.named_buffers(model):
         own[id(b)] = Slot("buffer", name)
-    for name, p in tree.named_parameters(model):
+    for name, p in module_tree.named_parameters(model):
         own[id(p)] = Slot("parameter", name)
     given = [leaf for leaf in call if isinstance(leaf, Tensor)]
     arguments = {id(leaf): i for i, leaf in reversed(list(enumerate(given)))}
@@ -473,6 +468,3 @@ def _number(leaf: Any) -> Any:
         )
     expr = size_expression(leaf)
     return leaf if expr is None else Size(expr)
-
-
-__all__ = ["Computed", "Functional", "Given", "Size", "functional"]

@@ -233,6 +233,3 @@ def hidden_write(where: str, why: str = "") -> CaptureError:
         "  remedy: go on with a new tensor, h = h + (new - h).detach(), which has the new values "
         "and the old gradient"
     )
-
-
-__all__ = ["hidden_write", "show_writes", "written_operand"]

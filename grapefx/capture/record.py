@@ -86,6 +86,3 @@ def fixed_lead(inputs: Sequence[Tensor], outputs: Sequence[Any], batch_dim: int)
     found = [v.shape[batch_dim] for v in wide if v.ndim > batch_dim]
     sizes = {i: t.shape[batch_dim] for i, t in enumerate(inputs) if t.ndim > batch_dim}
     return next((i for i, s in sizes.items() if s in found), next(iter(sizes), 0))
-
-
-__all__ = ["Capture", "Run", "Scope", "fixed_lead", "keeps_batch"]

@@ -195,17 +195,3 @@ def unit_columns(b: Tensor, eps: float = 1e-12) -> Tensor:
     """Every column (a C-vector) rescaled to norm 1; a zero column stays zero."""
     norms: Tensor = b.norm(dim=0, keepdim=True).clamp_min(eps)
     return b / norms
-
-
-__all__ = [
-    "MECHANISMS",
-    "READS",
-    "Method",
-    "Rows",
-    "State",
-    "choose",
-    "he_bound",
-    "he_uniform",
-    "positive",
-    "unit_columns",
-]

@@ -24,5 +24,3 @@ _ALL: tuple[type[Method], ...] = (
     *(GrAPE, GrAPE2024),
 )
 BUILTIN: dict[str, type[Method]] = {m.name: m for m in _ALL}
-
-__all__ = ["BUILTIN"]

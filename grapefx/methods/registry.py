@@ -122,16 +122,3 @@ def preset_options(method: str | Method, preset: str) -> dict[str, Any]:
         own = {f.name for f in dataclasses.fields(method)}
         return {k: v for k, v in method.paper.items() if k not in own}
     return dict(find(method).paper)
-
-
-__all__ = [
-    "GROUP",
-    "PRESETS",
-    "build",
-    "declared",
-    "find",
-    "get_method",
-    "names",
-    "option_names",
-    "preset_options",
-]

@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from grapefx import tree
 from grapefx.analysis import Dag, DeviceModel, build_dag
+from grapefx.capture import module_tree
+from grapefx.capture.untraceable import refuse_untraceable
 from grapefx.errors import CaptureError, GrapefxWarning, InputError, OptionError, nearest
 from grapefx.methods import Method, get_method, names, option_names
 from grapefx.options import OPTION_NAMES, Options
 from grapefx.passes.runner import PassRun
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 from grapefx.report.build import build_report, opened
 from grapefx.report.from_plan import method_graphs, parameter_count
 from grapefx.report.records import PassRow
 from grapefx.report.report import Report
 from grapefx.torch_compat import FakeTensorMode, pytree
-from grapefx.untraceable import refuse_untraceable
 
 METHODS = ("bp", "dfa", "grape")
 
@@ -99,7 +98,7 @@ def build_plans(
     chosen = _methods(asked, options)
     opts = Options(**{k: v for k, v in options.items() if k in OPTION_NAMES})
     args, kwargs = call_of(example)
-    if not any(p.requires_grad for p in tree.parameters(model)):
+    if not any(p.requires_grad for p in module_tree.parameters(model)):
         raise InputError("the model has no trainable parameter: there is no backward to inspect")
     try:
         with warnings.catch_warnings():
@@ -235,7 +234,7 @@ def locate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
     inside: list[tuple[str, nn.Module, Any]] = []
     deepest: list[tuple[str, nn.Module, Any]] = []
     handles = []
-    for path, module in tree.named_modules(model):
+    for path, module in module_tree.named_modules(model):
 
         def enter(m: nn.Module, a: Any, k: Any, path: str = path) -> None:
             inside.append((path, m, (a, k)))

@@ -21,7 +21,7 @@ from grapefx.passes.divide.partition import split
 from grapefx.passes.divide.stages import SEND, Stages
 from grapefx.passes.graph.order import ancestors, descendants
 from grapefx.plan import Plan
-from grapefx.staging import check_method, divide_plan, ends_of, links_of, order_of, usual_kind
+from grapefx.plan.stages import check_method, divide_plan, ends_of, schedule_of, usual_kind
 
 MOST = 800  # stages x microbatches up to which the zero-bubble order is worked out
 
@@ -111,9 +111,7 @@ def stages_text(
             stage_cost(x.step, _chains(stages, x.index), model, microbatches) for x in stages.stages
         ]
         chained = kind == "calibration" or plan.method.exact
-        first = commit is not None and commit.first
-        order = order_of(count, microbatches, chained, commit)
-        schedule = s.check(s.connect(order, links_of(stages, chained, first)))
+        schedule = schedule_of(stages, commit, microbatches, chained)
         spans = s.simulate(schedule, lambda r, a, costs=costs: costs[r].seconds(a.do))  # type: ignore[misc]
         title = f"{plan.method.name} ({kind} step)"
         lines += ["", title, *_ends(plan, ends, costs), *_links(stages)]
@@ -218,6 +216,3 @@ def _scaling(
         lines.append(f"{p:>6}  {cells[0]:>8.3f}  {cells[1]:>11.3f}" + "".join(
             f"{c:>13.3f}" for c in cells[2:]))  # fmt: skip
     return lines
-
-
-__all__ = ["StageCost", "stage_cost", "stages_text"]

@@ -21,6 +21,3 @@ def building() -> Iterator[None]:
     """Around whatever traces or compiles."""
     with _LOCK, without_modes(), lazy_graph_modules():
         yield
-
-
-__all__ = ["building"]

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grapefx import tree
-from grapefx.capture import Scope, dense, flatten_call
+from grapefx.capture import Scope, dense, flatten_call, module_tree
+from grapefx.capture.untraceable import distributed_tensor
 from grapefx.errors import InputError, tell
-from grapefx.layout import distributed_tensor
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.passes.runner import PassRun
-from grapefx.plan import Plan
-from grapefx.planning import build_forward, plan_call
+from grapefx.plan import Plan, build_forward, plan_call
 from grapefx.runtime import hooks, inplace
 from grapefx.runtime.building import building
 from grapefx.runtime.program import Program
@@ -113,7 +111,7 @@ class Captures:
         if self.options.backend == "inductor" and self.device_type == "cpu":
             prepare_inductor()
         training = torch.is_grad_enabled() and (
-            any(p.requires_grad for p in tree.parameters(self.model))
+            any(p.requires_grad for p in module_tree.parameters(self.model))
             or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
         )
         self._check_batch(leaves, training)
@@ -170,7 +168,7 @@ class Captures:
         specs = plan.state_specs()
         if not specs:
             return {}
-        parameter = next(p for p in tree.parameters(self.model) if p.requires_grad)
+        parameter = next(p for p in module_tree.parameters(self.model) if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
         return feedback.ensure(specs, dtype, parameter.device)
 
@@ -183,7 +181,7 @@ class Captures:
             )
 
     def _check_hooks(self, scope: Scope, training: bool) -> None:
-        for part in tree.modules(self.model):
+        for part in module_tree.modules(self.model):
             if part is not self.model:
                 inplace.traced(part)
         if training or self.options.capture == "dynamo":
@@ -202,7 +200,7 @@ class Captures:
                 tell(note)
 
     def _check_devices(self, leaves: Sequence[Any]) -> None:
-        parameter = next(tree.parameters(self.model), None)
+        parameter = next(module_tree.parameters(self.model), None)
         if parameter is None:
             return
         self.device_type = parameter.device.type
@@ -246,6 +244,3 @@ class _Lengths:
     def stay(self, key: Any, dims: frozenset[tuple[int, int]]) -> None:
         """These could not be symbolic: each new length is a capture of its own."""
         self._fixed.setdefault(key, set()).update(dims)
-
-
-__all__ = ["Captures"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grapefx.errors import BackwardError
-from grapefx.layout import contiguous
+from grapefx.passes.graph.layout import contiguous
 from grapefx.runtime.call import TrainingCall
 from grapefx.runtime.program import CompiledStep
 from grapefx.torch_compat import clear_saved_tensors, dual

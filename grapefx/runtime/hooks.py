@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.errors import CaptureError
 
 FORWARD = ("_forward_hooks", "_forward_pre_hooks")
@@ -26,7 +26,7 @@ def _name(path: str) -> str:
 
 def refuse_backward(model: nn.Module, *, root: bool) -> None:
     """Raise ``CaptureError`` for a backward hook on any module (``root``: on the model itself)."""
-    for path, module in tree.named_modules(model):
+    for path, module in module_tree.named_modules(model):
         if not path and not root:
             continue
         for kind in BACKWARD:
@@ -42,7 +42,7 @@ def refuse_backward(model: nn.Module, *, root: bool) -> None:
 def traced(model: nn.Module) -> list[str]:
     """A note for each module whose forward hooks run in captures only."""
     notes = []
-    for path, module in tree.named_modules(model):
+    for path, module in module_tree.named_modules(model):
         found: list[Any] = [h for kind in FORWARD for h in getattr(module, kind).values()]
         if any(not _quiet(h) for h in found):
             notes.append(

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grapefx import tree
-from grapefx.capture import Scope, flatten_call
+from grapefx.capture import Scope, flatten_call, module_tree
+from grapefx.capture.untraceable import Compiled
 from grapefx.errors import BackwardError, CaptureError, InputError, OptionError
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
-from grapefx.recommend import reason
+from grapefx.plan.recommend import reason
 from grapefx.runtime import inplace, names
 from grapefx.runtime.call import TrainingCall, autocast_off, kept_buffers
 from grapefx.runtime.captures import Captures
@@ -28,7 +28,6 @@ from grapefx.runtime.function import DUAL, Step
 from grapefx.runtime.program import Program
 from grapefx.runtime.training_state import TrainingState
 from grapefx.torch_compat import dual, in_dual_level, transforming
-from grapefx.untraceable import Compiled
 
 if TYPE_CHECKING:
     from grapefx.report import Report
@@ -214,7 +213,7 @@ class FeedbackModule(Compiled, nn.Module):
         return self._captures.call(scope, self._state.feedback)
 
     def _original_tensors(self) -> Iterator[Any]:
-        for module in tree.modules(self._original):
+        for module in module_tree.modules(self._original):
             yield from module._parameters.values()
             yield from module._buffers.values()
 

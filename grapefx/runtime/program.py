@@ -15,11 +15,11 @@ from torch.fx import Node
 from grapefx.capture import Capture
 from grapefx.errors import tell
 from grapefx.ir import StepGraph
-from grapefx.layout import strided
 from grapefx.lowering import Compiled, lower_forward, lower_saving
 from grapefx.options import Options
 from grapefx.passes.divide.tail import Tail
 from grapefx.passes.graph import meta
+from grapefx.passes.graph.layout import strided
 from grapefx.passes.pipeline import LowerContext, divide, inference
 from grapefx.passes.runner import PassRun
 from grapefx.plan import Plan, sizes_of
@@ -403,12 +403,3 @@ def _device_of(step: StepGraph) -> str:
 
 def _unbound(scope: Any) -> Any:
     raise AssertionError("a program is called before it is bound")
-
-
-__all__ = [
-    "CompiledForward",
-    "CompiledStep",
-    "NoiseInput",
-    "Program",
-    "sizes_of",
-]

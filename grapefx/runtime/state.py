@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.errors import StateError
 from grapefx.maps import StateSpec
 from grapefx.methods import Method
@@ -143,7 +143,7 @@ class FeedbackState:
 
 def architecture(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """What a feedback state belongs to: the parameters' names and shapes."""
-    return {n: tuple(p.shape) for n, p in tree.named_parameters(model)}
+    return {n: tuple(p.shape) for n, p in module_tree.named_parameters(model)}
 
 
 def check_architecture(saved: dict[str, tuple[int, ...]], model: nn.Module) -> None:

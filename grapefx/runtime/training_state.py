@@ -240,6 +240,3 @@ class TrainingState:
         self.feedback = feedback
         self.momentum = {k: v.clone() for k, v in state["momentum"].items()}
         self._skipped = state["skipped"]
-
-
-__all__ = ["TrainingState"]

@@ -232,7 +232,7 @@ def _finish(
         outputs.append(
             Slot("gradient" if slot.role == "parameter" else "input_gradient", slot.name)
         )
-    out = next(n for n in reversed(graph.nodes) if n.op == "output")
+    out = graph.output_node()
     flat, _ = pytree.tree_flatten(out.args[0])
     # make_fx drops None outputs into the spec; put them back in place
     spec = getattr(gm, "_out_spec", None)

@@ -139,6 +139,3 @@ def _check_batch(em: TangentEmitter, node: Node) -> None:
         f"tangent_fraction < 1 needs samples that do not mix, but {node.target} (node "
         f"{node.name!r}) joins them{quoted(node)}\n  remedy: tangent_fraction=1"
     )
-
-
-__all__ = ["TangentEmitter", "propagate"]

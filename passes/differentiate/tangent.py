@@ -23,6 +23,7 @@ from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.emit import Emitter
 from grapefx.passes.graph.folds import Fold
+from grapefx.passes.graph.order import ancestors, descendants
 from grapefx.torch_compat import new_size
 
 aten = torch.ops.aten
@@ -68,7 +69,7 @@ def add_tangents(
     (``"frozen"``: each sample has a tangent of its own) or differentiated (``"full"``). With
     ``signs`` the noise arrives as bytes, 0 for -1 and 1 for +1. Layers in
     ``quiet`` get noise that no tangent follows: one more stream, without taps. ``perturb`` says
-    where noise is added (``passes.weight_noise``).
+    where noise is added (``weight_noise.py``).
     """
     edit = Edit(step)
     step, graph = edit.step, edit.graph
@@ -76,7 +77,8 @@ def add_tangents(
     taps = markers.find(graph, markers.TAP)
     if not taps:
         raise TangentError("the graph has no error tap")
-    forward = _between(cuts, taps)
+    inside = descendants(cuts.values()) & ancestors(taps.values())
+    forward = [n for n in graph.nodes if n in inside]
     at_weights = weight_sources(step, layers, perturb, batch, batch_size)
     inputs = _Inputs(edit, rows_hint, signs)
     drawn: list[dict[int, tuple[Node, ...]]] = []
@@ -176,26 +178,3 @@ class _Inputs:
         with self.em.before(at, layer=meta.layer(at)):
             made: Node = self.em.trace(sign, node)
             return made
-
-
-def _between(cuts: dict[int, Node], taps: dict[int, Node]) -> list[Node]:
-    """Forward nodes that depend on a cut and lead to a tap, in order."""
-    upstream: set[Node] = set()
-    stack = list(taps.values())
-    while stack:
-        n = stack.pop()
-        if n not in upstream:
-            upstream.add(n)
-            stack.extend(n.all_input_nodes)
-    behind: set[Node] = set()
-    ordered = []
-    graph = next(iter(taps.values())).graph
-    starts = set(cuts.values())
-    for n in graph.nodes:
-        if n in upstream and (n in starts or any(a in behind for a in n.all_input_nodes)):
-            behind.add(n)
-            ordered.append(n)
-    return ordered
-
-
-__all__ = ["Stream", "add_tangents", "streams_of"]

@@ -25,6 +25,7 @@ from grapefx.passes.differentiate.propagate import TangentEmitter, propagate
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.folds import Fold, batch_folds
 from grapefx.passes.graph.operators import LAYER_PRODUCTS
+from grapefx.passes.graph.order import without_data
 
 aten = torch.ops.aten
 
@@ -60,11 +61,7 @@ def weight_sources(
         return {}
     graph = step.gm.graph
     folds = batch_folds(graph, batch, batch_size)
-    fixed = {n for role in ("parameter", "buffer", "constant") for _, n in step.select(role)}
-    for node in graph.nodes:  # what is computed from weights alone
-        inputs = node.all_input_nodes
-        if node.op == "call_function" and inputs and all(a in fixed for a in inputs):
-            fixed.add(node)
+    fixed = without_data(step)
     parameters = {n for _, n in step.select("parameter") if n.meta["val"].ndim >= 2}
     found: dict[int, tuple[Source, ...]] = {}
     for index, cut in markers.find(graph, markers.CUT).items():
@@ -190,6 +187,3 @@ def _product(em: TangentEmitter, source: Source, noise: Node) -> Callable[[], No
         return y * mean.clamp_min(1e-12).rsqrt()  # type: ignore[no-any-return]
 
     return lambda: em.trace(convolve, em.p(source.data), noise)
-
-
-__all__ = ["PERTURB", "Source", "induced", "weight_sources"]

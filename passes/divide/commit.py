@@ -11,7 +11,7 @@ Jacobian), "cat" (rows of samples), "sum" (gradients), "all" (flags).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.errors import MethodError
-from grapefx.ir import Slot, StepGraph
+from grapefx.ir import Slot, StepGraph, copied
+from grapefx.passes.divide.tail import keep_only
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.order import ancestors, dead_code
 from grapefx.torch_compat import graph_module
@@ -48,7 +49,7 @@ class Commit:
     def readers(self) -> dict[Slot, tuple[str, ...]]:
         """For each of ``reads``, the layers whose part reads it; "" where it belongs to none."""
         held = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
-        (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
+        output: Any = self.gm.graph.output_node()
         found: dict[Slot, dict[str, None]] = {s: {} for s in self.reads}
         for slot, node in zip(self.outputs, output.args[0], strict=True):
             leading = ancestors([node])
@@ -60,12 +61,9 @@ class Commit:
     def only(self, layers: Sequence[str]) -> Commit:
         """The part of it that belongs to some layers, and what belongs to none."""
         keep = [k for k, s in enumerate(self.outputs) if owner_of(s) in (*layers, "")]
-        graph = Graph()
-        mapping: dict[Node, Node] = {}
-        results = graph.graph_copy(self.gm.graph, mapping)
-        for old, new in mapping.items():
-            new.meta = dict(old.meta)
-        graph.output(tuple(results[k] for k in keep))  # type: ignore[index]
+        graph = copied(self.gm.graph)
+        output = graph.output_node()
+        output.args = (tuple(output.args[0][k] for k in keep),)  # type: ignore[index]
         dead_code(graph)
         both = [*self.reads, *self.states]
         held = [n for n in graph.nodes if n.op == "placeholder"]
@@ -150,9 +148,6 @@ def cut_commit(step: StepGraph, names: Sequence[str], method: str) -> tuple[Step
     first = _project_with_inputs(pairs, slots, set(twin))
     rest = [(s, n) for s, n in pairs if s.role not in _ROLES]
     rest += [(s, n) for n, s in kept.items()]
-    work.output_node().args = (tuple(n for _, n in rest),)
-    dead_code(work.gm.graph)
-    main = replace(work, gm=graph_module(work.gm, work.gm.graph), outputs=tuple(s for s, _ in rest))
     commit = Commit(
         graph_module(work.gm, graph),
         tuple(kept.values()),
@@ -160,7 +155,7 @@ def cut_commit(step: StepGraph, names: Sequence[str], method: str) -> tuple[Step
         tuple(s for s, _ in moved),
         first,
     )
-    return main, commit
+    return keep_only(work, rest), commit
 
 
 def _entries(moved: list[tuple[Slot, Any]], names: Sequence[str]) -> list[tuple[Slot, Node]]:

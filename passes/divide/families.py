@@ -223,6 +223,3 @@ def _works(family: Family) -> bool:
 
 def _is_view(node: Node) -> bool:
     return not hasattr(node.target, "_schema") or aliases(node)
-
-
-__all__ = ["Family", "find_families", "layers_alone", "operands", "places_of", "stacks"]

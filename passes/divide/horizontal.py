@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from grapefx.layout import strides
 from grapefx.passes.divide.families import Family, find_families, operands, places_of
+from grapefx.passes.graph.layout import strides
 from grapefx.passes.graph.operators import op_name
 from grapefx.passes.graph.order import dead_code
 from grapefx.torch_compat import retrace, vmap_rules_only
@@ -58,7 +58,7 @@ def batch_layers(
     if not families or order is None:
         return update, ()
     out = retrace(lambda *inputs: rewrite.run(inputs, order), example, decompose=decompose)
-    node = next(n for n in reversed(out.graph.nodes) if n.op == "output")
+    node = out.graph.output_node()
     node.args = (tuple(node.args[0]),)  # type: ignore[arg-type]
     dead_code(out.graph)
     out.recompile()
@@ -285,6 +285,3 @@ def _like(value: Any, val: Any) -> Any:
         ):
             return value.contiguous(memory_format=layout)
     return value
-
-
-__all__ = ["WORTH", "batch_layers"]

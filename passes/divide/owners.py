@@ -218,6 +218,3 @@ def _addends(node: Node) -> list[Node]:
         if isinstance(a, Node) and isinstance(b, Node):
             return [*_addends(a), *_addends(b)]
     return [node]
-
-
-__all__ = ["LATE_ROLES", "Owners", "legal_ends", "stage_numbers"]

@@ -138,7 +138,7 @@ def forward_only(step: StepGraph) -> tuple[StepGraph, tuple[int, ...]]:
 
 
 def _output(gm: GraphModule) -> Node:
-    node: Node = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    node: Node = gm.graph.output_node()
     return node
 
 
@@ -165,7 +165,7 @@ def _reorder(graph: Graph, placeholders: list[Node]) -> None:
 
 def _write_buffers(graph: Graph, step: StepGraph, early: list[int], kept: list[Node]) -> None:
     """New buffer values are copied into the buffers at the end of the forward graph."""
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    output = graph.output_node()
     by_name = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     where = {s.name: f"primals_{i}" for i, s in enumerate(step.inputs) if s.role == "buffer"}
     for value, i in zip(kept, early, strict=True):
@@ -188,6 +188,3 @@ def _drop_unused_inputs(graph: Graph) -> list[str]:
         else:
             graph.erase_node(node)
     return used
-
-
-__all__ = ["LATE", "Split", "forward_only", "split"]

@@ -263,7 +263,6 @@ class _Cutter:
         for n in self.o.nodes:
             if n in self.need[s] and n.op == "call_function":
                 env[n] = new.node_copy(n, lambda a: env[a])
-                env[n].meta = dict(n.meta)
                 if self.o.of.get(n, s) > s:  # a view of a later stage's tangent: here it comes late
                     env[n].meta[meta.PHASE] = "error"
         results: list[Any] = []
@@ -288,6 +287,3 @@ def _sum(graph: Graph, nodes: list[Node]) -> Node:
         made.meta = dict(n.meta)
         total = made
     return total
-
-
-__all__ = ["SEND", "Channel", "Kind", "Stage", "Stages", "split_stages"]

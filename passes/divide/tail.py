@@ -16,8 +16,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from grapefx.ir import Slot, StepGraph
-from grapefx.layout import strided
 from grapefx.passes.graph import meta
+from grapefx.passes.graph.layout import strided
 from grapefx.passes.graph.order import ancestors, dead_code
 from grapefx.torch_compat import graph_module, size_hint
 
@@ -86,15 +86,19 @@ def cut_tail(step: StepGraph) -> tuple[StepGraph, Tail | None]:
     dead_code(graph)
     outputs = [(s, n) for s, n in pairs if n not in tail]
     outputs += [(Slot("saved", n.name), n) for n in kept]
+    orders = tuple(_order(n.meta["val"]) for n in kept)
+    return keep_only(work, outputs), Tail(
+        graph_module(work.gm, graph), orders, tuple(s for s, _ in moved)
+    )
+
+
+def keep_only(work: StepGraph, outputs: Sequence[tuple[Slot, Any]]) -> StepGraph:
+    """The step with these outputs, by their nodes, and without what they do not need."""
     work.output_node().args = (tuple(n for _, n in outputs),)
     dead_code(work.gm.graph)
-    main = replace(
-        work,
-        gm=graph_module(work.gm, work.gm.graph),
-        outputs=tuple(s for s, _ in outputs),
+    return replace(
+        work, gm=graph_module(work.gm, work.gm.graph), outputs=tuple(s for s, _ in outputs)
     )
-    orders = tuple(_order(n.meta["val"]) for n in kept)
-    return main, Tail(graph_module(work.gm, graph), orders, tuple(s for s, _ in moved))
 
 
 def _is_tensor(node: Node) -> bool:
@@ -123,6 +127,3 @@ def _inputs_first(graph: Graph) -> None:
     first = next(n for n in graph.nodes if n.op == "call_function")
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         first.prepend(node)
-
-
-__all__ = ["Tail", "cut_tail"]

@@ -65,7 +65,7 @@ def split_by_results(update: GraphModule, names: Sequence[str], parts: Sequence[
     ``parts``: for each output the name of the part that computes it. ``names``: the parts in order;
     what several need belongs to the first of them. Parts without nodes of their own are left out.
     """
-    (output,) = (n for n in update.graph.nodes if n.op == "output")
+    output = update.graph.output_node()
     group: dict[Node, str] = {}
     for name in names:
         own = [r for r, p in zip(output.args[0], parts, strict=True) if p == name]  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def split_by_results(update: GraphModule, names: Sequence[str], parts: Sequence[
 
 def _cut(update: GraphModule, names: Sequence[str], group: dict[Node, str]) -> Tasks:
     inside = [n for n in update.graph.nodes if n in group]
-    (output,) = (n for n in update.graph.nodes if n.op == "output")
+    output = update.graph.output_node()
     refs: dict[Node, Ref] = {
         n: (-1, i) for i, n in enumerate(n for n in update.graph.nodes if n.op == "placeholder")
     }
@@ -116,6 +116,3 @@ def _graph(
     out = graph.output(tuple(copies[n] for n in given))
     out.meta = {}
     return graph_module(update, graph)
-
-
-__all__ = ["REST", "SHARED", "Ref", "Task", "Tasks", "split_by_results", "split_tasks", "take"]

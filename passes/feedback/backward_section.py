@@ -233,14 +233,3 @@ _OWN: dict[Any, _Rule] = {
     aten._unsafe_view: _view,
     **{getattr(aten, name): _attention for name in ATTENTION_BACKWARD if hasattr(aten, name)},
 }
-
-
-__all__ = [
-    "Section",
-    "backward_section",
-    "depends",
-    "filled",
-    "fills",
-    "fixed_values",
-    "is_size",
-]

@@ -14,6 +14,9 @@ from torch.fx import Node
 from grapefx.ir import StepGraph
 from grapefx.maps import FeedbackMap
 from grapefx.methods.base import Method, State
+from grapefx.passes.feedback.builder import Builder, Feedback
+from grapefx.passes.feedback.learning import all_finite
+from grapefx.passes.feedback.method_calls import refitted
 from grapefx.passes.feedback.normal_equations import (
     CROSS,
     GRAM,
@@ -21,7 +24,7 @@ from grapefx.passes.feedback.normal_equations import (
     solve,
     without_memory,
 )
-from grapefx.passes.feedback.update import Builder, Feedback, refitted, replace_cuts
+from grapefx.passes.feedback.projection import open_cuts, project, replace_cuts
 from grapefx.passes.graph import markers, meta
 
 
@@ -36,14 +39,13 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
         if fitted:
             refit(b)
     if compare and b.state_nodes:
-        old = _feedback_gradients(b, b.cotangents(b.state_nodes))
+        old = _feedback_gradients(b, project(b, b.state_nodes))
         _compare(b, old)
-    backward = markers.find(b.graph, markers.CUT_BACKWARD)
     if not feedback.true_gradients and compare:
         # this batch only re-fits the maps: its update is the method's own, with the new maps
-        replace_cuts(b, b.cotangents(b.new_states or b.state_nodes))
+        replace_cuts(b, project(b, b.new_states or b.state_nodes))
     else:
-        replace_cuts(b, {i: n.args[0] for i, n in backward.items()})  # type: ignore[misc]
+        open_cuts(b)
     return b.finish()
 
 
@@ -54,18 +56,18 @@ def refit(b: Builder) -> None:
     """
     backward = markers.find(b.graph, markers.CUT_BACKWARD)
     inverse: dict[str, list[Node]] = {}
-    ridge, keep, method = b.fb.ridge, b.fb.keep, b.fb.method
-    for m, state in zip(b.fb.maps, b.state_nodes, strict=True):
+    ridge, keep, method = b.feedback.ridge, b.feedback.keep, b.feedback.method
+    for m, state in zip(b.feedback.maps, b.state_nodes, strict=True):
         node = backward.get(m.layer.index)
         if node is None:
             b.new_states.append(state)
             continue
-        e = b.error(m.rows)
+        e = b.inputs.error(m.rows)
         # with the gradients, not in the tail: rows may be far smaller than delta
-        rows = b.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+        rows = b.edit.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
         e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
         if GRAM in state:
-            new = b.emit(
+            new = b.edit.emit(
                 lambda e, r, st, m=m: _fit_with_memory(method, m, e, r, st, ridge, keep),
                 e, rows, state,
                 phase="refit", layer=m.layer.name,
@@ -75,18 +77,18 @@ def refit(b: Builder) -> None:
         # groups pick by the layer's index: only full maps share a solve
         key = m.rows if m.groups == 1 else m.layer.name
         if key not in inverse:
-            inverse[key] = b.emit(
+            inverse[key] = b.edit.emit(
                 lambda e, m=m: [_solved(m.pick(e, g), ridge) for g in range(m.groups)],
                 e,
                 phase="refit",
             )
-        new = b.emit(
+        new = b.edit.emit(
             lambda s, e, r, st, m=m: _fit(method, m, s, e, r, st),
             inverse[key], e, rows, state,
             phase="refit", layer=m.layer.name,
         )  # fmt: skip
         b.new_states.append(new)
-    b.finite = b.all_finite() if b.fb.maps else None
+    b.finite = all_finite(b) if b.feedback.maps else None
 
 
 def _solved(e: Tensor, ridge: float) -> Tensor:
@@ -157,7 +159,7 @@ def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, No
             continue
         if meta.phase(node) in ("refit", "metric"):
             continue
-        with b.graph.inserting_before(b.output):
+        with b.graph.inserting_before(b.edit.output):
             new = b.graph.node_copy(node, lambda a: twin.get(a, a))
         new.meta = {**node.meta, meta.PHASE: "metric"}
         twin[node] = new
@@ -166,7 +168,7 @@ def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, No
 
 def _compare(b: Builder, twins: dict[str, Node]) -> None:
     true = {s.name: n for s, n in b.step.produced("gradient") if isinstance(n, Node)}
-    for m in b.fb.maps:
+    for m in b.feedback.maps:
         names = [p for p in m.layer.parameters if p in true and p in twins]
         if not names:
             continue

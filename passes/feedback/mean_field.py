@@ -30,6 +30,7 @@ from torch.fx import Node
 from grapefx.errors import GrapefxError, OptionError
 from grapefx.ir import Slot
 from grapefx.maps import ErrorRows, FeedbackMap, from_samples, to_samples
+from grapefx.maps.seeded import signs
 from grapefx.passes.feedback.backward_section import (
     backward_section,
     depends,
@@ -44,7 +45,6 @@ from grapefx.passes.graph.folds import Fold, batch_folds, fold_of
 from grapefx.passes.graph.mixing import mixes
 from grapefx.passes.graph.operators import draws
 from grapefx.passes.graph.source import quoted
-from grapefx.seeded import signs
 from grapefx.torch_compat import batch_symbol
 
 aten = torch.ops.aten
@@ -399,6 +399,3 @@ def _spread(mean: Tensor, count: int, dim: int, outer: int, inner: int) -> Any:
 def _tensors(node: Node) -> Sequence[Tensor]:
     val = node.meta.get("val")
     return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, Tensor)]
-
-
-__all__ = ["KEY", "MeanChain", "MeanField", "map_of"]

@@ -53,6 +53,3 @@ def solve(gram: Tensor, cross: Tensor, ridge: float) -> list[Tensor]:
         # LAPACK's result lies by columns; the steps were compiled for rows
         fitted.append(torch.linalg.solve(a / size + ridge * eye, r / size).contiguous())
     return fitted
-
-
-__all__ = ["CROSS", "GRAM", "MEMORY", "memory_shapes", "products", "solve", "without_memory"]

@@ -31,7 +31,7 @@ from torch.fx import Node
 from grapefx.ir import StepGraph
 from grapefx.maps import to_samples
 from grapefx.passes.graph import markers
-from grapefx.passes.graph.order import ancestors
+from grapefx.passes.graph.order import ancestors, without_data
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ def homogeneous_points(step: StepGraph) -> frozenset[int]:
     if not taps:
         return frozenset()
     to_tap = ancestors(taps.values())
-    fixed = _fixed(step)
+    fixed = without_data(step)
     found = set()
     for index, cut in markers.find(graph, markers.CUT).items():
         tail = _tail(cut, to_tap)
@@ -87,16 +87,6 @@ def _tail(cut: Node, to_tap: set[Node]) -> set[Node]:
                 tail.add(user)
                 stack.append(user)
     return tail
-
-
-def _fixed(step: StepGraph) -> set[Node]:
-    """Values that no data reaches: parameters, buffers and what is computed from them."""
-    fixed = {n for role in ("parameter", "buffer", "constant") for _, n in step.select(role)}  # type: ignore[arg-type]
-    for node in step.gm.graph.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "call_function" and inputs and all(a in fixed for a in inputs):
-            fixed.add(node)
-    return fixed
 
 
 def _homogeneous(node: Node, tail: set[Node], fixed: set[Node]) -> bool:
@@ -191,6 +181,3 @@ def corrected(c: Tensor, h: Tensor, s: Tensor, fold: tuple[int, int, int]) -> Te
         wide_scale = scale.repeat_interleave(per).repeat(outer)
     shape[dim] = -1
     return (c.to(wide) + h.to(wide) * wide_scale.view(shape)).to(c.dtype)
-
-
-__all__ = ["bias_of", "corrected", "homogeneous_points", "radial_error"]

@@ -61,9 +61,7 @@ def _copy(gm: GraphModule, node: Node, graph: Graph, known: dict[Node, Any]) -> 
             f"no derivative here{quoted(node)}\n  remedy: write the loop in Python with a fixed "
             "number of rounds, or leave it to a part of the model outside grapefx.compile"
         )
-    new = graph.node_copy(node, lambda a: known[a])
-    new.meta = dict(node.meta)
-    known[node] = new
+    known[node] = graph.node_copy(node, lambda a: known[a])
 
 
 def _picks_known(node: Node, known: dict[Node, Any]) -> bool:
@@ -134,6 +132,3 @@ def _call(graph: Graph, cond: Node, op: Any, *args: Any) -> Node:
     new.meta = {k: v for k, v in cond.meta.items() if k not in ("tensor_meta", "unbacked_bindings")}
     new.meta["val"] = val
     return new
-
-
-__all__ = ["inline_branches"]

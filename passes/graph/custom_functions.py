@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from grapefx.errors import CaptureError
 from grapefx.passes.graph import meta
@@ -82,11 +82,6 @@ def _refusal(name: str, why: str) -> CaptureError:
         "its backward\n  remedy: write it with torch ops and .detach() (straight-through: "
         "x + (f(x) - x).detach()), or as a torch.library operator"
     )
-
-
-def name_of(node: Node) -> str:
-    """The class that a ``FUNCTION`` node stands for."""
-    return _USES[node.args[1]].cls.__qualname__  # type: ignore[index]
 
 
 def applied(tensors: Sequence[Tensor], key: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ A pass that rewrites a ``StepGraph`` makes one ``Edit`` of it, works on ``edit.g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -24,8 +24,8 @@ from grapefx.torch_compat import graph_module
 class Edit:
     """A copy of a step graph in the making.
 
-    ``emitter`` adds operators, ``add_input`` placeholders, ``add_output`` results. ``put`` replaces
-    a value by another one.
+    ``emitter`` and ``emit`` add operators, ``add_input`` placeholders, ``add_output`` results.
+    ``put`` replaces a value by another one.
     """
 
     def __init__(self, step: StepGraph) -> None:
@@ -75,6 +75,11 @@ class Edit:
         self.inputs.append(slot)
         return node
 
+    def emit(self, fn: Callable[..., Any], *args: Any, **labels: Unpack[meta.Labels]) -> Any:
+        """A Python function of tensors (``Emitter.trace``), in front of the results."""
+        with self.emitter.before(self.output, **labels):
+            return self.emitter.trace(fn, *args)
+
     def add_output(self, slot: Slot, node: Any) -> None:
         """One result more, behind the others."""
         self.set_results([*self.results, node])
@@ -116,6 +121,3 @@ class Edit:
             outputs=tuple(self.outputs),
             **facts,
         )
-
-
-__all__ = ["Edit"]

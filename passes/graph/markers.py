@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from grapefx.layout import strides
 from grapefx.passes.graph import meta
+from grapefx.passes.graph.layout import strides
 
 _LIB = torch.library.Library("grapefx", "DEF")
 for _name in ("cut", "cut_backward", "tap", "tap_backward"):

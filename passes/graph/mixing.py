@@ -59,6 +59,3 @@ def _whole(given: dict[str, Any]) -> bool:
     start, end, step = given.get("start"), given.get("end"), given.get("step")
     to_end = end is None or (isinstance(end, int) and end >= sys.maxsize)
     return start in (0, None) and to_end and step in (1, None)
-
-
-__all__ = ["mixes"]

@@ -7,6 +7,8 @@ from operator import attrgetter
 
 from torch.fx import Graph, Node
 
+from grapefx.ir import StepGraph
+
 
 def topological(graph: Graph) -> None:
     """Reorder nodes so that each comes after its inputs; otherwise the order stays.
@@ -74,6 +76,17 @@ def ancestors(ends: Iterable[Node]) -> set[Node]:
 def descendants(starts: Iterable[Node]) -> set[Node]:
     """All nodes that depend on one of ``starts``, and these."""
     return _reached(starts, attrgetter("users"))
+
+
+def without_data(step: StepGraph) -> set[Node]:
+    """Values that no data reaches: parameters, buffers and what is computed from them."""
+    inputs = zip(step.inputs, step.placeholders(), strict=True)
+    fixed = {n for s, n in inputs if s.role in ("parameter", "buffer", "constant")}
+    for node in step.gm.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "call_function" and sources and fixed.issuperset(sources):
+            fixed.add(node)
+    return fixed
 
 
 def _reached(starts: Iterable[Node], next_to: Callable[[Node], Iterable[Node]]) -> set[Node]:

@@ -50,6 +50,3 @@ def prune_masks(graph: Graph) -> int:
             node.update_arg(3, None)
             node.update_arg(4, None)
     return count
-
-
-__all__ = ["prune_masks"]

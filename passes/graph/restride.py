@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Graph, Node
 
-from grapefx.layout import strides
 from grapefx.passes.graph.emit import graph_mode, values
+from grapefx.passes.graph.layout import strides
 from grapefx.torch_compat import python_dispatcher
 
 aten = torch.ops.aten

@@ -206,6 +206,3 @@ def _put(x: Tensor, index: Tensor, part: Tensor, fold: Fold) -> Tensor:
         return x.index_copy(fold.dim, index, part)
     apart = samples_apart(x, fold).index_copy(fold.dim + 1, index, samples_apart(part, fold))
     return apart.reshape(x.shape)
-
-
-__all__ = ["RowEmitter", "samples_apart"]

@@ -53,6 +53,3 @@ def _module(node: Node) -> str:
         return ""
     path, cls = stack[-1]
     return f"in the module {path!r} ({getattr(cls, '__name__', cls)})"
-
-
-__all__ = ["PACKAGE", "module_path", "quoted", "source_of"]

@@ -62,6 +62,3 @@ def _value(node: Node) -> str:
         return "size" if isinstance(value, torch.SymInt) else ""
     sizes = "x".join(str(s) if isinstance(s, int) else "?" for s in value.shape)
     return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
-
-
-__all__ = ["as_text"]

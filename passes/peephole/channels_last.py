@@ -76,6 +76,3 @@ def _reordered(graph: Any, view: Node, product: Node) -> Node:
         new: Node = em.trace(ordered, rows, columns)
     view.replace_all_uses_with(new)
     return new
-
-
-__all__ = ["channels_last"]

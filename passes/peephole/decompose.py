@@ -43,11 +43,8 @@ def decompose(
     after = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
         new.meta.update({k: old.meta[k] for k in meta.KEPT if k in old.meta})
-    out = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    out = gm.graph.output_node()
     results = iter(pytree.tree_leaves(out.args[0], is_leaf=lambda x: x is None))
     out.args = (tuple(results),)
     dead_code(gm.graph)
     return replace(work, gm=gm)
-
-
-__all__ = ["decompose"]

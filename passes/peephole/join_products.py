@@ -121,6 +121,3 @@ def _join(graph: Graph, first: _Product, tangents: list[_Product]) -> None:
             start = end
     for p in (first, *tangents):
         graph.erase_node(p.node)
-
-
-__all__ = ["join_products"]

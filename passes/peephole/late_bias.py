@@ -44,6 +44,3 @@ def _apart(node: Node) -> bool:
 def _read(node: Node) -> bool:
     """Whether a kernel of the graph reads a value: what is only returned needs one more."""
     return any(_read(u) if aliases(u) else u.op != "output" for u in node.users)
-
-
-__all__ = ["add_bias_late"]

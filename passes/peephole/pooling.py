@@ -145,6 +145,3 @@ def _spread_over(window: Sequence[int]) -> Any:
         return torch.where(wide(place) == own.to(torch.int8), wide(grad), 0.0)
 
     return spread
-
-
-__all__ = ["tile_pools", "tiles"]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
+from grapefx.ir import copied
 from grapefx.torch_compat import batch_symbol, graph_module
 
 
@@ -46,17 +47,10 @@ def size_inputs(gm: GraphModule, example: Sequence[Any]) -> tuple[GraphModule, t
                 places.setdefault(symbol, Place(i, dim, int(factor)))
     if not places:
         return gm, ()
-    graph = Graph()
-    mapping: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(gm.graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
+    graph = copied(gm.graph)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     for k, place in enumerate(places.values()):
         with graph.inserting_after(last):
             last = graph.placeholder(f"size_{k}")
         last.meta["val"] = place.read(example)
     return graph_module(gm, graph), tuple(places.values())
-
-
-__all__ = ["Place", "size_inputs"]

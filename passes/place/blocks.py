@@ -1,12 +1,13 @@
 """Granularities "block" and "sublayer": which of the feedback points end one.
 
-In: the segments of a sweep (see ``passes.sweep``). Out: the ones to keep.
+In: the segments of a sweep (see ``sweep.py``). Out: the ones to keep.
 """
 
 from __future__ import annotations
 
 from torch.fx import Node
 
+from grapefx.passes.graph.order import ancestors
 from grapefx.passes.graph.source import module_path
 from grapefx.passes.place.sweep import Segment, Sweep
 
@@ -55,7 +56,7 @@ def _repeated_modules(sweep: Sweep) -> set[str]:
 
 def _dominators(sweep: Sweep, taps: list[Node]) -> set[Node]:
     """Values that every differentiable path from an input to a tap crosses."""
-    upstream = sweep.ancestors(taps) | set(taps)
+    upstream = ancestors(taps)
     path = [n for n in sweep.nodes if n in upstream and n in sweep.data and n in sweep.live]
     found: set[Node] = set()
     ends: dict[Node, int] = {}

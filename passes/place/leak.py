@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from grapefx.ir import Captured
+from grapefx.ir import Captured, copied
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.operators import HEAVY, op_name
 from grapefx.torch_compat import graph_module
@@ -22,11 +22,7 @@ aten = torch.ops.aten
 
 def with_edges(cap: Captured) -> Captured:
     """The capture with a node on every edge into a weight layer."""
-    gm = graph_module(cap.gm, torch.fx.Graph())
-    mapping: dict[Node, Node] = {}
-    gm.graph.output(gm.graph.graph_copy(cap.gm.graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
+    gm = graph_module(cap.gm, copied(cap.gm.graph))
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or op_name(node) not in HEAVY or not node.all_input_nodes:
             continue

@@ -2,7 +2,7 @@
 
 In: the captured forward graph. Out: a ``Placement`` (nothing is rewritten here).
 
-``passes.sweep`` finds the segments and what may close them, ``passes.taps`` the error taps; here
+``sweep.py`` finds the segments and what may close them, ``taps.py`` the error taps; here
 the user's choices are applied, and layers named.
 """
 
@@ -18,6 +18,7 @@ from grapefx.errors import OptionError, PlacementError, nearest
 from grapefx.ir import Captured, Layer
 from grapefx.passes.graph.folds import Fold
 from grapefx.passes.graph.operators import op_name
+from grapefx.passes.graph.order import ancestors
 from grapefx.passes.graph.source import source_of
 from grapefx.passes.place.blocks import blocks, sublayers
 from grapefx.passes.place.points import select
@@ -64,7 +65,7 @@ def place(
 ) -> Placement:
     """Choose feedback points and the error tap on a captured graph.
 
-    ``points`` and ``error_at`` are choices of the user (see ``passes.points``); ``error_at`` may
+    ``points`` and ``error_at`` are choices of the user (see ``points.py``); ``error_at`` may
     be "output", for the outputs themselves whatever their width. Raises ``PlacementError`` when
     there is no trainable parameter, no differentiable output with a batch dim, or no feedback point
     at all (a single layer: use ``method="bp"``).
@@ -128,8 +129,8 @@ def _exact_from(cuts: tuple[CutPoint, ...], sweep: Sweep, taps: list[Node]) -> t
 
     Each as its module (or node) with its source line.
     """
-    leading = sweep.ancestors([c.node for c in cuts]) | {c.node for c in cuts}
-    within = (sweep.ancestors(sweep.user_outputs) | set(sweep.user_outputs)) - leading
+    leading = ancestors(c.node for c in cuts)
+    within = ancestors(sweep.user_outputs) - leading
     seen: set[Node] = set()
     found: dict[str, None] = {}
     for n in sweep.nodes:

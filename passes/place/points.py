@@ -1,6 +1,6 @@
 """Feedback points and error taps that the user names.
 
-In: a sweep over the captured graph (see ``passes.sweep``) and a choice: module names or globs,
+In: a sweep over the captured graph (see ``sweep.py``) and a choice: module names or globs,
 module classes, or a function of the node; one or a list of them. Out: nodes, with a name each.
 """
 

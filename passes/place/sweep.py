@@ -36,6 +36,7 @@ from grapefx.ir import Captured
 from grapefx.passes.graph.custom_functions import FUNCTION
 from grapefx.passes.graph.folds import Fold, batch_folds
 from grapefx.passes.graph.operators import HEAVY, MERGE, op_name
+from grapefx.passes.graph.order import ancestors
 from grapefx.passes.graph.source import source_of
 from grapefx.torch_compat import size_hint
 
@@ -143,22 +144,14 @@ class Sweep:
     @staticmethod
     def ancestors(nodes: Iterable[Node]) -> set[Node]:
         """Everything that leads to one of ``nodes``."""
-        seen: set[Node] = set()
-        stack = [a for n in nodes for a in n.all_input_nodes]
-        while stack:
-            n = stack.pop()
-            if n not in seen:
-                seen.add(n)
-                stack.extend(n.all_input_nodes)
-        return seen
+        return ancestors(a for n in nodes for a in n.all_input_nodes)
 
     def before_weights(self, ends: Iterable[Node]) -> set[Node]:
         """Nodes with a trainable parameter on a differentiable path from them to one of ``ends``.
 
         Behind the others, and at them, nothing is left to train: what they lead to is a tail.
         """
-        ends = list(ends)
-        toward = self.ancestors(ends) | set(ends)
+        toward = ancestors(ends)
         found: set[Node] = set()
         for n in reversed(self.nodes):
             if n not in toward or n not in self.live or n in self.param_of:

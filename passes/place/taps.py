@@ -1,6 +1,6 @@
 """Error taps: the values whose true gradient is the error.
 
-In: a sweep (``passes.sweep``). Out: the outputs; for an output that is reduced over the batch, the
+In: a sweep (``sweep.py``). Out: the outputs; for an output that is reduced over the batch, the
 values in front; for a wide output layer, the value that it reads.
 """
 
@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from grapefx.errors import PlacementError
 from grapefx.passes.graph.operators import LINEAR, op_name
+from grapefx.passes.graph.order import ancestors
 from grapefx.passes.graph.source import source_of
 from grapefx.passes.place.points import select
 from grapefx.passes.place.sweep import (
@@ -35,7 +36,7 @@ def error_taps(sweep: Sweep, error_at: Any) -> tuple[list[Node], str]:
     """The taps, and a note where they were moved for the user.
 
     ``error_at``: None, "output" (the outputs themselves, whatever their width) or the user's choice
-    (``passes.points``). Raises ``PlacementError`` where the model returns nothing that depends on
+    (``points.py``). Raises ``PlacementError`` where the model returns nothing that depends on
     its input, ``UncuttableError`` where nothing in front of a reduced output keeps the batch.
     """
     if error_at is not None and error_at != "output":
@@ -195,7 +196,7 @@ def _joined(taps: list[Node], tail: set[Node], sweep: Sweep) -> list[Node]:
 
 def _from_weights(out: Node, sweep: Sweep) -> set[Node]:
     """The values between trainable parameters and an output, and the output."""
-    before = (sweep.ancestors([out]) | {out}) & sweep.data & sweep.live
+    before = ancestors([out]) & sweep.data & sweep.live
     found: set[Node] = set()
     for n in sweep.nodes:
         if n not in before or n.op != "call_function" or n.target is aten.detach.default:

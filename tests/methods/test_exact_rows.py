@@ -18,8 +18,7 @@ from grapefx.ir import StepGraph
 from grapefx.passes.feedback.exact_rows import ExactRows
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.verify import independence
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 from grapefx.report.from_plan import method_graphs
 from tests.zoo import (
     MLP,

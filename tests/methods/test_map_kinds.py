@@ -12,14 +12,13 @@ from torch import Tensor, nn
 import grapefx
 from grapefx.errors import BudgetError, OptionError
 from grapefx.ir import Layer
-from grapefx.map_choice import choose_maps
-from grapefx.maps import ErrorRows, FeedbackMap, from_samples, plain_maps, to_samples
+from grapefx.maps import ErrorRows, FeedbackMap, choose_maps, from_samples, plain_maps, to_samples
+from grapefx.maps.seeded import signs, uniform
 from grapefx.methods import get_method
 from grapefx.methods.base import Rows
 from grapefx.passes.divide.partition import split
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.planning import build_plan
-from grapefx.seeded import signs, uniform
+from grapefx.plan import build_plan
 from tests.zoo import assert_same_gradients
 
 CPU, F64 = torch.device("cpu"), torch.float64

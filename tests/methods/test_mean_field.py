@@ -17,12 +17,12 @@ import grapefx
 from grapefx.analysis import build_dag
 from grapefx.errors import OptionError, PlacementError, StateError, VerifyError
 from grapefx.ir import Slot
+from grapefx.maps.seeded import signs
 from grapefx.passes.graph import meta
 from grapefx.passes.graph.edit import Edit
 from grapefx.passes.graph.verify import independence
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from grapefx.report.from_plan import method_graphs
-from grapefx.seeded import signs
 from tests.methods.test_exact_rows import Instance, Unrolled, still
 from tests.zoo import (
     MLP,

@@ -14,7 +14,7 @@ from grapefx.errors import PlacementError
 from grapefx.maps import to_samples
 from grapefx.passes.feedback.radial import bias_of, corrected, homogeneous_points
 from grapefx.passes.graph import markers
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from tests.zoo import compiled, loss_of, step_inputs
 
 

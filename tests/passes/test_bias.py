@@ -8,7 +8,7 @@ from torch import nn
 
 from grapefx.passes.divide.partition import split
 from grapefx.passes.peephole.late_bias import add_bias_late
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from grapefx.torch_compat import inductor_counts
 from tests.zoo import compiled, make, plan_of, step_inputs
 

@@ -14,8 +14,7 @@ from grapefx.errors import CaptureError, TangentError
 from grapefx.passes.differentiate.tangent import add_tangents, streams_of
 from grapefx.passes.graph.custom_functions import FUNCTION
 from grapefx.passes.graph.verify import independence
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 
 
 class Gelu(torch.autograd.Function):

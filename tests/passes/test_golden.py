@@ -27,8 +27,7 @@ from grapefx.passes.peephole.channels_last import channels_last
 from grapefx.passes.peephole.join_products import join_products
 from grapefx.passes.peephole.late_bias import add_bias_late
 from grapefx.passes.peephole.pooling import tile_pools
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 
 HERE = Path(__file__).parent / "golden"
 VIEWS = {

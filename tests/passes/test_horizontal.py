@@ -16,9 +16,7 @@ from grapefx.passes.divide import families, horizontal
 from grapefx.passes.divide.horizontal import WORTH, batch_layers
 from grapefx.passes.divide.partition import Split, split
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
-from grapefx.runtime.program import sizes_of
+from grapefx.plan import Plan, build_plan, sizes_of
 from tests.zoo import MLP, Masked, Residual, make, plan_of, step_inputs
 from tools.common import networks
 

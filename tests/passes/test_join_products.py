@@ -9,8 +9,7 @@ from torch.fx import GraphModule
 
 from grapefx.passes.divide.partition import Split, split
 from grapefx.passes.peephole.join_products import join_products
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 from grapefx.torch_compat import pytree
 from tests.zoo import make, plan_of, step_inputs
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 from tests.passes import placement_models as models
 from tests.zoo import live_input_gradients, plan_of
 

@@ -14,7 +14,7 @@ from grapefx.ir import StepGraph
 from grapefx.passes import pipeline, runner
 from grapefx.passes.graph.text import as_text
 from grapefx.passes.runner import Pass, PassRun, run, without
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from tests.zoo import compiled, make, plan_of, train_step
 
 LISTS = {

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import grapefx
 from grapefx.errors import OptionError, PlacementError
 from grapefx.passes.graph.verify import independence
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grapefx.passes.peephole.pooling import tile_pools
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from tests.zoo import compiled, eager_twin
 
 aten = torch.ops.aten

@@ -7,7 +7,8 @@ import torch
 
 from grapefx.errors import VerifyError
 from grapefx.passes.divide.partition import split
-from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
+from grapefx.passes.feedback.builder import Builder, Feedback
+from grapefx.passes.feedback.projection import project, replace_cuts
 from grapefx.passes.graph import markers
 from grapefx.passes.graph.verify import independence
 from grapefx.plan import Plan
@@ -67,7 +68,7 @@ def _leaky(plan: Plan, index: int) -> object:
     feedback = Feedback(plan.method, plan.maps, plan.error_rows, plan.states())
     b = Builder(plan.joint, feedback)
     b.add_states()
-    cotangents = b.cotangents(b.state_nodes)
+    cotangents = project(b, b.state_nodes)
     chain = markers.find(b.graph, markers.CUT_BACKWARD)[index].args[0]
     cotangents[index] = chain  # type: ignore[assignment]
     replace_cuts(b, cotangents)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grapefx
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 
 WIDTH = 6
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {

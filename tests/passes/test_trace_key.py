@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grapefx.passes.graph import emit
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 
 
 def model():

@@ -13,7 +13,7 @@ import grapefx
 from grapefx.errors import MethodError, OptionError
 from grapefx.ir import StepGraph
 from grapefx.passes.differentiate.tangent import add_tangents, streams_of
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from tests.passes.tangent_oracle import Case, make_case
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grapefx.errors import InputError, OptionError
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from grapefx.report import LayerInfo, MethodGraphs, build_report
 from grapefx.report.from_plan import method_graphs, parameter_count
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import grapefx
 from grapefx.errors import GrapefxWarning
-from grapefx.planning import build_plan
+from grapefx.plan import build_plan
 from tests.zoo import (
     MLP,
     Tied,

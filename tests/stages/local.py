@@ -10,12 +10,11 @@ from torch import Tensor
 from grapefx.analysis.pipelines import Action
 from grapefx.ir import Slot
 from grapefx.passes.divide.owners import legal_ends
-from grapefx.plan import Plan
+from grapefx.plan import Plan, sizes_of
+from grapefx.plan.stages import divide_plan
 from grapefx.runtime.noise import draw, seed_of
-from grapefx.runtime.program import sizes_of
 from grapefx.runtime.stages.compiled import StageStep, compile_stage
 from grapefx.runtime.stages.engine import Engine, Inputs
-from grapefx.staging import divide_plan
 from grapefx.torch_compat import batch_symbol
 from tests.zoo import step_inputs
 

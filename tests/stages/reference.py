@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grapefx.choices import resolve
 from grapefx.ir import Slot
-from grapefx.plan import Plan, sizes_of
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan, resolve, sizes_of
 from grapefx.runtime.noise import draw, seed_of
 from grapefx.runtime.training_state import TrainingState
 from grapefx.torch_compat import batch_symbol

@@ -12,9 +12,9 @@ import torch
 import grapefx
 from grapefx.errors import InputError, MethodError, OptionError, PlacementError
 from grapefx.options import Options
+from grapefx.plan.stages import balanced_ends, check_method, ends_of, layer_seconds
 from grapefx.report.cli import main
 from grapefx.report.stages import stages_text
-from grapefx.staging import balanced_ends, check_method, ends_of, layer_seconds
 from tests.stages.test_split_stages import plan_of
 
 

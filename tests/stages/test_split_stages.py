@@ -16,15 +16,14 @@ from grapefx.methods import get_method
 from grapefx.options import Options
 from grapefx.passes.divide.owners import legal_ends
 from grapefx.passes.divide.stages import SEND, Stages, split_stages
-from grapefx.passes.feedback.update import Builder, Feedback, replace_cuts
+from grapefx.passes.feedback.builder import Builder, Feedback
+from grapefx.passes.feedback.projection import project, replace_cuts
 from grapefx.passes.graph import markers, meta
 from grapefx.passes.graph.annotate import annotate
 from grapefx.passes.graph.order import descendants
 from grapefx.passes.graph.verify import check
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
-from grapefx.runtime.program import sizes_of
+from grapefx.plan import Plan, build_plan, sizes_of
 from tests.stages.models import MODELS, make
 from tests.zoo import step_inputs
 
@@ -56,7 +55,7 @@ def leaky(plan: Plan, index: int) -> StepGraph:
     feedback = Feedback(plan.method, plan.maps, plan.error_rows, plan.states())
     b = Builder(plan.joint, feedback)
     b.add_states()
-    cotangents = b.cotangents(b.state_nodes)
+    cotangents = project(b, b.state_nodes)
     chain = markers.find(b.graph, markers.CUT_BACKWARD)[index].args[0]
     cotangents[index] = chain  # type: ignore[assignment]
     replace_cuts(b, cotangents)

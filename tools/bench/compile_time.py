@@ -32,7 +32,7 @@ from unittest import mock
 
 from torch._inductor import compile_fx
 
-import grapefx.planning
+import grapefx.plan.build
 from grapefx.torch_compat import PendingKernels
 from tools import ROOT
 from tools.bench.models import PLAIN, VARIANTS, make
@@ -48,7 +48,7 @@ TABLE = Table(
 )  # fmt: skip
 # what a part of the first step is spent in
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "capture": ((grapefx.planning, "capture"),),
+    "capture": ((grapefx.plan.build, "capture"),),
     "inductor": ((compile_fx, "_compile_fx_inner"), (PendingKernels, "wait")),
 }
 

@@ -16,10 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import grapefx
 from grapefx import CaptureError
 from grapefx.capture import flatten_call
-from grapefx.choices import resolve
 from grapefx.passes.differentiate.tangent import add_tangents
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan, resolve
 from grapefx.torch_compat import pytree
 from tools.common.results import Row
 from tools.coverage.zoos import Sample, cut

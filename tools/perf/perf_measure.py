@@ -29,8 +29,7 @@ from grapefx.lowering import lower_saving, lower_update, update_for
 from grapefx.methods import Method
 from grapefx.passes.divide.partition import split
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan
-from grapefx.planning import build_plan
+from grapefx.plan import Plan, build_plan, sizes_of
 from grapefx.report.build import opened
 from grapefx.runtime import program
 from grapefx.torch_compat import inductor_counts
@@ -145,7 +144,7 @@ def step_figures(plan: Plan, kind: str, lowered: bool) -> dict[str, Any]:
         for n in step.gm.graph.nodes
         if n.op == "call_function"
     )
-    sizes = program.sizes_of(step, plan.batch_size, plan.rows(plan.batch_size))
+    sizes = sizes_of(step, plan.batch_size, plan.rows(plan.batch_size))
     parts = split(prepare(step, kind, "inductor", LowerContext(sizes)))
     saved = [n for n in parts.update.graph.nodes if n.op == "placeholder"][: parts.saved]
     kept = {n.name for n in parts.forward.graph.nodes if n.op == "placeholder"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from grapefx.choices import resolve
 from grapefx.errors import OptionError, nearest
+from grapefx.plan import resolve
 from tools.common.networks import ACTIVATIONS, INITS, MODEL_KEYS
 
 IMAGES = ("mnist", "fashion-mnist", "cifar10", "cifar100")

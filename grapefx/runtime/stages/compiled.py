@@ -17,7 +17,7 @@ from grapefx.passes.divide.partition import Split, split
 from grapefx.passes.divide.stages import SEND, Stages
 from grapefx.passes.divide.tasks import Tasks, split_by_results
 from grapefx.plan import Plan
-from grapefx.staging import links_of, order_of
+from grapefx.plan.stages import schedule_of
 
 PARTS: tuple[s.Do, ...] = ("error", "backward", "estimate", "update")
 
@@ -73,8 +73,7 @@ def compile_stage(
     stages, commit = divided
     exact = kind == "calibration" or plan.method.exact
     first = commit is not None and commit.first
-    order = order_of(len(ends) + 1, microbatches, exact, commit)
-    schedule = s.check(s.connect(order, links_of(stages, exact, first)))
+    schedule = schedule_of(stages, commit, microbatches, exact)
     step = stages.stages[index].step
     parts = split(step)
     forward, strides = lower_saving(parts, kind, backend, options.backend_options)
@@ -133,6 +132,3 @@ def _doing(parts: Split, stages: Stages, index: int, first: bool) -> list[s.Do]:
         else:
             found.append("update")
     return found
-
-
-__all__ = ["Draw", "StageStep", "compile_stage"]

@@ -213,6 +213,3 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
         return value
     out = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
     return out.copy_(value)
-
-
-__all__ = ["Engine", "Gather", "Inputs", "Wires", "laid_out"]

@@ -59,6 +59,3 @@ def rows_of(value: Any, i: int, size: int, count: int) -> Any:
             f"a target of shape {tuple(value.shape)} does not have the batch ({size * count}) first"
         )
     return value[i * size : (i + 1) * size]
-
-
-__all__ = ["divided", "rows_of"]

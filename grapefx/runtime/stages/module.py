@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grapefx.capture.untraceable import Compiled
 from grapefx.errors import InputError, OptionError, StateError
 from grapefx.methods import Method
 from grapefx.options import Options
+from grapefx.plan.stages import check_method
 from grapefx.runtime.stages.trainer import Job, Loss, StageTrainer
 from grapefx.runtime.stages.wires import Links, Replicas
-from grapefx.staging import check_method
-from grapefx.untraceable import Compiled
 
 
 class StagedModule(Compiled, nn.Module):
@@ -251,6 +251,3 @@ def _group(mesh: Any, name: str) -> Any:
         f"{name}= takes one dim of a DeviceMesh, mesh['pp'], or a process group, not "
         f"{type(mesh).__name__}"
     )
-
-
-__all__ = ["StagedModule"]

@@ -61,6 +61,3 @@ def of_stage(
     label = stage_numbers(plan.layers, ends)
     others = {name for name, at in label.items() if at != rank}
     return {k: v for k, v in maps.items() if k.rpartition("/")[0].partition("[")[0] not in others}
-
-
-__all__ = ["of_stage", "owned"]

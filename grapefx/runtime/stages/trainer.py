@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from grapefx import tree
-from grapefx.capture import Scope
+from grapefx.capture import Scope, module_tree
 from grapefx.errors import GrapefxError, InputError, StageError
 from grapefx.ir import Slot
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.plan import Plan
+from grapefx.plan.stages import divide_plan, ends_of
 from grapefx.runtime.call import autocast_off
 from grapefx.runtime.captures import Captures
 from grapefx.runtime.program import Program
@@ -29,7 +29,6 @@ from grapefx.runtime.stages.microbatches import divided, rows_of
 from grapefx.runtime.stages.ownership import of_stage, owned
 from grapefx.runtime.stages.wires import Links, Replicas, Transfers, share
 from grapefx.runtime.training_state import TrainingState
-from grapefx.staging import divide_plan, ends_of
 from grapefx.torch_compat import pytree
 
 Loss = Callable[[Any, Any], Tensor]
@@ -90,7 +89,7 @@ class StageTrainer:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(tree.parameters(self._model)).device
+        return next(module_tree.parameters(self._model)).device
 
     def call(self, job: Job, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run a job on a batch. Raises as ``StagedModule.step``."""
@@ -348,9 +347,6 @@ def _values(model: nn.Module) -> str:
     """Names, shapes and sums of all parameters."""
     own = [
         (n, tuple(p.shape), p.detach().double().sum().item())
-        for n, p in tree.named_parameters(model)
+        for n, p in module_tree.named_parameters(model)
     ]
     return f"{zlib.crc32(repr(own).encode()):08x}"
-
-
-__all__ = ["Job", "Loss", "StageTrainer"]

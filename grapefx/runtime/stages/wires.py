@@ -214,6 +214,3 @@ def share(
 
 def _wait(work: Any, links: Links) -> None:
     work.wait(links.timeout)
-
-
-__all__ = ["Links", "Replicas", "Transfers", "share"]

@@ -21,8 +21,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def _words(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     rows, columns = (torch.arange(n, device=device) for n in shape)
-    # A compiler computes a running sum once. Other words it writes into each of their uses, of which
-    # _mix has two a round: the time to compile would grow with 2 to the power of the rounds.
+    # A compiler computes a running sum once. Other words it writes into each of their uses, of
+    # which _mix has two a round: the time to compile would grow with 2 to the power of the rounds.
     # xor in front of the sum: another seed is no shift of the same numbers.
     rows = _mix((rows ^ (seed * 0x9E3779B1 & _MASK)).cumsum(0) & _MASK).cumsum(0)
     columns = (columns * 0x9E3779B1).cumsum(0)

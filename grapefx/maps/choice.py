@@ -7,7 +7,7 @@ import zlib
 from dataclasses import replace
 
 from grapefx.errors import OptionError, nearest
-from grapefx.maps import ErrorRows, FeedbackMap
+from grapefx.maps.feedback_map import ErrorRows, FeedbackMap
 from grapefx.methods.base import Method
 
 KINDS = ("auto", "dense", "pooled", "low-rank", "sparse", "seeded")

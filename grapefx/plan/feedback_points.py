@@ -89,6 +89,3 @@ def default_budget(options: Options, captured: Captured) -> int:
         n.meta["val"] for n, s in zip(nodes, captured.inputs, strict=True) if s.role == "parameter"
     ]
     return max(256 * 2**20, sum(int(p.numel() * p.element_size()) for p in own) // 4)
-
-
-__all__ = ["default_budget", "place_for", "reads_classes", "refuse_sparse"]

@@ -1,6 +1,6 @@
 """A plan: what is known about one captured call, and the step graphs that are made of it.
 
-``planning.py`` makes plans; ``passes/pipeline.py`` lists the passes that make each kind of step of
+``build.py`` makes plans; ``passes/pipeline.py`` lists the passes that make each kind of step of
 the joint graph.
 """
 
@@ -13,26 +13,25 @@ from typing import Any
 import torch
 
 from grapefx.capture import Capture
-from grapefx.choices import check_together
 from grapefx.errors import BudgetError, CaptureError, PlacementError
 from grapefx.ir import Captured, Layer, Role, StepGraph
-from grapefx.map_choice import choose_maps
-from grapefx.maps import ErrorRows, FeedbackMap, StateSpec
+from grapefx.maps import ErrorRows, FeedbackMap, StateSpec, choose_maps
 from grapefx.methods import Method, get_method
 from grapefx.options import Options
+from grapefx.passes.feedback.builder import Feedback
 from grapefx.passes.feedback.exact_rows import ExactRows
 from grapefx.passes.feedback.mean_field import KEY, MeanField
 from grapefx.passes.feedback.normal_equations import memory_shapes
 from grapefx.passes.feedback.radial import homogeneous_points
 from grapefx.passes.feedback.second_forward import input_size
-from grapefx.passes.feedback.update import Feedback
 from grapefx.passes.feedback.weights import weight_shapes
 from grapefx.passes.graph import markers
 from grapefx.passes.graph.verify import independence
 from grapefx.passes.pipeline import Noise, StepContext, build_step
 from grapefx.passes.place.placement import Placement
 from grapefx.passes.runner import PassRun
-from grapefx.placing import default_budget, reads_classes
+from grapefx.plan.feedback_points import default_budget, reads_classes
+from grapefx.plan.request import check_together
 from grapefx.torch_compat import (
     batch_symbol,
     fixed_size,
@@ -78,7 +77,8 @@ class Plan:
             and (
                 options.calibrates
                 or options.mean_field is not None
-                or options.calib_refit == "feedback"  # refits in `net.calibration()`, if nowhere else
+                # refits in `net.calibration()`, if nowhere else
+                or options.calib_refit == "feedback"
             ),
         )
         self.notes = [*self.captured.notes, *said]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.methods import Method
 from grapefx.options import Options
 from grapefx.passes.graph.operators import ATTENTION, op_name
@@ -83,8 +83,5 @@ def reason(method: Method, options: Options, graph: Graph, points: int) -> str:
 
 def _others(model: nn.Module) -> bool:
     """Whether a module normalises or is of a kind that was not measured, by its class's name."""
-    names = [type(part).__name__.lower() for part in tree.modules(model)]
+    names = [type(part).__name__.lower() for part in module_tree.modules(model)]
     return any(kind in name for name in names for kind in _NOT_MEASURED)
-
-
-__all__ = ["CHOICE", "reason", "recommended"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,13 +29,3 @@ def described(value: Tensor) -> Any:
 def contiguous(value: Tensor) -> bool:
     """Whether a tensor lies as ``contiguous()`` would lay it; a sparse one always does."""
     return value.layout is not torch.strided or value.is_contiguous()
-
-
-def distributed_tensor(values: Iterable[Any]) -> bool:
-    """Whether one of these is a ``DTensor``; torch's module for them is not imported to see it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    kind = getattr(module, "DTensor", None)
-    return kind is not None and any(isinstance(v, kind) for v in values)
-
-
-__all__ = ["contiguous", "described", "distributed_tensor", "strided", "strides"]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grapefx import tree
+from grapefx.capture import module_tree
 from grapefx.errors import CaptureError
 
 
 def tensor_attributes(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each tensor that is a plain attribute of a module lives: (dict, key) by full name."""
     found = {}
-    for path, module in tree.named_modules(model):
+    for path, module in module_tree.named_modules(model):
         for key, value in module.__dict__.items():
             if isinstance(value, Tensor):
                 found[f"{path}.{key}".lstrip(".")] = (module.__dict__, key)
@@ -24,7 +24,7 @@ def tensor_attributes(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]
 
 def refuse_unregistered(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Raise ``CaptureError`` for a constant that is a trainable tensor: it would never learn."""
-    own = {p.untyped_storage().data_ptr() for p in tree.parameters(model) if not p.is_meta}
+    own = {p.untyped_storage().data_ptr() for p in module_tree.parameters(model) if not p.is_meta}
     place = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
     if place in own:
         return  # p.data, p.detach()
@@ -47,6 +47,3 @@ def _trainable_at(place: int) -> bool:
         and t.untyped_storage().data_ptr() == place
         for t in kinds
     )
-
-
-__all__ = ["refuse_unregistered", "tensor_attributes"]

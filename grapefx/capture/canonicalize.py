@@ -1,4 +1,8 @@
-"""What export loses of a model is put back into the graph; checks that no step can make go."""
+"""Brings a front end's graph into the form that steps are made of.
+
+Regions of ``no_grad``, which a decomposition forgets, become ``detach``; assertions go, since a
+step cannot make them; numbers read from tensors are refused.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ def _refuse_data(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if getattr(node.target, "overloadpacket", None) in [getattr(aten, c) for c in checks]:
             graph.erase_node(node)
-    needed = {next(n for n in reversed(graph.nodes) if n.op == "output")}
+    needed = {graph.output_node()}
     for node in reversed(graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
@@ -68,7 +72,7 @@ def _refuse_data(graph: torch.fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
+def canonicalize(gm: torch.fx.GraphModule, notes: list[str]) -> None:
     """Drop assertions: on dtypes and devices (each call is compared with the capture), on values.
 
     A model without weights (device meta) is laid out for the CPU, see ``fake_tensor``.
@@ -89,6 +93,3 @@ def tidy(gm: torch.fx.GraphModule, notes: list[str]) -> None:
         _refuse_data(gm.graph)
     for m in parts:
         m.recompile()
-
-
-__all__ = ["keep_no_grad", "passes_gradient", "tidy"]

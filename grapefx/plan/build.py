@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grapefx import tree
-from grapefx.capture import Capture, Scope, capture
-from grapefx.choices import resolve
+from grapefx.capture import Capture, Scope, capture, module_tree
 from grapefx.errors import CaptureError, PlacementError, tell
 from grapefx.ir import Captured, StepGraph
 from grapefx.maps import plain_maps
@@ -25,8 +23,9 @@ from grapefx.passes.graph.verify import check
 from grapefx.passes.place.leak import with_edges
 from grapefx.passes.place.placement import Placement
 from grapefx.passes.place.sweep import sample_shape
-from grapefx.placing import place_for, refuse_sparse
-from grapefx.plan import Plan, check_feedback
+from grapefx.plan.feedback_points import place_for, refuse_sparse
+from grapefx.plan.plan import Plan, check_feedback
+from grapefx.plan.request import resolve
 from grapefx.torch_compat import (
     batch_symbol,
     release,
@@ -109,7 +108,7 @@ class _SizedError(Exception):
 
 def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) -> Plan:
     captured = found.captured
-    parameters = dict(tree.named_parameters(model, remove_duplicate=False))
+    parameters = dict(module_tree.named_parameters(model, remove_duplicate=False))
     trainable = {n for n, p in parameters.items() if p.requires_grad}
     inputs = [e for e, s in zip(found.examples, captured.inputs, strict=True) if s.role == "input"]
     frozen = not trainable and any(e.requires_grad for e in inputs)

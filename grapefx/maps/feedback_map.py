@@ -12,7 +12,7 @@ so that every method works on them as they are:
 - sparse: the columns fall into G groups, each of which reads a seeded C / G of the error's entries.
 - seeded: a fixed B is computed anew in every step and never stored.
 
-Which kind a layer gets is decided in ``grapefx.map_choice``.
+Which kind a layer gets is decided in ``choice.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from grapefx.ir import Layer
+from grapefx.maps.seeded import signs
 from grapefx.methods.base import Rows, State
-from grapefx.seeded import signs
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class FeedbackMap:
 
     @property
     def trace_key(self) -> tuple[object, ...]:
-        """All that a traced computation depends on (see ``passes.trace_key``)."""
+        """All that a traced computation depends on (see ``passes/graph/trace_key.py``)."""
         sizes = (self.error_dim, self.value_dim, self.tokens, self.classes)
         offset = self.layer.index if self.groups > 1 else 0
         return (self.rows, sizes, self.layer.fold, self.pool, self.groups, offset, self.seed)

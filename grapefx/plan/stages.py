@@ -13,7 +13,7 @@ from grapefx.passes.divide.commit import Commit, cut_commit
 from grapefx.passes.divide.owners import Owners, legal_ends
 from grapefx.passes.divide.stages import SEND, Stages, split_stages
 from grapefx.passes.pipeline import LowerContext, prepare
-from grapefx.plan import Plan, sizes_of
+from grapefx.plan.plan import Plan, sizes_of
 
 
 def check_method(method: Method) -> None:
@@ -48,7 +48,7 @@ def divide_plan(
     return found, commit if commit.outputs else None
 
 
-def links_of(stages: Stages, kind_exact: bool, first: bool) -> list[s.Link]:
+def _links(stages: Stages, kind_exact: bool, first: bool) -> list[s.Link]:
     """Every value that travels, from one stage to one other."""
     early = {
         slot.name.removeprefix(SEND)
@@ -68,15 +68,20 @@ def links_of(stages: Stages, kind_exact: bool, first: bool) -> list[s.Link]:
     return sorted(found, key=lambda link: link.after != "forward")  # received as they are sent
 
 
-def order_of(stages: int, microbatches: int, exact: bool, commit: Commit | None) -> s.Order:
-    """What each rank computes, and when."""
+def schedule_of(
+    stages: Stages, commit: Commit | None, microbatches: int, exact: bool
+) -> s.Schedule:
+    """What each rank computes and sends, and when; it was checked that it can run."""
+    count, first = len(stages.stages), commit is not None and commit.first
     if exact:
-        order = s.one_forward_one_backward(stages, microbatches)
-    elif commit is not None and commit.first:
-        return s.learn_first(stages, microbatches)
+        order = s.one_forward_one_backward(count, microbatches)
+    elif first:
+        order = s.learn_first(count, microbatches)
     else:
-        order = s.feedback(stages, microbatches)
-    return order if commit is None else s.with_learning(order)
+        order = s.feedback(count, microbatches)
+    if commit is not None and (exact or not first):
+        order = s.with_learning(order)
+    return s.check(s.connect(order, _links(stages, exact, first)))
 
 
 def layer_seconds(plan: Plan, batch: int, device: str | DeviceModel) -> list[float]:
@@ -165,15 +170,3 @@ def ends_of(plan: Plan, stages: object, count: int, batch: int, device: str) -> 
             f"pipeline has {count} processes"
         )
     return tuple(found)
-
-
-__all__ = [
-    "balanced_ends",
-    "check_method",
-    "divide_plan",
-    "ends_of",
-    "layer_seconds",
-    "links_of",
-    "order_of",
-    "usual_kind",
-]

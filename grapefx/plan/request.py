@@ -9,7 +9,7 @@ from torch import nn
 from grapefx.errors import OptionError, nearest
 from grapefx.methods import Method, get_method, option_names, preset_options
 from grapefx.options import OPTION_NAMES, Options
-from grapefx.recommend import recommended
+from grapefx.plan.recommend import recommended
 
 
 def resolve(
