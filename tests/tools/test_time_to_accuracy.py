@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from tools.bench import time_to_accuracy
-from tools.bench.time_to_accuracy import Runner, main, table
+from tools.bench.time_to_accuracy import Runner, Variant, main, table
 
 
 def test_a_short_race(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    options = {"method": "grape", "backend": "eager"}
-    monkeypatch.setattr(time_to_accuracy, "VARIANTS", {"compiled": None, "grape": options})
+    variants = {
+        "compiled": Variant(),
+        "smaller": Variant(batch=0.75),
+        "largest": Variant(keep=0.5),
+        "grape": Variant({"method": "grape", "backend": "eager"}),
+    }
+    monkeypatch.setattr(time_to_accuracy, "VARIANTS", variants)
     assert main(["--model", "tiny", "--epochs", "1", "--parts", "0.5"]) == 0
     found = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in found[1:]][2:] == ["compiled", "grape"]
+    assert [row.split("|")[1].strip() for row in found[1:]][2:] == list(variants)
 
 
 def test_who_never_arrives_has_no_time() -> None:

@@ -3,16 +3,17 @@
     python -m tools.bench.time_to_accuracy                              # MLP 8x1024, bundled MNIST
     python -m tools.bench.time_to_accuracy --model fdfa_cnn --epochs 10 --data-dir DIR
 
-Every variant trains from the same weights on the same batches with Adam, its rate decayed linearly
-to 0. They take turns of some steps in shuffled order, so that a slow minute is everyone's;
-evaluation and compilation do not count. Subnormal numbers are flushed to 0 for all: a CPU is slow
-with them, and feedback that starts badly makes many. The goal is a part of what compiled
-backpropagation reaches at the end.
+Every variant trains from the same weights with Adam, its rate decayed linearly to 0, on the same
+batches, or on smaller ones of the same samples. They take turns of some steps in shuffled order, so
+that a slow minute is everyone's; evaluation and compilation do not count, calibrations and fits do.
+Subnormal numbers are flushed to 0 for all: a CPU is slow with them, and feedback that starts badly
+makes many. The goal is a part of what compiled backpropagation reaches at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import warnings
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import grapefx
 from tools.bench.models import MODELS
@@ -31,12 +31,32 @@ from tools.common.table import Table
 from tools.common.timing import interleaved, seconds
 from tools.common.train import Batch, Training, accuracy, adam, whole_batches
 
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "compiled": None,
-    "dfa, calibrated": {"method": "dfa"},
-    "grape, calibrated (the default)": {"method": "grape"},
-    "grape, calibrated, tangents on 1/8": {"method": "grape", "tangent_fraction": 1 / 8},
-    "grape": {"method": "grape", "calib_every": None},
+
+@dataclass(frozen=True)
+class Variant:
+    """What trains: compiled backpropagation (``options`` None) or a method.
+
+    ``batch``: the part of the others' batch size that its batches have. ``keep``: the part of a
+    batch, that of the largest error, that a step learns from.
+    """
+
+    options: dict[str, Any] | None = None
+    batch: float = 1.0
+    keep: float | None = None
+
+
+GEOMETRIC = {"method": "dfa", "calib_every": "geometric", "calib_forget": 0.7}
+VARIANTS: dict[str, Variant] = {
+    "compiled": Variant(),
+    "compiled, batches of 3/4": Variant(batch=0.75),
+    "compiled, half of largest error": Variant(keep=0.5),
+    "dfa, calibrated": Variant({"method": "dfa"}),
+    "dfa, recommended": Variant({"method": "dfa", "preset": "recommended"}),
+    "dfa, geometric, 1/8 exact": Variant(
+        GEOMETRIC | {"exact_rows": 0.125, "exact_pick": "largest", "exact_weight": 1.0}
+    ),
+    "grape, calibrated (the default)": Variant({"method": "grape"}),
+    "grape, calibrated, tangents on 1/8": Variant({"method": "grape", "tangent_fraction": 1 / 8}),
 }
 
 
@@ -63,42 +83,50 @@ class Runner(Training):
         return next((s for s, a in self.curve if a >= goal), None)
 
 
-def start(name: str, options: dict[str, Any] | None, steps: int, a: argparse.Namespace) -> Runner:
+def start(name: str, variant: Variant, size: int, steps: int, a: argparse.Namespace) -> Runner:
     """A variant with its kernels compiled and its weights as they were."""
-    x, y = MODELS[name].example(a.batch)
+    x, y = MODELS[name].example(size)
     torch.manual_seed(a.seed)
     model = MODELS[name].build()
+    options = variant.options
     net: Any = (
         torch.compile(model)
         if options is None
         else grapefx.compile(model, seed=a.seed, steps_per_epoch=a.steps, **options)
     )
+    runner = Runner(model, net, *adam(model, a.lr, steps), keep=variant.keep)
     weights = {k: v.clone() for k, v in net.state_dict().items()}
     learned = None if options is None else net.feedback_state_dict()
     if options is not None:
         with net.calibration():
-            F.cross_entropy(net(x), y).backward()
+            runner.gradients(x, y)
     for _ in range(3):
-        F.cross_entropy(net(x), y).backward()
+        runner.gradients(*runner.kept(x, y))
     net.load_state_dict(weights)
     if learned is not None:  # maps and counters as well: the first step that counts calibrates
         net.load_feedback_state_dict(learned)
     model.zero_grad()
-    return Runner(model, net, *adam(model, a.lr, steps))
+    return runner
 
 
 def race(data: ImageData, a: argparse.Namespace) -> dict[str, Runner]:
-    """Train all variants in turns."""
+    """Train all variants in turns: as many for each, whatever its batch size."""
     x_all = data.pixels(data.train_x)
-    total = a.epochs * a.steps
-    runners = {v: start(a.model, o, total, a) for v, o in VARIANTS.items()}
-    order = torch.Generator().manual_seed(a.seed)
-    batches: list[Batch] = []
-    for _ in range(a.epochs):
-        index = whole_batches(len(data.train_y), a.batch, order)
-        batches += [(x_all[i], data.train_y[i]) for i in index]
-    queue = [batches[first : first + a.turn] for first in range(0, total, a.turn)]
-    interleaved({name: r.turns(queue, data) for name, r in runners.items()}, len(queue))
+    count = -(-a.epochs * a.steps // a.turn)
+    runners: dict[str, Runner] = {}
+    turns: dict[str, Callable[[], None]] = {}
+    for name, variant in VARIANTS.items():
+        size = round(variant.batch * a.batch)
+        order = torch.Generator().manual_seed(a.seed)
+        batches: list[Batch] = []
+        for _ in range(a.epochs):
+            index = whole_batches(len(data.train_y), size, order)
+            batches += [(x_all[i], data.train_y[i]) for i in index]
+        ends = [len(batches) * k // count for k in range(count + 1)]
+        queue = [batches[i:j] for i, j in itertools.pairwise(ends)]
+        runners[name] = start(a.model, variant, size, len(batches), a)
+        turns[name] = runners[name].turns(queue, data)
+    interleaved(turns, count)
     return runners
 
 

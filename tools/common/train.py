@@ -51,7 +51,7 @@ class Training:
         """The samples to learn from; the error is that of a cross-entropy, softmax(y) - target."""
         if self.keep is None:
             return x, y
-        out = self.model(x)
+        out = self.net(x)  # compiled where the step is
         error = out.softmax(-1) - F.one_hot(y, out.shape[-1])
         norms = error.flatten(1).norm(dim=1)
         index = norms.topk(max(1, round(self.keep * len(x)))).indices
