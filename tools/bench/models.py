@@ -80,6 +80,9 @@ def _models() -> dict[str, Benchmark]:
         ),
         "fdfa_cnn": Benchmark(lambda: networks.fdfa_cnn(SMALL, 10, "tanh", False, 2), SMALL),
         "resnet20": Benchmark(lambda: networks.resnet(COLOUR, 10, 20, True), COLOUR),
+        "resnet14": Benchmark(  # that of reproduce/learning_resnet14.yaml
+            lambda: networks.small_resnet(COLOUR, 10, 14, 8, 2), COLOUR
+        ),
         "vgg16": Benchmark(lambda: networks.vgg16(COLOUR, 10, True, True), COLOUR),
     }
     for depth, width in ((3, 1024), (8, 1024), (32, 256), *((d, 512) for d in (2, 4, 8, 16, 64))):
@@ -95,6 +98,8 @@ def _models() -> dict[str, Benchmark]:
 
 MODELS: dict[str, Benchmark] = _models()
 
+# a third of the samples exact, so weighted that the gradient is unbiased
+THIRD = {"exact_rows": 0.334, "exact_weight": 3.0}
 # (options, steps in a period): the time of a variant is the mean over its period
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "bp": ({"method": "bp"}, 1),
@@ -102,6 +107,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "dfa radial": ({"method": "dfa", "calib_every": None, "radial": "auto"}, 1),
     "dfa exact rows": (
         {"method": "dfa", "calib_every": None, "exact_rows": 0.125, "exact_pick": "largest"},
+        1,
+    ),
+    "dfa third exact": ({"method": "dfa", "calib_every": None, **THIRD}, 1),
+    "dfa blocks": ({"method": "dfa", "calib_every": None, "granularity": "block"}, 1),
+    "dfa blocks, third exact": (
+        {"method": "dfa", "calib_every": None, "granularity": "block", **THIRD},
         1,
     ),
     "dfa mean field": ({"method": "dfa", "calib_every": None, "mean_field": 1}, 1),
