@@ -34,6 +34,7 @@ Phase = Literal[
     "error",
     "alignment",
     "exact_rows",
+    "late_rows",
     "mean_field",
     "projection",
     "refit",

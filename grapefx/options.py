@@ -97,6 +97,7 @@ _READ_WITH: dict[str, tuple[str, Any]] = {
     "calib_budget": ("calib_every", "auto"),
     "exact_weight": ("exact_rows", None),
     "exact_pick": ("exact_rows", None),
+    "exact_late": ("exact_rows", None),
 }
 
 
@@ -245,6 +246,14 @@ class Options:
         'With exact_rows: the "first" samples, which shuffled loaders draw at random, or those of '
         'the "largest" error.',
     )
+    exact_late: bool = _option(
+        False,
+        Values((True, False)),
+        "With exact_rows: what they correct of each parameter's gradient is added in the next "
+        "backward, so that no update waits for the chain. It is kept in the learning state: one "
+        "tensor of each parameter's size. The loss must keep its scale from step to step: not with "
+        "a GradScaler, whose scale is not known here. See docs/method.md.",
+    )
     mean_field: int | Literal["start"] | None = _option(
         None,
         Values(("start", None), least=1),
@@ -359,6 +368,12 @@ class Options:
                 "  remedy: calib_init=False, or leave mean_field out"
             )
 
+    def without(self, name: str) -> Options:
+        """These options with one at its default, and with it what is read beside it alone."""
+        names = [name, *(k for k, (other, _) in _READ_WITH.items() if other == name)]
+        defaults: dict[str, Any] = {k: OPTIONS[k].default for k in names}
+        return dataclasses.replace(self, **defaults)
+
     @property
     def calibrates(self) -> bool:
         """Whether calibrations refit the maps."""
@@ -409,6 +424,7 @@ class CompileOptions(TypedDict, total=False):
     exact_rows: float
     exact_weight: float
     exact_pick: Literal["first", "largest"]
+    exact_late: bool
     mean_field: int | Literal["start"] | None
     granularity: Literal["layer", "sublayer", "block", "auto"]
     points: Any

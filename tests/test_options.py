@@ -82,6 +82,7 @@ def test_the_page_is_current() -> None:
         ({"calib_threshold": 0.1}, "calib_every='auto'"),
         ({"calib_budget": 0.1}, "calib_every='auto'"),
         ({"exact_weight": 1.0}, "set exact_rows"),
+        ({"exact_late": True}, "set exact_rows"),
     ],
 )
 def test_an_option_that_nothing_would_read_is_refused(given: dict[str, Any], missing: str) -> None:

@@ -37,6 +37,7 @@ STAGES = {
     "error": "error",
     "alignment": "update",
     "exact_rows": "exact rows",
+    "late_rows": "late rows",
     "mean_field": "mean field",
     "projection": "update",
     "refit": "update",
@@ -46,6 +47,9 @@ STAGES = {
     "optimizer": "optimizer",
     "metric": "update",
 }
+
+# what may be for the next step alone: phases, and their stages
+_NEXT = {name for phase in ("exact_rows", "late_rows") for name in (phase, STAGES[phase])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,14 @@ class Dag:
                 out[p].append(i)
         return tuple(map(tuple, out))
 
+    @cached_property
+    def awaited(self) -> tuple[bool, ...]:
+        """Whether this step waits for a task: all but exact rows that only the next one reads."""
+        out = [t.phase not in _NEXT for t in self.tasks]
+        for i in reversed(range(len(out))):
+            out[i] = out[i] or any(out[s] for s in self.succs[i])
+        return tuple(out)
+
     def weights(self, what: str) -> list[float]:
         """One field of every task: "flops", "matmul_flops", "bytes", "moved" or "seconds"."""
         return [getattr(t, what) for t in self.tasks]
@@ -129,8 +141,12 @@ class Dag:
         return sum(self.weights(what))
 
     def critical_path(self, what: str = "flops") -> Path:
-        """The longest path by one field: the span, which no number of workers can beat."""
-        return longest_path(self.weights(what), self.preds)
+        """The longest path by one field: the span, which no number of workers can beat.
+
+        What is made for the next step alone (late exact rows) is no part of it.
+        """
+        own = zip(self.weights(what), self.awaited, strict=True)
+        return longest_path([w if awaited else 0 for w, awaited in own], self.preds)
 
     def span(self, what: str = "flops") -> float:
         """The length of the longest path."""

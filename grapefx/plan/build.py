@@ -114,7 +114,8 @@ def _plan(model: nn.Module, found: Capture, chosen: Method, options: Options) ->
     frozen = not trainable and any(e.requires_grad for e in inputs)
     if frozen:  # nothing learns, an input waits for its gradient (through a frozen discriminator)
         chosen = get_method("bp", {})
-        options = replace(options, residual="cut", points=None, exact_rows=0, mean_field=None)
+        options = options.without("exact_rows")
+        options = replace(options, residual="cut", points=None, mean_field=None)
     if options.residual == "leak":
         captured = with_edges(captured)
     if frozen:

@@ -20,6 +20,7 @@ from grapefx.methods import Method, get_method
 from grapefx.options import Options
 from grapefx.passes.feedback.builder import Feedback
 from grapefx.passes.feedback.exact_rows import ExactRows
+from grapefx.passes.feedback.late_rows import pending
 from grapefx.passes.feedback.mean_field import KEY, MeanField
 from grapefx.passes.feedback.normal_equations import memory_shapes
 from grapefx.passes.feedback.radial import homogeneous_points
@@ -136,7 +137,13 @@ class Plan:
             options.exact_pick,
             self.batch,
             self.batch_size,
+            options.exact_late,
         )
+
+    @functools.cached_property
+    def late(self) -> dict[str, torch.Tensor]:
+        """The corrections that wait for the next step, in the learning state: fake tensors."""
+        return pending(self.joint) if self.exact_rows is not None and self.exact_rows.late else {}
 
     @property
     def mean_field(self) -> MeanField | None:
@@ -246,7 +253,13 @@ class Plan:
                 "rule of ours assumed it)\n  remedy: please report this model"
             )
         if kind != "calibration" and not self.method.sequential:
-            self.independent = independence(step, self.layers, self.options.exact_rows > 0)
+            options = self.options
+            self.independent = independence(
+                step,
+                self.layers,
+                options.exact_rows > 0,
+                self.late if options.exact_late else None,
+            )
         return step
 
     def _context(self) -> StepContext:

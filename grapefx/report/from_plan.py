@@ -101,6 +101,7 @@ def plan_report(plan: Plan) -> PlanReport:
         tap=", ".join(str(n.name) for n in plan.placement.taps),
         exact_from=plan.placement.exact,
         exact_rows=None if chain is None else (chain.count(plan.batch_size), plan.batch_size),
+        exact_late=chain is not None and chain.late,
     )
 
 

@@ -204,12 +204,11 @@ def shown_dag(plan: Plan, device: DeviceModel | str, batch: int | None) -> tuple
 def _for_bp(options: Options) -> Options:
     """Without what only methods with feedback maps or tangents take."""
     return replace(
-        options,
+        options.without("exact_rows"),
         perturb="activation",
         align_warmup=0,
         calib_forget=None,
         radial=False,
-        exact_rows=0,
         mean_field=None,
     )
 

@@ -190,7 +190,8 @@ class PlanReport:
     shows that they depend on their own segment's cotangent alone (None: nothing was proved, the
     method is sequential or its graph was not built), ``exact`` those that no feedback reaches;
     ``exact_from`` says where the part with true gradients begins; ``exact_rows``: how many of how
-    many samples have a backward chain of their own (None: none).
+    many samples have a backward chain of their own (None: none), ``exact_late``: which corrects the
+    next step.
     """
 
     rows: tuple[SegmentRow, ...]
@@ -203,6 +204,7 @@ class PlanReport:
     tap: str
     exact_from: tuple[str, ...] = ()
     exact_rows: tuple[int, int] | None = None
+    exact_late: bool = False
 
 
 @dataclass(frozen=True)

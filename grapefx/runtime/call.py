@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grapefx.errors import InputError
+from grapefx.passes.feedback.late_rows import is_late
 from grapefx.runtime import distributed
 from grapefx.runtime.program import CompiledStep, Program
 from grapefx.runtime.targets import one_hot
@@ -130,7 +131,8 @@ class TrainingCall:
         metrics: dict[str, Tensor] = {}
         for (role, name), value in zip(step.results, results, strict=True):
             if role == "feedback":
-                learned[renamed.get(name, name)] = value
+                # a compiler may choose strides; the next step was compiled for none but these
+                learned[renamed.get(name, name)] = value.contiguous()
             elif role == "metric":
                 metrics[name] = value
             else:
@@ -141,17 +143,25 @@ class TrainingCall:
         ]
         if not any(role == "gradient" for role, _ in step.gradients):
             return found  # all is frozen: not a step of training
+        tensors, warmup = state.feedback.tensors, state.options.align_warmup
+        exact = self.calibration and state.options.calib_refit != "feedback"
+        warms = not exact and state.schedule.step < warmup
+        if state.options.exact_late:  # of a frozen parameter, or of zeros: the next step has none
+            learned |= {
+                k: torch.zeros_like(t)
+                for k, t in tensors.items()
+                if is_late(k) and (warms or k not in learned)
+            }
         if (learned or metrics) and distributed.parallel():
             refits = self.calibration and state.method.refits
             learned, metrics = distributed.agree(
                 learned,
-                state.feedback.tensors,
+                tensors,
                 metrics,
                 state.method if refits else None,
                 state.options.ridge,
             )
-        exact = self.calibration and state.options.calib_refit != "feedback"
-        if not exact and state.schedule.step < state.options.align_warmup:
+        if warms:
             # zeros, not None: DistributedDataParallel and GradScaler wait for a gradient
             found = [
                 torch.zeros_like(g) if role == "gradient" and g is not None else g
@@ -197,7 +207,8 @@ class TrainingCall:
         to move (the same batch and weights again).
         """
         old = self.state.feedback.tensors
-        if not learned or any(not torch.equal(t, old[k]) for k, t in learned.items()):
+        maps = {k: t for k, t in learned.items() if not is_late(k)}
+        if not maps or any(not torch.equal(t, old[k]) for k, t in maps.items()):
             return True
         behind = {p for layer in self.layers for p in layer.parameters}
         exact = self.state.options.calib_refit != "feedback"

@@ -166,11 +166,11 @@ class Captures:
     def _ensure(self, plan: Plan, feedback: FeedbackState) -> dict[str, str]:
         """Feedback tensors for every layer of a plan; returns those that go by another key."""
         specs = plan.state_specs()
-        if not specs:
+        if not specs and not plan.late:
             return {}
         parameter = next(p for p in module_tree.parameters(self.model) if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
-        return feedback.ensure(specs, dtype, parameter.device)
+        return feedback.ensure(specs, dtype, parameter.device, plan.late)
 
     def _check_batch(self, leaves: Sequence[Any], training: bool) -> None:
         dim = self.options.batch_dim

@@ -236,7 +236,11 @@ class FeedbackModule(Compiled, nn.Module):
         kind = self._state.kind(plan)
         device = self._captures.device_type
         if kind == "calibration" and self._options.calib_update == "sgd":
-            _refuse_scaled(device)
+            own = "calib_update='sgd' steps by itself, with gradients that it would have scaled"
+            _refuse_scaled(device, own, "calib_update='grad'")
+        if self._options.exact_late:
+            late = "exact_late=True adds a correction that has the scale of the step before"
+            _refuse_scaled(device, late, "exact_late=False")
         batch = program.batch(given)
         with autocast_off(device):
             step = program.step(kind, batch)
@@ -400,11 +404,11 @@ class FeedbackModule(Compiled, nn.Module):
         return dict(self._state.feedback.latest())
 
 
-def _refuse_scaled(device: str) -> None:
+def _refuse_scaled(device: str, what: str, remedy: str) -> None:
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
         raise InputError(
-            "calib_update='sgd' steps by itself, with gradients that a GradScaler would have "
-            "scaled\n  remedy: calib_update='grad', or autocast to bfloat16 without a GradScaler"
+            f"float16 needs a GradScaler, and {what}\n"
+            f"  remedy: {remedy}, or autocast to bfloat16 without a GradScaler"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from grapefx.capture import module_tree
 from grapefx.errors import StateError
 from grapefx.maps import StateSpec
 from grapefx.methods import Method
+from grapefx.passes.feedback.late_rows import NAME, is_late
 from grapefx.passes.feedback.mean_field import KEY
 from grapefx.runtime.noise import seed_of
 from grapefx.torch_compat import new_fake_mode
@@ -28,10 +31,12 @@ class FeedbackState:
         seed: int,
         memory: frozenset[str] = frozenset(),
         averages: bool = False,
+        late: bool = False,
     ) -> None:
         self.method = method
         self.memory = memory  # names of what is kept beside the method's tensors
         self.averages = averages  # whether means of derivatives are kept, under ``MEANS``
+        self.late = late  # whether corrections of gradients wait for the next step
         self.seed = seed
         self.tensors: dict[str, Tensor] = {}
         self.readings: dict[str, str] = {}  # of each layer, see ``StateSpec``
@@ -48,9 +53,16 @@ class FeedbackState:
         return dict(self.readings if self.pending is None else self.pending_readings)
 
     def ensure(
-        self, specs: tuple[StateSpec, ...], dtype: torch.dtype, device: torch.device
+        self,
+        specs: tuple[StateSpec, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        late: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, str]:
         """A state for each of ``specs``: loaded, kept, or new (seeded by the layer's name).
+
+        ``late``: values like those of the corrections that wait for the next step; new ones are
+        zero.
 
         Returns the keys that differ from "layer/name": a map belongs to one sample shape, so inputs
         of another length or resolution get one of their own, "layer[CxN]/name".
@@ -63,7 +75,7 @@ class FeedbackState:
             self.tensors, self.pending = self.pending, None
         self.readings = {**self.readings, **{m.key: m.reading for m in specs}}
         new = {
-            k: t.to(device, dtype if t.is_floating_point() else t.dtype)
+            k: t.to(device, dtype if t.is_floating_point() and not is_late(k) else t.dtype)
             for k, t in self.tensors.items()
         }
         renamed: dict[str, str] = {}
@@ -80,12 +92,16 @@ class FeedbackState:
                     new[f"{key}/{name}"] = t
                 for name, shape in m.memory:
                     new[f"{key}/{name}"] = torch.zeros(shape, dtype=dtype, device=device)
+        for name, value in late.items():
+            if name not in new:
+                new[name] = torch.zeros(value.shape, dtype=value.dtype, device=device)
         self.tensors = new
         return renamed
 
     def _check_pending(self, specs: tuple[StateSpec, ...]) -> None:
         assert self.pending is not None
-        have = {key.rpartition("/")[0].partition("[")[0] for key in self.pending} - {MEANS}
+        maps = [key.rpartition("/")[0] for key in self.pending if not is_late(key)]
+        have = {layer.partition("[")[0] for layer in maps} - {MEANS}
         want = {m.key for m in specs}
         if have - want and want - have:
             raise StateError(
@@ -132,7 +148,8 @@ class FeedbackState:
             layer, _, name = key.rpartition("/")
             layers.setdefault(layer, set()).add(name)
         for layer, found in layers.items():
-            if found != names and not (layer == MEANS and self.averages):
+            known = (layer == MEANS and self.averages) or (found == {NAME} and self.late)
+            if found != names and not known:
                 raise StateError(
                     f"the feedback state of layer {layer!r} holds {sorted(found)}, this method "
                     f"keeps {sorted(names)}: it was learned with other options"

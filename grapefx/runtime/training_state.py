@@ -45,7 +45,11 @@ class TrainingState:
         self.options = options
         memory = frozenset(MEMORY if options.calib_forget is not None else ())
         self.feedback = FeedbackState(
-            method, options.seed, memory, isinstance(options.mean_field, int)
+            method,
+            options.seed,
+            memory,
+            isinstance(options.mean_field, int),
+            options.exact_late,
         )
         self.schedule = CalibrationSchedule(
             options.calib_every,
@@ -157,8 +161,8 @@ class TrainingState:
         self._skipped += 1
         if self._skipped == 1:
             tell(
-                "the output error or a tangent is not finite: the feedback maps keep their values "
-                "for this step (net.skipped_updates counts such steps)"
+                "the output error, a tangent or a late correction is not finite: the learning "
+                "state keeps its values for this step (net.skipped_updates counts such steps)"
             )
 
     @property

@@ -15,6 +15,7 @@ from grapefx.ir import StepGraph
 from grapefx.maps import FeedbackMap
 from grapefx.methods.base import Method, State
 from grapefx.passes.feedback.builder import Builder, Feedback
+from grapefx.passes.feedback.late_rows import forget
 from grapefx.passes.feedback.learning import all_finite
 from grapefx.passes.feedback.method_calls import refitted
 from grapefx.passes.feedback.normal_equations import (
@@ -24,7 +25,7 @@ from grapefx.passes.feedback.normal_equations import (
     solve,
     without_memory,
 )
-from grapefx.passes.feedback.projection import open_cuts, project, replace_cuts
+from grapefx.passes.feedback.projection import open_cuts, project, put_cotangents
 from grapefx.passes.graph import markers, meta
 
 
@@ -43,8 +44,10 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
         _compare(b, old)
     if not feedback.true_gradients and compare:
         # this batch only re-fits the maps: its update is the method's own, with the new maps
-        replace_cuts(b, project(b, b.new_states or b.state_nodes))
+        put_cotangents(b, b.new_states or b.state_nodes)
     else:
+        if feedback.exact is not None and feedback.exact.late:
+            forget(b.edit, [m.layer for m in feedback.maps], b.finite)
         open_cuts(b)
     return b.finish()
 

@@ -52,7 +52,7 @@ _BATCH_NORMS = {
     "miopen_batch_norm_backward": (1, 0, 2, 6, None),
     "batch_norm_backward": (0, 1, 2, 6, 7),
 }
-_VIEWS = {"view", "reshape", "_unsafe_view"}
+VIEWS = {"view", "reshape", "_unsafe_view"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class ExactRows:
     """Which part of each batch is backpropagated, and how strongly it corrects the cotangents.
 
     ``pick``: "first" or "largest". ``batch``: the symbol of the batch size, None where the graph
-    holds the one size ``size``.
+    holds the one size ``size``. ``late``: not the cotangents, but the next step's gradients
+    (``late_rows.py``).
     """
 
     fraction: float
@@ -68,6 +69,7 @@ class ExactRows:
     pick: str
     batch: Any
     size: int
+    late: bool = False
 
     def count(self, batch: int) -> int:
         """n: the least whole number that is not below ``fraction`` of the batch, 1 at least."""
@@ -125,11 +127,15 @@ class Chain(RowEmitter):
         where, layer = Fold(*fold), meta.layer(c)
         with self.before(self.end, phase="projection", layer=layer):
             own = c if self.rows is None else self.take(c, where)
-            delta = self.deltas[index]
-            if delta.meta["val"].dtype != own.meta["val"].dtype:
-                delta = self.call(aten._to_copy.default, delta, dtype=own.meta["val"].dtype)
-            moved = self.call(aten.lerp.Scalar, own, delta, self.exact.weight)
+            moved = self.call(aten.lerp.Scalar, own, self.delta(index, own), self.exact.weight)
             return moved if self.rows is None else self.put(c, where, moved)
+
+    def delta(self, index: int, like: Node) -> Node:
+        """The true gradient at a cut, in the precision of ``like``."""
+        delta, dtype = self.deltas[index], like.meta["val"].dtype
+        if delta.meta["val"].dtype == dtype:
+            return delta
+        return self.call(aten._to_copy.default, delta, dtype=dtype)
 
     def _slice(self, node: Node, val: Tensor) -> Node:
         """These samples, contiguous where all of them are: kernels (layer norm's backward)
@@ -198,10 +204,6 @@ class Chain(RowEmitter):
     def _again(self, node: Node, own: dict[Node, Any]) -> Any:
         """A backward operator with the first n samples of its operands."""
         val = node.meta.get("val")
-
-        def operand(a: Node) -> Any:
-            return own[a] if a in own else self.p(a)
-
         if isinstance(val, torch.SymInt) and self.batch is not None:
             expr = batch_symbol(val)
             if expr is not None and (expr / self.batch).is_Integer:
@@ -210,14 +212,24 @@ class Chain(RowEmitter):
             return own[node.args[0]][node.args[1]]  # type: ignore[index]
         if self.rows is not None:
             self._check(node, own)
-        args: Any = torch.fx.node.map_arg(node.args, operand)
-        kwargs = torch.fx.node.map_arg(dict(node.kwargs), operand)
-        name = op_name(node)
-        if self.rows is not None and name in _BATCH_NORMS and self._couples(node, name):
-            return self._coupled_norm(args, name)
-        if name in _MASKS:
+            if self.couples(node):
+                return self._coupled_norm(self._operands(node, own)[0], op_name(node))
+        return self.repeat(node, own, inputs_only=True)
+
+    def _operands(self, node: Node, own: dict[Node, Any]) -> Any:
+        return torch.fx.node.map_arg(
+            (node.args, dict(node.kwargs)), lambda a: own[a] if a in own else self.p(a)
+        )
+
+    def repeat(self, node: Node, own: dict[Node, Any], inputs_only: bool = False) -> Any:
+        """A node's call on these samples; ``own``: what stands for some of its operands.
+
+        ``inputs_only``: without the gradients of parameters, where one operator makes them too.
+        """
+        args, kwargs = self._operands(node, own)
+        if inputs_only and op_name(node) in _MASKS:
             args = _input_only(node, args)
-        if name in _VIEWS:
+        if op_name(node) in VIEWS:
             return self._view(node.target, *args)
         try:
             return self.call(node.target, *args, **kwargs)
@@ -254,9 +266,11 @@ class Chain(RowEmitter):
                 node, f"cannot tell whether {node.target} (node {node.name!r}) mixes samples"
             )
 
-    def _couples(self, node: Node, name: str) -> bool:
-        """Whether a batch norm took its statistics over samples (an instance norm does not)."""
-        grad, _, _, _, training = _BATCH_NORMS[name]
+    def couples(self, node: Node) -> bool:
+        """Whether it is a batch norm whose statistics are over samples (an instance norm's not)."""
+        if op_name(node) not in _BATCH_NORMS:
+            return False
+        grad, _, _, _, training = _BATCH_NORMS[op_name(node)]
         fold = self.folds.get(node.args[grad])  # type: ignore[arg-type]
         along_channels = fold is not None and fold.dim == 1
         return not along_channels and (training is None or bool(node.args[training]))
@@ -289,4 +303,4 @@ def _input_only(node: Node, args: Any) -> Any:
     return (*args[:at], [True, False, False], *args[at + 1 :])
 
 
-__all__ = ["Chain", "ExactRows"]
+__all__ = ["VIEWS", "Chain", "ExactRows"]

@@ -18,6 +18,8 @@ from torch.fx import Node
 from grapefx.maps import FeedbackMap
 from grapefx.methods.base import Method, State
 from grapefx.passes.feedback.builder import Builder
+from grapefx.passes.feedback.late_rows import correct_later
+from grapefx.passes.feedback.learning import all_finite
 from grapefx.passes.feedback.method_calls import authored, rows_of
 from grapefx.passes.feedback.normal_equations import without_memory
 from grapefx.passes.feedback.radial import corrected
@@ -38,10 +40,20 @@ def project(b: Builder, states: Sequence[dict[str, Node]]) -> dict[int, Node]:
                 corrected, made, b.inputs.value(m), b.inputs.radial, fold,
                 phase="projection", layer=m.layer.name,
             )  # fmt: skip
-        if b.chain is not None:
+        if b.chain is not None and not b.chain.exact.late:
             made = b.chain.corrected(index, made, fold)
         out[index] = made
     return out
+
+
+def put_cotangents(b: Builder, states: Sequence[dict[str, Node]]) -> None:
+    """The method's cotangents at the cuts, and what exact rows correct one step late."""
+    cotangents = project(b, states)
+    if b.chain is not None and b.chain.exact.late:
+        finite = b.finite if b.finite is not None else all_finite(b)
+        layers = [m.layer for m in b.feedback.maps]
+        b.finite = correct_later(b.edit, b.chain, layers, cotangents, finite)
+    replace_cuts(b, cotangents)
 
 
 def replace_cuts(b: Builder, cotangents: dict[int, Node]) -> None:

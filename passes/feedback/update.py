@@ -15,7 +15,7 @@ from __future__ import annotations
 from grapefx.ir import StepGraph
 from grapefx.passes.feedback.builder import Builder, Feedback
 from grapefx.passes.feedback.learning import average, learn
-from grapefx.passes.feedback.projection import decay_weights, open_cuts, project, replace_cuts
+from grapefx.passes.feedback.projection import decay_weights, open_cuts, put_cotangents
 
 
 def build_update(step: StepGraph, feedback: Feedback, kind: str = "update") -> StepGraph:
@@ -39,6 +39,6 @@ def build_update(step: StepGraph, feedback: Feedback, kind: str = "update") -> S
     if kind == "update" and method.transparent:
         open_cuts(b)
         return b.finish()
-    replace_cuts(b, project(b, states))
+    put_cotangents(b, states)
     decay_weights(b)
     return b.finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch.fx import Node
 
@@ -87,13 +87,37 @@ def require(step: StepGraph, names: Sequence[str], when: str) -> StepGraph:
     return step
 
 
+def _check_late(step: StepGraph, late: Collection[str]) -> None:
+    """Raise ``VerifyError`` where this step's update, or a result, waits for exact rows."""
+    phases = ("exact_rows", "late_rows")
+    waits = descendants(n for n in step.gm.graph.nodes if meta.phase(n) in phases)
+    for node in step.gm.graph.nodes:
+        if meta.phase(node) == "projection" and node in waits:
+            raise VerifyError(
+                f"the update of layer {meta.layer(node)!r} waits for the chain of exact rows (at "
+                f"node {node.name!r}, {node.target}), which is for the next step"
+            )
+    for slot, node in zip(step.outputs, step.results(), strict=True):
+        own = slot.role == "metric" or (slot.role == "feedback" and slot.name in late)
+        if node in waits and not own:
+            raise VerifyError(
+                f"the {slot.role.replace('_', ' ')} {slot.name!r} waits for the chain of exact "
+                f"rows (node {node.name!r}), which is for the next step"
+            )
+
+
 def independence(
-    step: StepGraph, layers: tuple[Layer, ...], exact_rows: bool = False
+    step: StepGraph,
+    layers: tuple[Layer, ...],
+    exact_rows: bool = False,
+    late: Collection[str] | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Prove that no update subgraph depends on another layer's.
 
     With ``exact_rows`` all may read a chain of true gradients of a part of the batch (the phase of
     that name), which must itself depend on no update. Without it no node may be of that phase.
+    ``late``: the names of the states that may, in place of the updates; beside metrics no other
+    result may wait for the chain then.
 
     Maps from mean derivatives (phase "mean_field") must depend on no update and on no error.
 
@@ -104,6 +128,8 @@ def independence(
     index = {layer.name: layer.index for layer in layers}
     reach: dict[Node, int] = {}
     error = descendants(n for _, n in step.select("cotangent"))
+    if late is not None:
+        _check_late(step, late)
     for node in step.gm.graph.nodes:
         if node.op == "output":
             continue

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "remembers": ("dfa", {"calib_unit": "step", "calib_every": 1, "calib_forget": 0.7}),
     "mean field": ("dfa", {"calib_every": None, "mean_field": 2}),
     "own-sgd": ("grape", {"calib_unit": "step", "calib_every": 2, "calib_update": "sgd"}),
+    "late": ("grape", {"calib_every": None, "exact_rows": 0.5, "exact_late": True}),
 }
 
 
@@ -38,6 +39,7 @@ SHARDED = {
     "bp": ("bp", {"calib_every": None}),
     "dfa": ("dfa", {"calib_unit": "step", "calib_every": 2}),
     "grape": ("grape", {"calib_unit": "step", "calib_every": 2}),
+    "late": ("dfa", {"calib_every": None, "exact_rows": 0.5, "exact_late": True}),
 }
 
 
@@ -195,7 +197,7 @@ def test_maps_and_weights_stay_the_same_on_all_ranks(
     assert not torch.equal(first["maps"][0]["layers.0/B"], first["maps"][-1]["layers.0/B"])
 
 
-@pytest.mark.parametrize("name", ["grape-never", "fdfa-never", "fdfa", "grape"])
+@pytest.mark.parametrize("name", ["grape-never", "fdfa-never", "fdfa", "grape", "late"])
 def test_the_new_maps_are_the_mean_of_what_the_ranks_learned(
     ranks: list[dict[str, Any]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

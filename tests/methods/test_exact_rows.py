@@ -363,10 +363,20 @@ def test_the_chain_costs_that_part_of_the_input_gradients(fraction: float) -> No
 
 
 def test_the_report_says_what_waits() -> None:
-    net = compiled(MLP(), "dfa", exact_rows=0.25)
+    net = compiled(MLP(), "dfa", exact_rows=0.25, exact_pick="largest", exact_weight=1.0)
     loss_of(net(torch.randn(8, 8))).backward()
     text = " ".join(str(net.explain()).split())
     assert "a backward chain on 2 of 8 samples" in text
+
+
+def test_a_frozen_model_passes_the_gradient_of_its_input() -> None:
+    """Nothing learns and nothing is corrected, whatever was asked."""
+    model, x = MLP().requires_grad_(False), torch.randn(4, 8, requires_grad=True)
+    net = compiled(model, "dfa", exact_rows=0.25, exact_pick="largest", exact_weight=1.0)
+    loss_of(net(x)).backward()
+    found, x.grad = x.grad, None
+    loss_of(model(x)).backward()
+    torch.testing.assert_close(found, x.grad)
 
 
 @pytest.mark.parametrize(

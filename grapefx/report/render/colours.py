@@ -10,6 +10,7 @@ PHASES: dict[str, tuple[str, str, str]] = {
     "projection": ("projection", "#e3a51d", "#f0bd4a"),
     "alignment": ("alignment", "#8c5bd3", "#ad85ec"),
     "exact_rows": ("exact rows", "#b0413e", "#e07a76"),
+    "late_rows": ("late rows", "#8f4a6b", "#c98aa8"),
     "mean_field": ("mean field", "#a3702f", "#cf9a55"),
     "weight_grad": ("weight gradient", "#3c9d51", "#5cc072"),
     "input_grad": ("input gradient", "#dd6b3f", "#f28a60"),

@@ -43,7 +43,7 @@ def plan_facts(method: MethodReport, tap: str = "output error") -> list[tuple[st
             facts.append(("exact", exact))
         facts.append(("updates", proof(p)))
         if p.exact_rows is not None:
-            facts.append(("exact rows", chain(p.exact_rows)))
+            facts.append(("exact rows", chain(p.exact_rows, p.exact_late)))
         if any(kind == "align" for kind, _ in p.runs):
             facts.append(("tangents", derived(p)))
     return facts
@@ -67,9 +67,15 @@ def proof(p: PlanReport) -> str:
     )
 
 
-def chain(exact_rows: tuple[int, int]) -> str:
+def chain(exact_rows: tuple[int, int], late: bool) -> str:
     """What waits for a backward chain because of ``exact_rows``, in a sentence."""
     n, batch = exact_rows
+    if late:
+        return (
+            f"one step late: no update waits for the backward chain on {n} of {batch} samples, "
+            "whose correction of the gradients is added in the next step (work and times on P "
+            "workers count the chain, span does not)"
+        )
     return (
         f"each update waits for a backward chain on {n} of {batch} samples, which reads no layer's "
         "feedback"
