@@ -35,14 +35,17 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
     method = feedback.method
     fitted = method.feedback and method.refits and feedback.refit
     compare = method.feedback and not method.needs_tangents() and not method.sequential
+    own = not feedback.true_gradients and compare
+    # where the method's cotangents take the places of the cuts, the true chain needs its own nodes
+    true = _opened(b) if own else {}
     if method.feedback and (fitted or compare or not feedback.true_gradients):
         b.add_states()
         if fitted:
-            refit(b)
+            refit(b, true)
     if compare and b.state_nodes:
         old = _feedback_gradients(b, project(b, b.state_nodes))
-        _compare(b, old)
-    if not feedback.true_gradients and compare:
+        _compare(b, old, true)
+    if own:
         # this batch only re-fits the maps: its update is the method's own, with the new maps
         put_cotangents(b, b.new_states or b.state_nodes)
     else:
@@ -52,10 +55,26 @@ def build_calibration(step: StepGraph, feedback: Feedback) -> StepGraph:
     return b.finish()
 
 
-def refit(b: Builder) -> None:
+def _opened(b: Builder) -> dict[Node, Node]:
+    """A copy of what lies behind the cuts, by what it copies: the true gradient passes them."""
+    copies: dict[Node, Node] = {}
+    for node in list(b.graph.nodes):
+        if node.target is markers.CUT_BACKWARD:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            copies[node] = copies.get(source, source)
+        elif node.op == "call_function" and any(a in copies for a in node.all_input_nodes):
+            with b.graph.inserting_before(b.edit.output):
+                copies[node] = b.graph.node_copy(node, lambda a: copies.get(a, a))
+            copies[node].meta = dict(node.meta)
+    return copies
+
+
+def refit(b: Builder, true: dict[Node, Node]) -> None:
     """B_l = (e^T e + ridge)^-1 e^T delta_l, from the true gradient (docs/method.md).
 
-    A map whose fit is not finite, or zero, stays as it is.
+    ``true``: what has the true gradient's value where another node's will change. A map whose fit
+    is not finite, or zero, stays as it is.
     """
     backward = markers.find(b.graph, markers.CUT_BACKWARD)
     inverse: dict[str, list[Node]] = {}
@@ -67,7 +86,10 @@ def refit(b: Builder) -> None:
             continue
         e = b.inputs.error(m.rows)
         # with the gradients, not in the tail: rows may be far smaller than delta
-        rows = b.edit.emit(m.value_rows, node.args[0], phase="input_grad", layer=m.layer.name)
+        delta = node.args[0]
+        assert isinstance(delta, Node)
+        delta = true.get(delta, delta)
+        rows = b.edit.emit(m.value_rows, delta, phase="input_grad", layer=m.layer.name)
         e.meta[meta.REDUCE] = rows.meta[meta.REDUCE] = "cat"
         if GRAM in state:
             new = b.edit.emit(
@@ -169,8 +191,10 @@ def _feedback_gradients(b: Builder, cotangents: dict[int, Node]) -> dict[str, No
     return {s.name: twin.get(n, n) for s, n in b.step.produced("gradient") if isinstance(n, Node)}
 
 
-def _compare(b: Builder, twins: dict[str, Node]) -> None:
-    true = {s.name: n for s, n in b.step.produced("gradient") if isinstance(n, Node)}
+def _compare(b: Builder, twins: dict[str, Node], opened: dict[Node, Node]) -> None:
+    """The cosine of each layer's ``twins``, by parameter, with the true gradients."""
+    nodes = {s.name: n for s, n in b.step.produced("gradient") if isinstance(n, Node)}
+    true = {name: opened.get(n, n) for name, n in nodes.items()}
     for m in b.feedback.maps:
         names = [p for p in m.layer.parameters if p in true and p in twins]
         if not names:

@@ -94,6 +94,27 @@ def test_maps_that_calibrations_refit_are_kept() -> None:
         train_step(compiled(model, "dfa", feedback="seeded", **options), make("cnn")[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"exact_rows": 0.5, "exact_late": True}])
+def test_a_refit_alone_fits_to_the_true_gradient(options: dict[str, Any]) -> None:
+    """Maps and cosines are those of a calibration, the update is the method's with these maps."""
+    nets = {}
+    for refit in ("feedback", "both"):
+        model, args = make("cnn")
+        nets[refit] = compiled(model, "dfa", calib_refit=refit, seed=3, **options)
+        train_step(nets[refit], args)
+    a, b = (n.feedback_state_dict()["tensors"] for n in nets.values())
+    assert len(a) == len(b) > 2
+    for name in a:
+        if not name.endswith("/late"):
+            torch.testing.assert_close(a[name], b[name])
+    ours, theirs = (n.alignment() for n in nets.values())
+    assert {k: pytest.approx(v) for k, v in ours.items()} == theirs
+    train_step(nets["both"], args)  # a step with the new maps, at the same weights
+    ours, theirs = (gradients(n) for n in nets.values())
+    for name, g in ours.items():
+        torch.testing.assert_close(g, theirs[name])
+
+
 def test_refit_variants() -> None:
     """ "weights" leaves the maps, "feedback" leaves the update to the method, "both" does both."""
     args = make("mlp")[1]
