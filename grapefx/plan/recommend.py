@@ -67,14 +67,15 @@ def reason(method: Method, options: Options, graph: Graph, points: int) -> str:
     written_out = "bmm" in names and bool(names & {"_softmax", "_safe_softmax"})
     if written_out or names & set(ATTENTION):
         better = (
-            "with attention, exact_rows=0.25, exact_weight=2.0 and granularity='block' were much "
+            "with attention, exact_rows=0.334, exact_weight=3.0 and granularity='block' were much "
             "nearer to backpropagation (learning_transformer.yaml): a token's map knows nothing of "
             "the errors of the tokens that attend to it"
         )
     elif points > _MANY and any("batch_norm" in n for n in names):
         better = (
-            "with many layers and batch norms, mean_field=1 and exact_rows=0.125 were nearer to "
-            "backpropagation (learning_resnet14.yaml)"
+            "with many layers and batch norms, exact_rows=0.334, exact_weight=3.0 (an unbiased "
+            "gradient) and granularity='block' were nearer to backpropagation "
+            "(learning_resnet14.yaml)"
         )
     else:
         return ""
