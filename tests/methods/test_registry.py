@@ -176,7 +176,7 @@ def test_what_measured_better_with_a_chain_is_said_not_chosen(kind: str) -> None
     net(x).sum().backward()
     assert net._options.exact_rows == 0 and net._options.mean_field is None
     said = str(net.explain())
-    words = {"attention": "granularity='block'", "batch norms": "mean_field=1"}
+    words = {"attention": "granularity='block'", "batch norms": "exact_weight=3.0"}
     assert words[kind] in said if kind in words else "Chosen" not in said
     exact = grapefx.compile(models[kind], method="bp", backend="eager", calib_every=1)
     exact(x).sum().backward()

@@ -31,7 +31,7 @@ from tests.staleness import held_tensors, plain_numbers, structure  # noqa: F401
 from tests.staleness.sources import SOURCES, Made, Source, Use
 
 MODES = ("training", "no_grad", "inplace")
-ONE_IN = 4
+ONE_IN = 7
 VERSION = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
 
@@ -39,7 +39,7 @@ VERSION = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 class Case:
     """A source, how what it gives is used, and how the model is called.
 
-    ``rank`` 0 is a case for one source in four, 1 one for each source in each mode, 2 all others.
+    ``rank`` 0 is a case for one source in ``ONE_IN``, 1 one for each source per mode, 2 the rest.
     """
 
     source: Source

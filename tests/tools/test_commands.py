@@ -13,7 +13,8 @@ import yaml
 from tools import ROOT
 
 COMMANDS = [
-    "bench_stages", "bench_step", "coverage", "cuda_lowering", "demo", "figures", "gpu_check",
+    "bench_stages", "bench_step", "coverage", "cuda_lowering", "demo", "explained", "figures",
+    "gpu_check",
     "inspect_pictures",
     "make_data_subset", "op_rules", "options_page", "reproduce", "perf.perf_gate", "perf.history",
     "bench.compile_time", "bench.optimizer_share", "bench.projections", "bench.step_profile",
