@@ -83,6 +83,9 @@ class Known:
 UNGUARDED: tuple[Known, ...] = (
     Known("environment/getenv/*", "torch guards no os.getenv"),
     Known("modules/forward-swapped-on-the-class-of-a-child/*", "torch guards no class's methods"),
+    Known("random/python-shuffle/*", "drawn once, while torch traces", since=(2, 12)),
+    Known("random/generator-of-python/*", "drawn once, while torch traces"),
+    Known("random/numpy-array/*", "torch draws NumPy's arrays by its own generator"),
     *(
         Known(f"classes/{name}/*", "torch 2.11 guards no attribute of a class", before=(2, 12))
         for name in ("through-type-of-self", "another-class")
@@ -96,12 +99,18 @@ REFUSED: tuple[Known, ...] = (
         "numpy/scalar-replaced/branch/*", "a branch on a NumPy number, which is a tensor to Dynamo"
     ),
     Known("random/python-branch/*", "a branch on a random number"),
-    Known("random/numpy-normal/*", "Dynamo makes no number of NumPy's draws"),
+    *(
+        Known(f"random/numpy-{name}/*", "Dynamo makes no number of NumPy's draws")
+        for name in ("normal", "rand", "randint")
+    ),
     Known("random/generator-of-numpy/*", "Dynamo follows no numpy.random.Generator"),
+    Known("random/generator-of-torch/*", "Dynamo gives no torch.Generator to an operator"),
+    Known("random/python-randint/*", "an integer that is drawn is a size to Dynamo"),
+    Known("random/python-choice/*", "Dynamo follows no random.choice"),
     Known("effects/object-with-a-tensor/*", "Dynamo writes no attribute of a SimpleNamespace"),
     *(
         Known(f"random/python-{name}/*", "torch 2.11 follows few of random's", before=(2, 12))
-        for name in ("random", "randint", "choice", "shuffle")
+        for name in ("random", "shuffle")
     ),
     Known("effects/counter-class/*", "torch 2.11 sets no attribute of a class", before=(2, 12)),
 )
