@@ -25,7 +25,7 @@ def _words(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     # which _mix has two a round: the time to compile would grow with 2 to the power of the rounds.
     # xor in front of the sum: another seed is no shift of the same numbers.
     rows = _mix((rows ^ (seed * 0x9E3779B1 & _MASK)).cumsum(0) & _MASK).cumsum(0)
-    columns = (columns * 0x9E3779B1).cumsum(0)
+    columns = (columns * 0x9E3779B1 & _MASK).cumsum(0)  # sums far below 2**63
     return _mix((rows.unsqueeze(1) + columns.unsqueeze(0)) & _MASK)
 
 

@@ -57,6 +57,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "grape, calibrated (the default)": Variant({"method": "grape"}),
     "grape, calibrated, tangents on 1/8": Variant({"method": "grape", "tangent_fraction": 1 / 8}),
+    "grape": Variant({"method": "grape", "calib_every": None}),
 }
 
 
