@@ -5,8 +5,10 @@
 A feedback map predicts the gradient delta_l at a point from the error e alone. Here the row ``bp``
 of a config trains for some steps; then the best linear map is fitted by ridge regression to half of
 the samples, and R^2 = 1 - |delta - e B|^2 / |delta|^2 is taken on the other half: what is left is
-lost to every map of that kind, however it was learned. In a transformer a map serves each token,
-and more columns say what a map could give that reads more than the error of its own token:
+lost to every map of that kind, however it was learned. "As good as": the part of a batch on which
+backpropagation's gradient would be as noisy as feedback that explains this share, with a third of the
+samples exact and unbiased (docs/theory.md). In a transformer a map serves each token, and more columns
+say what a map could give that reads more than the error of its own token:
 
 - later tokens: also A^T e, the error of later tokens as each head in each block behind weighs them;
 - shortcuts: also the exact gradient of a model whose branches pass none (norms and sums alone);
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grapefx.analysis.theory import batch_as_good
 from tools.common import cli
 from tools.common.machine import machine
 from tools.common.networks import EncoderBlock, Residual, Transformer
@@ -35,7 +38,10 @@ from tools.reproduce.config import load_config
 from tools.reproduce.data import load_data
 from tools.reproduce.trainer import Trainer
 
-TABLE = Table("block", "steps:", "own error:", "later tokens:", "shortcuts:", "values:")
+THIRD = 1 / 3
+TABLE = Table(
+    "block", "steps:", "own error:", "as good as:", "later tokens:", "shortcuts:", "values:"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +74,9 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
         done = steps
         index = torch.randperm(data.samples, generator=generator)[: args.samples]
         for name, *shares in explained(trainer.model, *data.batch(index)):
-            cells = [fixed(s, 2, "") for s in shares]
-            yield TABLE.line(name, steps, *cells)
+            worth = batch_as_good(max(0.0, 1 - shares[0]), THIRD)
+            own, *more = (fixed(s, 2, "") for s in shares)
+            yield TABLE.line(name, steps, own, fixed(worth, 2, ""), *more)
 
 
 def explained(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -56,3 +56,28 @@ def amortised_calibration(
         added / step if step else 0.0,
         1 / (every * steps_per_epoch),
     )
+
+
+def batch_as_good(left: float, rows: float) -> float:
+    """The part of a batch whose true gradient is as noisy as feedback with unbiased exact rows.
+
+    ``rows``: r, the part of the batch that is exact, at weight 1 / r. ``left``: the part of the
+    variance of a sample's gradient that the maps leave unexplained, 0 where they give it exactly.
+    1 / (1 + left (1 - r) / r); docs/theory.md has the proof.
+
+    Raises:
+        ValueError: ``rows`` is not in (0, 1], or ``left`` is negative.
+    """
+    if not 0 < rows <= 1 or left < 0:
+        raise ValueError(f"rows must be in (0, 1] and left at least 0, not {rows} and {left}")
+    return 1 / (1 + left * (1 - rows) / rows)
+
+
+def break_even(rows: float) -> float:
+    """The most that maps may leave unexplained for exact rows to be worth their work: r / (2 + r).
+
+    A step with a part r of the samples exact does (2 + r) / 3 of backpropagation's work (a forward,
+    weight gradients, r of the input gradients). Smaller batches do with as much work where more is
+    left.
+    """
+    return rows / (2 + rows)

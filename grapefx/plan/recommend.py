@@ -30,12 +30,20 @@ CHOICE: dict[str, Any] = {
 # who names one of these decides about calibration; the others stay as the options' defaults say
 _DECIDES = frozenset(CHOICE) | {
     "calib_unit", "calib_init", "calib_refit", "calib_update", "calib_threshold", "calib_budget",
-    "calib_growth", "steps_per_epoch", "ridge", "mean_field",
+    "calib_growth", "ridge", "mean_field",
 }  # fmt: skip
 
 
 # a CNN of 4 layers with batch norms is at backpropagation's accuracy by the defaults
 _MANY = 8
+
+# feedback points from which on exact rows were worse than the radial correction alone
+_DEEP = 16
+_SHALLOW = (
+    ". Up to 16 layers exact_rows=0.125, exact_pick='largest', exact_weight=1.0 and radial=False "
+    "were a few tenths of a point better, also with exact_late=True, where no update waits for "
+    "their chain (learning_8x512.yaml)"
+)
 
 # with norms it was worse; the others were not measured
 _NOT_MEASURED = ("norm", "conv", "attention", "transformer", "lstm", "gru", "rnn")
@@ -59,6 +67,7 @@ def reason(method: Method, options: Options, graph: Graph, points: int) -> str:
             "that remember earlier ones (calib_every='geometric', calib_gap=250, "
             "calib_forget=0.7), and the radial correction (radial='auto'); calib_every=1 is one "
             "calibration an epoch without them"
+            + (_SHALLOW if points < _DEEP else "")
         )
     decided = options.calib_every != 1 or options.exact_rows or options.mean_field is not None
     if decided or not method.refits:

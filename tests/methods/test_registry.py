@@ -143,10 +143,11 @@ class RMSNormOfMine(nn.Module):
 
 def test_what_is_recommended_depends_on_the_network() -> None:
     """No norms, and maps that calibrations fit: geometric, remembering, radial; else defaults."""
-    chosen = grapefx.compile(MLP(), method="dfa")._options
-    assert (chosen.calib_every, chosen.calib_gap, chosen.calib_forget, chosen.radial) == (
-        "geometric", 250, 0.7, "auto",
-    )  # fmt: skip
+    for fact in ({}, {"steps_per_epoch": 10}):  # of the loop, which decides nothing
+        chosen = grapefx.compile(MLP(), method="dfa", **fact)._options
+        assert (chosen.calib_every, chosen.calib_gap, chosen.calib_forget, chosen.radial) == (
+            "geometric", 250, 0.7, "auto",
+        )  # fmt: skip
     for net in (
         grapefx.compile(Normed(), method="dfa"),
         grapefx.compile(MLP(), method="drtp"),
@@ -157,7 +158,12 @@ def test_what_is_recommended_depends_on_the_network() -> None:
     net = grapefx.compile(MLP(), method="dfa", backend="eager")
     net(torch.randn(5, 8)).sum().backward()
     said = str(net.explain())
-    assert "Chosen" in said and "without normalisation" in said
+    assert "Chosen" in said and "without normalisation" in said and "exact_late=True" in said
+    deep = nn.Sequential(*(nn.Linear(8, 8) for _ in range(18)))
+    net = grapefx.compile(deep, method="dfa", backend="eager")
+    net(torch.randn(5, 8)).sum().backward()
+    said = str(net.explain())
+    assert "without normalisation" in said and "exact_late=True" not in said
     plain = grapefx.compile(MLP(), method="dfa", backend="eager", calib_every=None)
     plain(torch.randn(5, 8)).sum().backward()
     assert "Chosen" not in str(plain.explain())

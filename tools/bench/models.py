@@ -109,6 +109,20 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
         {"method": "dfa", "calib_every": None, "exact_rows": 0.125, "exact_pick": "largest"},
         1,
     ),
+    "dfa exact rows, late": (
+        {
+            "method": "dfa",
+            "calib_every": None,
+            "exact_rows": 0.125,
+            "exact_pick": "largest",
+            "exact_late": True,
+        },
+        1,
+    ),
+    "dfa sixteenth exact": (
+        {"method": "dfa", "calib_every": None, "exact_rows": 0.0625, "exact_pick": "largest"},
+        1,
+    ),
     "dfa third exact": ({"method": "dfa", "calib_every": None, **THIRD}, 1),
     "dfa blocks": ({"method": "dfa", "calib_every": None, "granularity": "block"}, 1),
     "dfa blocks, third exact": (

@@ -50,13 +50,17 @@ VARIANTS: dict[str, Variant] = {
     "compiled": Variant(),
     "compiled, batches of 3/4": Variant(batch=0.75),
     "compiled, half of largest error": Variant(keep=0.5),
-    "dfa, calibrated": Variant({"method": "dfa"}),
-    "dfa, recommended": Variant({"method": "dfa", "preset": "recommended"}),
+    "dfa, once an epoch": Variant({"method": "dfa", "calib_every": 1}),
+    "dfa (recommended)": Variant({"method": "dfa"}),
     "dfa, geometric, 1/8 exact": Variant(
         GEOMETRIC | {"exact_rows": 0.125, "exact_pick": "largest", "exact_weight": 1.0}
     ),
-    "grape, calibrated (the default)": Variant({"method": "grape"}),
-    "grape, calibrated, tangents on 1/8": Variant({"method": "grape", "tangent_fraction": 1 / 8}),
+    "dfa, geometric, 1/8 exact, late": Variant(
+        GEOMETRIC
+        | {"exact_rows": 0.125, "exact_pick": "largest", "exact_weight": 1.0, "exact_late": True}
+    ),
+    "grape, once an epoch": Variant({"method": "grape", "calib_every": 1}),
+    "grape (recommended)": Variant({"method": "grape"}),
     "grape": Variant({"method": "grape", "calib_every": None}),
 }
 
