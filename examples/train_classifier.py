@@ -8,6 +8,7 @@ import argparse
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,9 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> flo
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--method", default="grape", help="bp, dfa, fdfa, grape, ...")
-    parser.add_argument("--calib-every", default="1", help="epochs between calibrations, or never")
+    parser.add_argument(
+        "--calib-every", help="epochs between calibrations, or never (default: as recommended)"
+    )
     parser.add_argument("--dataset", default="MNIST", choices=DATASETS)
     parser.add_argument("--data-dir", help="torchvision's root (default: a bundled MNIST subset)")
     parser.add_argument("--model", default="mlp", choices=["mlp", "cnn"])
@@ -101,11 +104,11 @@ def main() -> None:
     pixels = channels * size * size
     model = mlp(pixels, classes) if args.model == "mlp" else cnn(channels, size, classes)
     x, y, test_x, test_y = (t.to(args.device) for t in (x, y, test_x, test_y))
-    calib_every = None if args.calib_every == "never" else int(args.calib_every)
+    options: dict[str, Any] = {}
+    if args.calib_every is not None:
+        options["calib_every"] = None if args.calib_every == "never" else int(args.calib_every)
 
-    net = grapefx.compile(
-        model.to(args.device), method=args.method, calib_every=calib_every, seed=args.seed
-    )
+    net = grapefx.compile(model.to(args.device), method=args.method, seed=args.seed, **options)
     opt = torch.optim.Adam(net.parameters(), lr=args.lr)
     if not 0 < args.batch_size <= len(y):
         sys.exit(f"--batch-size must be from 1 to {len(y)}, the number of images")

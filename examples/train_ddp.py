@@ -2,7 +2,7 @@
 
 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE torchrun --nproc-per-node 2 examples/train_ddp.py
 
-Where the model fits on one device this beats every pipeline, with or without a backward chain.
+Where the model fits on one device, try this before a pipeline.
 """
 
 import argparse

@@ -133,8 +133,7 @@ def main() -> None:
             opt.zero_grad()
             decay.step()
             if (step + 1) % args.epoch_steps == 0 or step + 1 == args.steps:
-                # The weights are the plain model's: it can be used, saved and sampled as ever.
-                model.load_state_dict(net.state_dict())
+                # net trains the model's own weights: it can be used, saved and sampled as ever.
                 nats = validation_loss(model.eval(), valid)
                 live.console.print(f"step {step + 1}: validation loss {nats:.3f}")
                 live.update(Text(net.report().text()), refresh=True)

@@ -140,7 +140,7 @@ def compile(
             raise OptionError("inplace=True does not go with pipeline=: a rank has one stage only")
         return StagedModule(
             model,
-            *resolve(method, choices, preset),
+            *resolve(method, choices, preset, model),
             pipeline=pipeline,
             microbatches=microbatches,
             stages=stages,

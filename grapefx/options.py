@@ -229,16 +229,17 @@ class Options:
     exact_rows: float = _option(
         0.0,
         Values(between=(0, 1)),
-        "The part of each batch that is backpropagated through the true chain (0: none; 0.125 is "
-        "a good part); ``exact_pick`` says which samples. On them the true "
-        "gradient corrects each cotangent, so that each update waits for this chain, at that part "
-        "of its cost. See docs/method.md.",
+        "The part of each batch that is backpropagated through the true chain (0: none; "
+        "docs/methods.md has what measured well); ``exact_pick`` says which samples. On them the "
+        "true gradient corrects each cotangent, so that each update waits for this chain, at that "
+        "part of its cost. See docs/method.md.",
     )
     exact_weight: float = _option(
         2.0,
         Values(between=(0, math.inf), above=True),
         "With exact_rows: w of c += w (delta - c), the correction of those samples' cotangents. "
-        "1 makes them exact, 2 corrects the others' mean error as well.",
+        "1 makes them exact; 1 / exact_rows makes the mean gradient unbiased where samples are "
+        "drawn at random, and noisier; in between a part of the bias stays.",
     )
     exact_pick: Literal["first", "largest"] = _option(
         "first",
@@ -268,7 +269,7 @@ class Options:
         Values((*GRANULARITIES, "auto")),
         'A feedback point behind each weight "layer" (default), "sublayer" (micro: each value '
         'that every path crosses) or "block" (macro); "auto": the finest of these whose full '
-        "maps fit ``feedback_budget``. See docs/feedback.md for this and the next four.",
+        "maps fit ``feedback_budget``. See docs/feedback.md for this and the next five.",
     )
     points: Any = _option(
         None,
@@ -297,7 +298,8 @@ class Options:
     feedback_budget: int | None = _option(
         None,
         Values((None,), least=1),
-        "Most bytes of feedback maps (default: 25 % of the parameters' or 256 MiB).",
+        "Most bytes of feedback maps (default: a quarter of the parameters' bytes, at least "
+        "256 MiB).",
     )
     batch_dim: int = _option(
         0,

@@ -6,9 +6,9 @@ A feedback map predicts the gradient delta_l at a point from the error e alone. 
 of a config trains for some steps; then the best linear map is fitted by ridge regression to half of
 the samples, and R^2 = 1 - |delta - e B|^2 / |delta|^2 is taken on the other half: what is left is
 lost to every map of that kind, however it was learned. "As good as": the part of a batch on which
-backpropagation's gradient would be as noisy as feedback that explains this share, with a third of the
-samples exact and unbiased (docs/theory.md). In a transformer a map serves each token, and more columns
-say what a map could give that reads more than the error of its own token:
+backpropagation's gradient would be as noisy as that of feedback which explains this share, with a
+third of the samples exact and unbiased (docs/theory.md). In a transformer a map serves each token,
+and more columns say what a map could give that reads more than the error of its own token:
 
 - later tokens: also A^T e, the error of later tokens as each head in each block behind weighs them;
 - shortcuts: also the exact gradient of a model whose branches pass none (norms and sums alone);

@@ -20,7 +20,11 @@ HEAD = """# Options
 
 Keyword arguments of `grapefx.compile(model, method=..., preset=..., calib_every=..., inplace=...)`
 beside these. A wrong name or value is refused at once, with the nearest valid one. This page is
-made from the table that the checks read (`python -m tools.options_page`).
+made from the table that the checks read (`python -m tools.options_page`). For networks of linear
+layers without normalisation `preset="recommended"`, which is the default, sets `calib_every`,
+`calib_gap`, `calib_forget` and `radial` to other values than those below
+([presets](methods.md#presets)). For several devices there are also `pipeline`, `microbatches`,
+`stages`, `data_parallel` and `stage_timeout` ([stages](distributed.md#use)).
 
 | option | values | default | what it does |
 | --- | --- | --- | --- |

@@ -66,8 +66,7 @@ def reason(method: Method, options: Options, graph: Graph, points: int) -> str:
             "recommended for linear layers without normalisation: calibrations at growing gaps "
             "that remember earlier ones (calib_every='geometric', calib_gap=250, "
             "calib_forget=0.7), and the radial correction (radial='auto'); calib_every=1 is one "
-            "calibration an epoch without them"
-            + (_SHALLOW if points < _DEEP else "")
+            "calibration an epoch without them" + (_SHALLOW if points < _DEEP else "")
         )
     decided = options.calib_every != 1 or options.exact_rows or options.mean_field is not None
     if decided or not method.refits:

@@ -105,7 +105,7 @@ def start(name: str, variant: Variant, size: int, steps: int, a: argparse.Namesp
     if options is not None:
         with net.calibration():
             runner.gradients(x, y)
-    for _ in range(3):
+    for _ in range(8):  # calibrations at growing gaps leave out the sixth step first
         runner.gradients(*runner.kept(x, y))
     net.load_state_dict(weights)
     if learned is not None:  # maps and counters as well: the first step that counts calibrates

@@ -219,6 +219,8 @@ class StagedModule(Compiled, nn.Module):
         """
         if not callable(loss):
             raise InputError(f"loss={loss!r} must be a function: loss(output, target)")
+        if self.stage == 0:
+            self._trainer.state.schedule.tell_once()
         job = Job(target, loss)
         self._trainer.call(job, args, kwargs)
         return torch.stack(job.losses) if job.losses else None
@@ -227,9 +229,14 @@ class StagedModule(Compiled, nn.Module):
 def _check(method: Method, options: Options) -> None:
     """Raise ``MethodError`` or ``OptionError`` for what stages cannot do."""
     check_method(method)
-    for name, bad in (("calib_update", "sgd"), ("calib_refit", "feedback")):
+    for name, bad, rather in (
+        ("calib_update", "sgd", "grad"),
+        ("calib_refit", "feedback", "both"),
+    ):
         if getattr(options, name) == bad and not method.exact:
-            raise OptionError(f"{name}={bad!r} does not go with pipeline=")
+            raise OptionError(
+                f"{name}={bad!r} does not go with pipeline=\n  remedy: {name}={rather!r}"
+            )
     if options.mean_field is not None:
         raise OptionError(
             f"mean_field={options.mean_field!r} is a chain through all stages, which does not go "
