@@ -6,8 +6,9 @@ correction: on MNIST with 32 layers of 256 this is what brings direct feedback a
 backpropagation's accuracy (``tools/reproduce/learning_32x256.yaml``). With normalisation layers
 calibrations that remember were worse than one an epoch, and so they were, with the radial
 correction, on a CNN without norms (``cifar10_subset_cnn.yaml``); on a transformer they changed
-little, and recurrent layers were not measured. Those networks keep the defaults. What measured better for two kinds
-of them has a chain on a part of the batch, so ``explain`` names it and the user decides.
+little, and recurrent layers were not measured. Those networks keep the defaults. What measured
+better for some of them has a chain on a part of the batch, so ``explain`` names it and the user
+decides.
 """
 
 from __future__ import annotations
