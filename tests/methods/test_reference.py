@@ -67,7 +67,8 @@ def follow(method: str, options: dict[str, Any], backend: str, steps: int = 7) -
     """Train by Adam, two epochs, and compare gradients and maps after every step."""
     torch.manual_seed(0)
     options = {"noise": "gaussian", **options}
-    net = grapefx.compile(stack(), method=method, backend=backend, steps_per_epoch=4, **options)
+    given = {"calib_every": 1, **options}  # whatever is recommended
+    net = grapefx.compile(stack(), method=method, backend=backend, steps_per_epoch=4, **given)
     opt = torch.optim.Adam(net.parameters(), lr=0.01)
     net(torch.randn(ROWS, SIZES[0], dtype=torch.float64))  # a forward alone changes nothing
     ref = reference_of(net, method, options)

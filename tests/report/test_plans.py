@@ -134,7 +134,7 @@ def test_agrees_with_flop_counter_mode_on_a_real_run(name):
 
 def test_explain_is_the_same_report():
     model, x = mlp(4, 16, 4), torch.randn(8, 16)
-    net = grapefx.compile(model, method="grape", backend="eager", steps_per_epoch=50)
+    net = grapefx.compile(model, method="grape", backend="eager", calib_every=1, steps_per_epoch=50)
     with pytest.raises(grapefx.InputError, match="first training call"):
         net.explain()
     net(x).sum().backward()
