@@ -71,13 +71,3 @@ def batch_as_good(left: float, rows: float) -> float:
     if not 0 < rows <= 1 or left < 0:
         raise ValueError(f"rows must be in (0, 1] and left at least 0, not {rows} and {left}")
     return 1 / (1 + left * (1 - rows) / rows)
-
-
-def break_even(rows: float) -> float:
-    """The most that maps may leave unexplained for exact rows to be worth their work: r / (2 + r).
-
-    A step with a part r of the samples exact does (2 + r) / 3 of backpropagation's work (a forward,
-    weight gradients, r of the input gradients). Smaller batches do with as much work where more is
-    left.
-    """
-    return rows / (2 + rows)

@@ -42,9 +42,9 @@ _MANY = 8
 # feedback points from which on exact rows were worse than the radial correction alone
 _DEEP = 16
 _SHALLOW = (
-    ". Up to 16 layers exact_rows=0.125, exact_pick='largest', exact_weight=1.0 and radial=False "
-    "were a few tenths of a point better, also with exact_late=True, where no update waits for "
-    "their chain (learning_8x512.yaml)"
+    ". Up to 16 layers calib_every='geometric', calib_forget=0.7, exact_rows=0.125, "
+    "exact_pick='largest' and exact_weight=1.0 together were a few tenths of a point better, also "
+    "with exact_late=True, where no update waits for their chain (learning_8x512.yaml)"
 )
 
 # where one calibration an epoch was better or nearly as good, or nothing was measured (recurrent)

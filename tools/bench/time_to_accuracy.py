@@ -45,20 +45,18 @@ class Variant:
     keep: float | None = None
 
 
-GEOMETRIC = {"method": "dfa", "calib_every": "geometric", "calib_forget": 0.7}
+EXACT: dict[str, Any] = {
+    "method": "dfa", "calib_every": "geometric", "calib_forget": 0.7, "exact_rows": 0.125,
+    "exact_pick": "largest", "exact_weight": 1.0,
+}  # fmt: skip
 VARIANTS: dict[str, Variant] = {
     "compiled": Variant(),
     "compiled, batches of 3/4": Variant(batch=0.75),
     "compiled, half of largest error": Variant(keep=0.5),
     "dfa, once an epoch": Variant({"method": "dfa", "calib_every": 1}),
     "dfa (recommended)": Variant({"method": "dfa"}),
-    "dfa, geometric, 1/8 exact": Variant(
-        GEOMETRIC | {"exact_rows": 0.125, "exact_pick": "largest", "exact_weight": 1.0}
-    ),
-    "dfa, geometric, 1/8 exact, late": Variant(
-        GEOMETRIC
-        | {"exact_rows": 0.125, "exact_pick": "largest", "exact_weight": 1.0, "exact_late": True}
-    ),
+    "dfa, geometric, 1/8 exact": Variant(EXACT),
+    "dfa, geometric, 1/8 exact, late": Variant(EXACT | {"exact_late": True}),
     "grape, once an epoch": Variant({"method": "grape", "calib_every": 1}),
     "grape (recommended)": Variant({"method": "grape"}),
     "grape": Variant({"method": "grape", "calib_every": None}),
